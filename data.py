@@ -1,0 +1,295 @@
+"""Data sets that live on the device as one tensor, and loaders that augment them in batches."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import io
+import math
+import random
+import shutil
+import socket
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a data set before it is read."""
+
+    name: str
+    classes: int
+    channels: int
+    size: int  # height and width of an image, in pixels
+    padding: int  # zeros around an image before the random crop, in pixels
+    flip: bool  # whether mirrored images keep their class
+    mean: tuple[float, ...]  # of each channel over the training images, in [0, 1]
+    std: tuple[float, ...]
+
+
+# For CIFAR100 too, the paper's release normalises by CIFAR10's figures.
+_CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+
+DATASETS = {
+    spec.name: spec
+    for spec in (
+        Spec("Digits", 10, 1, 8, padding=1, flip=False, mean=(0.305,), std=(0.376,)),
+        Spec("FashionMNIST", 10, 1, 28, padding=2, flip=True, mean=(0.2860,), std=(0.3530,)),
+        Spec("CIFAR10", 10, 3, 32, padding=4, flip=True, **_CIFAR),
+        Spec("CIFAR100", 100, 3, 32, padding=4, flip=True, **_CIFAR),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the test part of a data set."""
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    spec: Spec
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def crops(self) -> Tensor:
+        """Every crop of every image: uint8 [N, C, 2 padding + 1, 2 padding + 1, H, W].
+
+        A view of the padded images, so that a batch of crops is one indexing operation, which
+        copies whole rows of pixels; all loaders of the split share it.
+        """
+        padded = F.pad(self.images, (self.spec.padding,) * 4)
+        return padded.unfold(2, self.spec.size, 1).unfold(3, self.spec.size, 1)
+
+
+def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, Split]:
+    """The training and the test split of a data set, on `device`.
+
+    What is not below `data_dir` is put there: from Debian's package where it is installed, else by
+    a download. Digits come with scikit-learn.
+
+    Raises:
+        UserError: there is no such data set; or it is neither there nor to be had; or a file of it
+            is damaged.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    if name == "Digits":
+        splits = _digits()
+    elif name == "FashionMNIST":
+        splits = _fashion_mnist(Path(data_dir).expanduser())
+    else:
+        splits = _cifar(name, Path(data_dir).expanduser())
+    train, test = (
+        Split(images.contiguous().to(device), labels.to(device), DATASETS[name])
+        for images, labels in splits
+    )
+    return train, test
+
+
+class Loader:
+    """Iterates over a split in batches: (images float32 [B, C, H, W], labels int64 [B]).
+
+    Images are normalised by the mean and standard deviation of their data set. The last batch may
+    be smaller. Batch k of an epoch depends on nothing but the seed, the epoch and k.
+
+    Args:
+        split: what to iterate over; batches are on its device.
+        batch_size: images a batch.
+        train: shuffle, crop and flip at random, each image for itself; otherwise every image comes
+            as it is and in order.
+        seed: of all random draws.
+        channels_last: whether images are laid out in memory with their channels last.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        channels_last: bool = False,
+    ):
+        self.split = split
+        self.batch_size = batch_size
+        self.train = train
+        self.seed = seed
+        self.epoch = 0
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+        spec, device = split.spec, split.images.device
+        # ToTensor divides by 255 before Normalize does the rest; here the two are one step.
+        self.mean = 255 * torch.tensor(spec.mean, device=device).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(spec.std, device=device).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return math.ceil(len(self.split) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.batches()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws."""
+        self.epoch = epoch
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over the epoch from batch `start` on."""
+        draw = self.draw() if self.train else None
+        for first in range(start * self.batch_size, len(self.split), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            if draw is None:
+                images, labels = self.split.images[part], self.split.labels[part]
+            else:
+                order, top, left, flip = (numbers[part] for numbers in draw)
+                images = self.split.crops[order, :, top, left]
+                if self.split.spec.flip:
+                    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+                labels = self.split.labels[order]
+            images = images.sub(self.mean).div_(self.std)
+            yield images.contiguous(memory_format=self.memory_format), labels
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All random numbers of the epoch, each [N], in the order in which the images come.
+
+        Returns:
+            The images' indices, the top and the left edges of their crops in the padded images
+            (int64), and whether they are mirrored (bool).
+        """
+        n, device = len(self.split), self.split.images.device
+        # Hashed together: neighbouring seeds share no epoch. 32 bits are what the CPU's takes in.
+        mixed = random.Random(f"{self.seed}/{self.epoch}").getrandbits(32)
+        generator = torch.Generator(device).manual_seed(mixed)
+        order = torch.randperm(n, generator=generator, device=device)
+        offsets = 2 * self.split.spec.padding + 1
+        top, left = torch.randint(offsets, (2, n), generator=generator, device=device)
+        flip = torch.randint(2, (n,), generator=generator, device=device).bool()
+        return order, top, left, flip
+
+
+_Arrays = list[tuple[Tensor, Tensor]]  # images uint8 [N, C, H, W] and labels int64 [N]; train, test
+
+
+def _digits() -> _Arrays:
+    from sklearn.datasets import load_digits  # slow to import, and needed for these alone
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    parts = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=0.5, random_state=0, stratify=labels.numpy()
+    )
+    return [(images[part], labels[part]) for part in parts]
+
+
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def _fashion_mnist(data_dir: Path) -> _Arrays:
+    raw = data_dir / "FashionMNIST" / "raw"
+    archives = [name for name, _ in datasets.FashionMNIST.resources]
+    for archive in archives:
+        file, packed = raw / Path(archive).stem, _DEBIAN_FASHION_MNIST / archive
+        if not file.exists() and packed.exists():
+            _unpack(packed, file)
+        if file.exists() and not _whole_idx(file):
+            raise _damaged(file)
+    splits = _torchvision(
+        datasets.FashionMNIST,
+        data_dir,
+        where=raw,
+        remedy=f"install Debian's package dataset-fashion-mnist, or put {', '.join(archives)} "
+        f"from {datasets.FashionMNIST.mirrors[0]} into {raw}",
+    )
+    return [(split.data.unsqueeze(1), split.targets) for split in splits]
+
+
+def _cifar(name: str, data_dir: Path) -> _Arrays:
+    kind = {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}[name]
+    folder, archive = data_dir / kind.base_folder, data_dir / kind.filename
+    sums = dict(kind.train_list + kind.test_list) | {kind.meta["filename"]: kind.meta["md5"]}
+    for file, md5 in sums.items():
+        if (folder / file).exists() and not check_integrity(folder / file, md5):
+            raise _damaged(folder / file)
+    splits = _torchvision(
+        kind, data_dir, where=folder, remedy=f"put the file {kind.url} at {archive}"
+    )
+    return [
+        (torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
+        for split in splits
+    ]
+
+
+def _torchvision(
+    kind: type[datasets.VisionDataset], data_dir: Path, where: Path, remedy: str
+) -> list[datasets.VisionDataset]:
+    """The training and the test set, downloaded if need be.
+
+    Raises:
+        UserError: they are not there and cannot be downloaded; `where` they were looked for and
+            the `remedy` are part of what it says.
+    """
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets no limit of its own
+    try:
+        with contextlib.ExitStack() as stack:
+            if not sys.stderr.isatty():  # a progress bar would fill the log
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            return [kind(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{kind.__name__} is neither in {where} nor to be downloaded ({reason}): {remedy}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _unpack(packed: Path, file: Path) -> None:
+    """Unpack a gzip file to `file`, which appears whole or not at all."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            whole = Path(folder) / file.name
+            with gzip.open(packed) as source, whole.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            whole.replace(file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{packed} is damaged ({error}): install its package again") from error
+    except OSError as error:
+        raise UserError(f"cannot unpack {packed} to {file}: {error}") from error
+
+
+def _whole_idx(file: Path) -> bool:
+    """Whether an IDX file of bytes is as long as its header says.
+
+    The header is two zero bytes, the type (8: unsigned byte), the number of dimensions, and each
+    dimension as a big-endian 32-bit integer.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(4)
+        if len(start) < 4 or start[:3] != b"\0\0\x08":
+            return False
+        sizes = [int.from_bytes(stream.read(4), "big") for _ in range(start[3])]
+    return file.stat().st_size == 4 + 4 * len(sizes) + math.prod(sizes)
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(f"{file} is damaged: remove it, and the next run puts a whole one there")

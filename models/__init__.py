@@ -1,0 +1,52 @@
+"""Image classifiers, by the names the command line knows.
+
+The names of their modules, and so the keys of a `state_dict`, are those of the paper's release.
+"""
+
+from functools import partial
+
+from torch import nn
+
+from models.preresnet import PreResNet
+from models.resnet import ResNet
+from models.vgg import VGG
+from models.wide_resnet import WideResNet
+from utils import UserError
+
+# Built for one size of image: called with (num_classes, in_channels, image_size).
+_SIZED = {
+    "VGG16": partial(VGG, 16, False),
+    "VGG16BN": partial(VGG, 16, True),
+    "VGG19": partial(VGG, 19, False),
+    "VGG19BN": partial(VGG, 19, True),
+}
+
+# Fully convolutional up to a global average, so any size will do: (num_classes, in_channels).
+_ANY_SIZE = {
+    "PreResNet20": partial(PreResNet, 20),
+    "PreResNet56": partial(PreResNet, 56),
+    "PreResNet110": partial(PreResNet, 110),
+    "PreResNet164": partial(PreResNet, 164),
+    "ResNet18": partial(ResNet, 18),
+    "ResNet34": partial(ResNet, 34),
+    "ResNet50": partial(ResNet, 50),
+    "WideResNet16x8": partial(WideResNet, 16, 8),
+    "WideResNet28x10": partial(WideResNet, 28, 10),
+}
+
+ARCHITECTURES = (*_SIZED, *_ANY_SIZE)
+
+
+def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
+    """A freshly initialised classifier.
+
+    It maps images, float [B, in_channels, image_size, image_size], to logits [B, num_classes].
+
+    Raises:
+        UserError: no architecture has this name, or it cannot take images of this size.
+    """
+    if name in _SIZED:
+        return _SIZED[name](num_classes, in_channels, image_size)
+    if name in _ANY_SIZE:
+        return _ANY_SIZE[name](num_classes, in_channels)
+    raise UserError(f"unknown architecture {name!r}: choose from {', '.join(ARCHITECTURES)}")

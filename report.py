@@ -1,0 +1,130 @@
+"""What a run shows at its end: a table of solutions and a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed
+import matplotlib.pyplot as plt
+
+import utils
+
+# One colour a method in every figure.
+COLOURS = {"SGD": "#7f7f7f", "SWA": "#1f77b4", "TWA": "#d62728", "last": "#2ca02c"}
+OTHER = "#9467bd"
+
+Curve = tuple[list[float], list[float]]  # epochs, test accuracies in percent
+
+
+@dataclass(frozen=True)
+class SGDRun:
+    """The SGD run that left the checkpoints, read from its log directory."""
+
+    metrics: list[dict]
+    saves_per_epoch: int
+
+    @classmethod
+    def read(cls, log_dir: Path) -> SGDRun:
+        """What is known of the run; of one that left no metrics, nothing (and a save an epoch)."""
+        description = log_dir / "run.json"
+        arguments = json.loads(description.read_text())["arguments"] if description.exists() else {}
+        return cls(
+            utils.read_metrics(log_dir / "metrics.jsonl"), arguments.get("saves_per_epoch", 1)
+        )
+
+    def spent(self, checkpoint: int) -> dict[str, float]:
+        """The epochs and the training seconds that went into the checkpoint of this number."""
+        epochs = checkpoint / self.saves_per_epoch
+        seconds = sum(
+            m["seconds"] * min(1.0, max(0.0, epochs - i)) for i, m in enumerate(self.metrics)
+        )
+        return {"epochs": epochs, "seconds": seconds}
+
+    @property
+    def curve(self) -> Curve:
+        return [m["epoch"] for m in self.metrics], [m["test_accuracy"] for m in self.metrics]
+
+    @property
+    def end(self) -> dict[str, float] | None:
+        """Test accuracy and loss, epochs and seconds at the end of the run."""
+        if not self.metrics:
+            return None
+        last = self.metrics[-1]
+        return {
+            "accuracy": last["test_accuracy"],
+            "loss": last["test_loss"],
+            "epochs": last["epoch"],
+            "seconds": sum(m["seconds"] for m in self.metrics),
+        }
+
+
+def table(solutions: Mapping[str, Mapping[str, float]]) -> str:
+    """The solutions as aligned text: test accuracy, test loss, epochs and seconds spent."""
+    width = max(len("solution"), *map(len, solutions))
+    lines = [f"{'solution':<{width}}  accuracy    loss  epochs  seconds"]
+    for name, s in solutions.items():
+        lines.append(
+            f"{name:<{width}}  {s['accuracy']:6.2f} %  {s['loss']:6.4f}  "
+            f"{s['epochs']:6.4g}  {s['seconds']:7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def figure(
+    path: Path,
+    title: str,
+    curves: Mapping[str, Curve],
+    points: Mapping[str, tuple[float, float]],
+    averaging_weights: Mapping[str, float] | None = None,
+) -> None:
+    """Test accuracy over epochs and, if given, the averaging coefficients as bars beside it.
+
+    Args:
+        path: the image to write, by its suffix (`.png`).
+        curves: name to (epochs, test accuracies in percent).
+        points: name to (epochs spent, test accuracy in percent); "TWA" becomes a star.
+        averaging_weights: name of a checkpoint file to α.
+    """
+    panels = 1 if averaging_weights is None else 2
+    fig, axes = plt.subplots(1, panels, figsize=(6 * panels, 4), squeeze=False)
+    left = axes[0][0]
+    for name, (epochs, accuracies) in curves.items():
+        left.plot(epochs, accuracies, color=COLOURS.get(name, OTHER), label=name)
+    for name, (epochs, accuracy) in points.items():
+        star = name.startswith("TWA")
+        left.plot(
+            epochs,
+            accuracy,
+            marker="*" if star else "o",
+            markersize=15 if star else 7,
+            color=COLOURS.get(name, OTHER),
+            linestyle="none",
+            label=f"{name}: {accuracy:.2f} %",
+        )
+    # Without a limit the first epochs would squeeze all that matters into a line at the top.
+    shown = [a for _, accuracies in curves.values() for a in accuracies]
+    shown += [accuracy for _, accuracy in points.values()]
+    top, middle = max(shown), sorted(shown)[len(shown) // 3]
+    left.set_ylim(max(0.0, middle - (top - middle) - 1), min(100.5, top + 0.2 * (top - middle) + 1))
+    left.set(xlabel="epochs spent", ylabel="test accuracy (%)", title=title)
+    left.legend(loc="lower right")
+    left.grid(alpha=0.3)
+    if averaging_weights is not None:
+        right = axes[0][1]
+        values = list(averaging_weights.values())
+        right.bar(range(len(values)), values, color=COLOURS["TWA"], label="TWA")
+        right.axhline(1 / len(values), color=COLOURS["SWA"], linestyle="--", label="SWA: all equal")
+        step = max(1, len(values) // 8)
+        ticks = range(0, len(values), step)
+        right.set_xticks(ticks, [Path(n).stem for n in list(averaging_weights)[::step]])
+        right.set(xlabel="checkpoint", ylabel="coefficient α", title="averaging coefficients")
+        right.legend()
+        right.grid(axis="y", alpha=0.3)
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Head stage: SGD with checkpoints, then TWA on the first half of them.
+#
+#     bash run.sh [DATASET [ARCH [DATA_DIR]]]     Digits, PreResNet20 and ./datasets if left out
+#
+# Run again, it goes on where it was stopped. Edit the settings below for your own.
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./env.sh
+
+datasets=${1:-Digits}
+model=${2:-PreResNet20}
+data_dir=${3:-./datasets}
+DST=results/${model}_$datasets
+
+case $datasets in
+    Digits) # seconds
+        epochs=40 batch_size=32 saves_per_epoch=1 amp=
+        params_end=21 twa_epochs=5
+        twa="--opt SGD --schedule linear"
+        ;;
+    FashionMNIST) # about 15 minutes on two cores
+        epochs=16 batch_size=128 saves_per_epoch=5 amp=--amp
+        params_end=41 twa_epochs=2
+        twa="--opt SGD --schedule linear"
+        ;;
+    *) # CIFAR10 and CIFAR100, as in the paper
+        epochs=200 batch_size=128 saves_per_epoch=1 amp=
+        params_end=101 twa_epochs=10
+        twa="--opt SGD --schedule step --lr 2"
+        ;;
+esac
+
+"$PYTHON" -u train_sgd_cifar.py --datasets "$datasets" --arch="$model" --data-dir "$data_dir" \
+    --epochs=$epochs --lr 0.1 --batch-size $batch_size --saves-per-epoch $saves_per_epoch $amp \
+    --save-dir="$DST/checkpoints" --log-dir="$DST" -p 100 --resume
+
+"$PYTHON" -u train_twa.py --datasets "$datasets" --arch="$model" --data-dir "$data_dir" \
+    --epochs $twa_epochs --extract Schmidt --params_start 0 --params_end $params_end \
+    --train_start -1 --wd 0.00001 --batch-size $batch_size $amp $twa \
+    --save-dir="$DST/checkpoints" --log-dir="$DST" -p 100

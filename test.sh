@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The tests:     bash test.sh [pytest's arguments]
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./env.sh
+# One thread: small tensors gain nothing from more, and child processes share the cores.
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q "$@"

@@ -1,0 +1,109 @@
+"""Trains a model with SGD and saves a checkpoint per epoch: what TWA averages later.
+
+    python train_sgd_cifar.py --datasets CIFAR100 --arch VGG16BN --epochs 200 --lr 0.1 \\
+        --save-dir results/checkpoints --log-dir results
+
+Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resume) to --save-dir.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+import data
+import models
+import utils
+from engine import SCHEDULES, Trainer, describe, evaluate, schedule_of, set_up
+from twa.checkpoints import save
+from utils import UserError
+
+
+def parse_arguments():
+    parser = utils.Parser("SGD training that leaves the checkpoints for TWA")
+    utils.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    add = parser.add_argument
+    add("--epochs", type=utils.number(int, 0), default=200, help="epochs in all")
+    add("--optimizer", default="sgd", choices=("sgd", "adam"), help="optimizer")
+    add(
+        "--schedule",
+        default="step",
+        choices=("step", "constant", "cosine"),
+        help="of the rate; step divides it by 10 at half and at three quarters of the epochs",
+    )
+    add("--lr", "--learning-rate", type=utils.number(float, 0), default=0.1, help="learning rate")
+    add("--weight-decay", "--wd", type=utils.number(float, 0), default=1e-4, help="weight decay")
+    add("--saves-per-epoch", type=utils.number(int, 1), default=1, help="checkpoints an epoch")
+    add("--overwrite", action="store_true", help="replace the checkpoints of an earlier run")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    utils.set_seed(args.randomseed)
+    save_dir = Path(args.save_dir)
+    utils.make_directory(save_dir)
+
+    model, train, test = set_up(args)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+        )
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, args.epochs * len(train))
+
+    settings = {"arch": args.arch, "datasets": args.datasets, "epochs": args.epochs}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    done = utils.resume(args, utils.state_path(args, "state.pt"), settings, **parts)
+    if args.evaluate:
+        print("test", describe(evaluate(model, test, args.amp)))
+        return
+    if done == 0:
+        clear(save_dir, args.overwrite)
+        save(model.state_dict(), save_dir / "0.pt")
+    log = utils.RunLog(args, resumed_epoch=done)
+    log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
+    trainer = Trainer(
+        model,
+        train,
+        test,
+        optimizer,
+        scheduler,
+        log.line,
+        args.epochs,
+        amp=args.amp,
+        print_every=args.print_freq,
+    )
+
+    # The iterations of an epoch after which a checkpoint is saved, evenly spaced.
+    if args.saves_per_epoch > len(train):
+        raise UserError(f"--saves-per-epoch: an epoch has only {len(train)} iterations")
+    save_after = [
+        math.ceil(k * len(train) / args.saves_per_epoch) for k in range(1, args.saves_per_epoch + 1)
+    ]
+    for epoch in range(done + 1, args.epochs + 1):
+
+        def save_checkpoint(iteration: int, saved: int = (epoch - 1) * args.saves_per_epoch):
+            if iteration in save_after:
+                number = saved + save_after.index(iteration) + 1
+                save(model.state_dict(), save_dir / f"{number}.pt")
+
+        log.epoch(trainer.epoch(epoch, after_step=save_checkpoint))
+        utils.save_state(save_dir / "state.pt", epoch, settings, **parts)
+
+
+def clear(save_dir: Path, overwrite: bool) -> None:
+    """Removes the checkpoints of an earlier run, if `overwrite` allows it."""
+    earlier = [path for path in save_dir.glob("*.pt") if path.stem.isdecimal()]
+    if earlier and not overwrite:
+        raise UserError(
+            f"{save_dir}: holds the checkpoints of an earlier run; "
+            "--resume goes on with it, --overwrite replaces it"
+        )
+    for path in (*earlier, save_dir / "state.pt"):
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    utils.run(main)

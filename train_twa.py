@@ -1,0 +1,217 @@
+"""Trains the averaging coefficients over a window of checkpoints (Li et al., ICLR 2023).
+
+    python train_twa.py --datasets CIFAR100 --arch VGG16BN --params_start 0 --params_end 101 \\
+        --train_start -1 --opt SGD --schedule step --lr 2 --epochs 10 \\
+        --save-dir results/checkpoints --log-dir results
+
+Reads `N.pt` from --save-dir and writes `twa.pt`, an ordinary state_dict, there; `twa.json` (the
+results) and `twa.png` go to --log-dir. Test data choose nothing: the end of training is reported.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import models
+import report
+import utils
+from engine import SCHEDULES, Trainer, evaluate, reestimate_bn, schedule_of, set_up
+from twa import TWA
+from twa.checkpoints import average, load_into, save
+from utils import UserError, number
+
+RATE_HELP = (
+    "2e-3 · (1 - momentum) · ‖w‖² for SGD and 0.01 · ‖w‖ / sqrt(coefficients) for AdamW, with ‖w‖ "
+    "the norm of the start point's trainable weights"
+)
+
+
+def parse_arguments():
+    parser = utils.Parser("trains the averaging coefficients over a window of checkpoints")
+    utils.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    add = parser.add_argument
+    add("--epochs", type=number(int, 0), default=100, help="epochs over the training set")
+    add("--params_start", type=number(int, 0), default=0, help="first checkpoint of the window")
+    add("--params_end", type=number(int, 0), default=51, help="one past the window's last")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--train_start",
+        type=number(int, -1),
+        default=-1,
+        help="checkpoint to start from; -1: the mean of the window (SWA)",
+    )
+    start.add_argument(
+        "--start-average",
+        type=number(int, 1),
+        metavar="K",
+        help="start from the mean of the window's last K checkpoints",
+    )
+    add("--extract", default="Schmidt", choices=("Schmidt",), help="how the basis is made")
+    add("--opt", default="SGD", choices=("SGD", "AdamW"), help="optimizer of the coefficients")
+    add("--schedule", default="step", choices=tuple(SCHEDULES), help="of the rate")
+    add("--lr", type=number(float, 0), help="rate of the coefficients; left out: " + RATE_HELP)
+    add("--weight-decay", "--wd", type=number(float, 0), default=1e-5, help="weight decay")
+    add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches a projected step")
+    return parser.parse_args()
+
+
+def safe_rate(optimizer: TWA, momentum: float | None) -> float:
+    """A rate for the coefficients from the norm of the start point (see RATE_HELP).
+
+    Weights before batch norm are scale-invariant: their gradient shrinks as 1/‖w‖, so that what
+    SGD's rate does depends on rate/‖w‖² alone, and what Adam's does on rate·√n/‖w‖, the angle by
+    which a step of length rate·√n turns the weights. The factors give about 0.5 for PreResNet20,
+    where 2 diverges, and about 2 for VGG16BN, the paper's value.
+    """
+    norm = sum(p.detach().double().square().sum() for p in optimizer.subspace.parameters).sqrt()
+    if momentum is None:
+        return 0.01 * norm.item() / math.sqrt(len(optimizer.subspace))
+    return 2e-3 * (1 - momentum) * norm.item() ** 2
+
+
+def window_paths(save_dir: Path, start: int, end: int) -> list[Path]:
+    """The checkpoints `start` to `end` - 1 of `save_dir`, all of which are there."""
+    if start >= end:
+        raise UserError(
+            f"--params_start {start} --params_end {end}: the window [{start}, {end}) is empty"
+        )
+    there = sorted(int(p.stem) for p in save_dir.glob("*.pt") if p.stem.isdecimal())
+    missing = sorted(set(range(start, end)) - set(there))
+    if missing:
+        found = f"it holds {there[0]} to {there[-1]}" if there else "it holds no checkpoints"
+        raise UserError(f"{save_dir}: {missing[0]}.pt is missing from [{start}, {end}); {found}")
+    return [save_dir / f"{i}.pt" for i in range(start, end)]
+
+
+def averages_of(window: list[Path], args) -> tuple[dict, str]:
+    """The averages that TWA is compared with, and which of them is its start point."""
+    averages = {
+        "last": window[-1],
+        "mean of last 5": average(window[-5:]),
+        "SWA": average(window),
+    }
+    if args.start_average:
+        start = f"mean of last {args.start_average}"
+        averages.setdefault(start, average(window[-args.start_average :]))
+    elif args.train_start >= 0:
+        start = f"checkpoint {args.train_start}"
+        averages[start] = Path(args.save_dir) / f"{args.train_start}.pt"
+    else:
+        start = "SWA"
+    return averages, start
+
+
+def main():
+    args = parse_arguments()
+    utils.set_seed(args.randomseed)
+    save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
+    window = window_paths(save_dir, args.params_start, args.params_end)
+    model, train, test = set_up(args)
+
+    # Batch norm is re-estimated for every solution: its statistics belong to the data.
+    averages, start = averages_of(window, args)
+    sgd = report.SGDRun.read(log_dir)
+    spent = sgd.spent(args.params_end - 1)
+    solutions = {}
+    for name, checkpoint in averages.items():
+        load_into(model, checkpoint)
+        reestimate_bn(model, train, args.amp)
+        solutions[name] = evaluate(model, test, args.amp) | spent
+    if args.evaluate:
+        print(report.table(solutions))
+        return
+
+    started = time.perf_counter()
+    base_arguments = {"lr": args.lr or 0.0, "weight_decay": args.weight_decay}
+    if args.opt == "SGD":
+        base_arguments["momentum"] = args.momentum
+    optimizer = TWA(
+        model,
+        window,
+        getattr(torch.optim, args.opt),
+        start=averages[start],
+        extract=args.extract,
+        **base_arguments,
+    )
+    if args.lr is None:
+        optimizer.param_groups[0]["lr"] = safe_rate(optimizer, base_arguments.get("momentum"))
+    rate = optimizer.param_groups[0]["lr"]
+    build_seconds = time.perf_counter() - started
+    steps = args.epochs * math.ceil(len(train) / args.accumulate)
+    scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, steps)
+    settings = {
+        "arch": args.arch,
+        "datasets": args.datasets,
+        "epochs": args.epochs,
+        "window": [args.params_start, args.params_end],
+        "start": start,
+    }
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    done = utils.resume(args, utils.state_path(args, "twa_state.pt"), settings, **parts)
+
+    log = utils.RunLog(args, prefix="twa_", resumed_epoch=done)
+    log.line(
+        f"{args.arch} on {args.datasets}: TWA over checkpoints {args.params_start} to "
+        f"{args.params_end - 1} from {start}: {len(optimizer.subspace)} coefficients, "
+        f"rate {rate:.3g}, basis of {optimizer.subspace.nbytes / 2**20:.1f} MiB in "
+        f"{build_seconds:.1f} s"
+    )
+    trainer = Trainer(
+        model,
+        train,
+        test,
+        optimizer,
+        scheduler,
+        log.line,
+        args.epochs,
+        amp=args.amp,
+        print_every=args.print_freq,
+        accumulate=args.accumulate,
+        name="TWA ",
+    )
+    for epoch in range(done + 1, args.epochs + 1):
+        log.epoch(trainer.epoch(epoch))
+        utils.save_state(save_dir / "twa_state.pt", epoch, settings, **parts)
+
+    # The end of training is what is reported: test data choose nothing.
+    reestimate_bn(model, train, args.amp)
+    save(model.state_dict(), save_dir / "twa.pt")
+    seconds = build_seconds + sum(m["seconds"] for m in log.epochs)
+    solutions["TWA"] = evaluate(model, test, args.amp) | {
+        "epochs": spent["epochs"] + args.epochs,
+        "seconds": spent["seconds"] + seconds,
+    }
+    alpha = optimizer.averaging_weights()
+    alpha = alpha.mean(0) if alpha.dim() == 2 else alpha  # at finer granularity the blocks' mean
+    averaging_weights = {path.name: a for path, a in zip(window, alpha.tolist(), strict=True)}
+    utils.write_json(
+        {
+            "results": solutions,
+            "averaging_weights": averaging_weights,
+            "epochs": args.epochs,
+            "seconds": seconds,
+            "build_seconds": build_seconds,
+            "lr": rate,
+            "start": start,
+            "sgd": sgd.end,
+        },
+        log_dir / "twa.json",
+    )
+    report.figure(
+        log_dir / "twa.png",
+        f"{args.arch} on {args.datasets}",
+        curves={"SGD": sgd.curve},
+        points={name: (s["epochs"], s["accuracy"]) for name, s in solutions.items()},
+        averaging_weights=averaging_weights,
+    )
+    if sgd.end and sgd.end["epochs"] > spent["epochs"]:
+        solutions["SGD to its end"] = sgd.end
+    log.line(report.table(solutions))
+    log.line(f"written: {save_dir / 'twa.pt'}, {log_dir / 'twa.json'}, {log_dir / 'twa.png'}")
+
+
+if __name__ == "__main__":
+    utils.run(main)

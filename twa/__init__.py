@@ -1,0 +1,12 @@
+"""Trainable Weight Averaging (Li et al., ICLR 2023): train the coefficients of an average.
+
+    from twa import TWA, Subspace
+
+`TWA` is the optimizer that a training loop uses; `Subspace` is the basis beneath it.
+"""
+
+from twa.checkpoints import CheckpointError
+from twa.optimizer import TWA
+from twa.subspace import Subspace
+
+__all__ = ["TWA", "CheckpointError", "Subspace"]

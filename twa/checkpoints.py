@@ -1,0 +1,151 @@
+"""Checkpoints on disk: read without trust, averaged one at a time, written all or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+Checkpoint = str | os.PathLike | Mapping[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line that names it and says why."""
+
+
+def load(path: str | os.PathLike):
+    """What `torch.save` wrote to `path`, or the tensors of a `.safetensors` file, on the CPU.
+
+    Nothing in the file is executed (`weights_only=True`), and tensors are mapped rather than
+    read, so that a caller who needs some columns touches no more than these.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, truncated, or holds pickled code.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such checkpoint") from None
+    except pickle.UnpicklingError:
+        # A damaged archive says so elsewhere; what fails here asked for a class or a function.
+        raise CheckpointError(
+            f"{path}: holds pickled code or is no checkpoint; only plain tensors are read"
+        ) from None
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
+
+
+def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The `state_dict` behind `checkpoint`: a path is read, a mapping is taken as it is.
+
+    The prefix that `DataParallel` and `DistributedDataParallel` put before every key
+    (`module.`) is taken off, so that checkpoints of wrapped models load as they are.
+
+    Raises:
+        CheckpointError: as `load`, or the file holds something other than a `state_dict`.
+    """
+    state = checkpoint if isinstance(checkpoint, Mapping) else load(checkpoint)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{name_of(checkpoint)}: is not a state_dict (names to tensors)")
+    if state and all(key.startswith("module.") for key in state):
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """How messages call `checkpoint`: its path, or that it came as a `state_dict`."""
+    return "state_dict" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
+
+
+def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """Raises `CheckpointError` unless `state` fits a model whose `state_dict` is `expected`.
+
+    The message names the first key, in the model's order, that is missing or of another shape;
+    then keys that the model does not have; then tensors that hold NaN or infinity.
+    """
+    for key, tensor in expected.items():
+        if key not in state:
+            raise CheckpointError(f"{name}: of another architecture: {key} is missing")
+        if state[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"{name}: of another architecture: {key} is {list(state[key].shape)} there "
+                f"and {list(tensor.shape)} in the model"
+            )
+    for key in state:
+        if key not in expected:
+            raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinity")
+
+
+def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Loads `checkpoint` into `model`; refuses one that does not fit before anything is changed.
+
+    Raises:
+        CheckpointError: as `load_state_dict` and `check`.
+    """
+    state = load_state_dict(checkpoint)
+    check(state, model.state_dict(), name_of(checkpoint))
+    model.load_state_dict(state)
+
+
+def average(checkpoints: Sequence[Checkpoint]) -> dict[str, Tensor]:
+    """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018), in their own dtypes.
+
+    Summed in float64, one checkpoint in memory at a time. What has no mean (the integer
+    counters of batch norm) is taken from the last.
+
+    Raises:
+        CheckpointError: one of them cannot be read or does not fit the first.
+    """
+    first = load_state_dict(checkpoints[0])
+    total = {key: v.to(torch.float64) for key, v in first.items() if v.is_floating_point()}
+    last = first
+    for checkpoint in checkpoints[1:]:
+        last = load_state_dict(checkpoint)
+        check(last, first, name_of(checkpoint))
+        for key, tensor in total.items():
+            tensor += last[key]
+    mean = {key: (t / len(checkpoints)).to(first[key].dtype) for key, t in total.items()}
+    return {key: mean[key] if key in mean else last[key].clone() for key in first}
+
+
+def save(obj, path: str | os.PathLike) -> None:
+    """`torch.save`, all or nothing: a reader finds the old file or the new one, whole."""
+    with replacing(path) as temporary:
+        torch.save(obj, temporary)
+
+
+class replacing:
+    """Context: yields a temporary path beside `path` that takes its name once the block is done.
+
+    If the block raises, the temporary file is removed and `path` stays as it was. The data are
+    flushed to the disk before the new name is given, so that a crash leaves no empty file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, exception_type, *_) -> None:
+        if exception_type is not None:
+            self.temporary.unlink(missing_ok=True)
+            return
+        with open(self.temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.temporary, self.path)

@@ -1,0 +1,155 @@
+"""TWA: an optimizer whose parameters are the coefficients of a weight average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from twa.checkpoints import Checkpoint, average, load_into
+from twa.subspace import Subspace
+
+
+class TWA(torch.optim.Optimizer):
+    """Trainable Weight Averaging (Li et al., ICLR 2023, Section 3) around any optimizer.
+
+    The checkpoints are orthonormalised into a basis `P` of n rows, and the model moves only in
+    their span, `w = w_0 + Pᵀ(β − β_0)` with `β_0 = P w_0`: a step projects the model's gradient,
+    `β.grad = P ∇loss(w)`, lets `base` step on the n coefficients `β`, and writes `w` back.
+    Before the first step the model is the start point to the bit. With `torch.optim.SGD` this is
+    the paper's SGD on `w` with its gradient projected by `PᵀP`; weight decay then acts within
+    the span.
+
+        optimizer = TWA(model, checkpoints, torch.optim.SGD, lr=0.5, momentum=0.9)
+        for images, labels in loader:
+            criterion(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Learning rate schedules, `state_dict()` and `load_state_dict()` work as with any optimizer.
+
+    Args:
+        model: the module to train. Its trainable parameters are set to the start point, and so
+            are its buffers and frozen parameters. Batch norm's running statistics belong to the
+            data, not to the average: re-estimate them (`torch.optim.swa_utils.update_bn`) before
+            you evaluate.
+        checkpoints: paths (`.pt`, `.safetensors`) or `state_dict`s, in the order of training.
+        base: the class of the optimizer that steps on the coefficients, float32 of shape [n].
+        start: the start point, a path or a `state_dict`; the checkpoints' mean (SWA) if None.
+        extract, components, bits, granularity: the basis; see `Subspace`.
+        **base_arguments: what `base` takes: `lr`, `momentum`, `weight_decay`, …
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read or does not fit the model.
+        ValueError: an argument is out of its range, or no checkpoint was given.
+        MemoryError: the basis does not fit into the memory that is free.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        checkpoints: Sequence[Checkpoint],
+        base: type[torch.optim.Optimizer] = torch.optim.SGD,
+        *,
+        start: Checkpoint | None = None,
+        extract: str = "Schmidt",
+        components: int | None = None,
+        bits: int = 32,
+        granularity: str = "model",
+        **base_arguments,
+    ):
+        self.subspace = Subspace(
+            model,
+            checkpoints,
+            extract=extract,
+            components=components,
+            bits=bits,
+            granularity=granularity,
+        )
+        load_into(model, average(checkpoints) if start is None else start)
+        self._start = self.subspace.flatten(self.subspace.parameters)
+        self._start_coefficients = self.subspace.project(self._start)
+        self.coefficients = torch.nn.Parameter(self._start_coefficients.clone())
+        self.base = base([self.coefficients], **base_arguments)
+        super().__init__(self.base.param_groups, self.base.defaults)
+        # One list and one state for both, so that a schedule that writes a rate into a group, and
+        # a `state_dict`, reach the optimizer that steps.
+        self.base.param_groups = self.param_groups
+        self.state = self.base.state
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step of `base` on the coefficients; the weights follow.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls `backward` and returns the
+                loss, as for any optimizer; those that evaluate it many times (`LBFGS`) need it.
+        """
+        if closure is None:
+            self._project_gradients()
+            self.base.step()
+            self._write_weights()
+            return None
+
+        def closure_at_coefficients() -> Tensor:
+            self._write_weights()
+            loss = closure()
+            self._project_gradients()
+            return loss
+
+        loss = self.base.step(closure_at_coefficients)
+        self._write_weights()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of the coefficients and of the model's parameters."""
+        super().zero_grad(set_to_none)
+        for parameter in self.subspace.parameters:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def averaging_weights(self) -> Tensor:
+        """α with `w = Σ α_i w_i`: how much of each checkpoint the model now holds.
+
+        Float64 of shape [checkpoints], zero where a checkpoint was dropped; at granularity
+        "layer" or "channel" [blocks, checkpoints]. Exact where the start point lies in the span.
+        """
+        return self.subspace.averaging_weights(self.coefficients.detach())
+
+    def state_dict(self) -> dict:
+        """The state of `base` and the coefficients; the basis is rebuilt from its checkpoints."""
+        state = super().state_dict()
+        state["coefficients"] = self.coefficients.detach().clone()
+        state["start_coefficients"] = self._start_coefficients.clone()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Resumes where `state_dict()` was taken, the model's weights included.
+
+        Raises:
+            ValueError: the state belongs to another window, start point or kind of basis.
+        """
+        state = dict(state_dict)
+        coefficients, start = state.pop("coefficients"), state.pop("start_coefficients")
+        same = start.shape == self._start_coefficients.shape and torch.allclose(
+            start.to(self._start_coefficients.device), self._start_coefficients, rtol=1e-4
+        )
+        if not same:
+            raise ValueError("the state belongs to another window of checkpoints or start point")
+        super().load_state_dict(state)
+        self.base.param_groups = self.param_groups
+        self.base.state = self.state
+        with torch.no_grad():
+            self.coefficients.copy_(coefficients)
+        self._write_weights()
+
+    def _project_gradients(self) -> None:
+        gradients = self.subspace.flatten(p.grad for p in self.subspace.parameters)
+        self.coefficients.grad = self.subspace.project(gradients)
+
+    @torch.no_grad()
+    def _write_weights(self) -> None:
+        weights = self.subspace.expand(self.coefficients - self._start_coefficients)
+        self.subspace.assign(weights.add_(self._start))

@@ -1,0 +1,325 @@
+"""What every trainer starts with: shared arguments, device, seed, the log of a run, user errors."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from twa.checkpoints import CheckpointError, check, load, replacing, save
+
+
+class UserError(Exception):
+    """An error that the user can mend: one line on stderr, exit status 2."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls `main`; errors that the user can mend end in one line on stderr, exit status 2."""
+    try:
+        main()
+    except (UserError, CheckpointError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that shows defaults in `--help` and says errors in one line."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argument type: a finite `kind` (int or float) in [low, high]."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says it: "invalid int value: …"
+    return parse
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
+) -> None:
+    """The flags of both trainers of the head stage, with the names of the paper's release."""
+    add = parser.add_argument
+    add("--arch", "-a", default="VGG16BN", choices=architectures, help="architecture")
+    add("--datasets", default="CIFAR10", choices=datasets, help="data set")
+    add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
+    add(
+        "--workers",
+        "-j",
+        type=number(int, 0),
+        default=4,
+        help="accepted for the paper's command lines; these data sets live on the device "
+        "and need no worker processes",
+    )
+    add("--batch-size", "-b", type=number(int, 1), default=128, help="images a step")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
+    add("--print-freq", "-p", type=number(int, 1), default=50, help="iterations between lines")
+    add("--randomseed", type=number(int, 0, 2**31 - 1), default=1, help="seed of all randomness")
+    add("--device", help="torch device; left out, the accelerator if there is one, else cpu")
+    add(
+        "--amp",
+        "--half",
+        action="store_true",
+        help="bfloat16 autocast and channels_last memory format",
+    )
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--save-dir", default="save_temp", help="where checkpoints are saved")
+    add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
+    add("--log-name", default="log", help="name of the log file in --log-dir")
+    add("--wandb", action="store_true", help="send the metrics to Weights & Biases as well")
+    add("--EXP", default="TWA", help="name of the Weights & Biases run")
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="STATE",
+        help="go on from STATE; without a value from the state in --save-dir, or from the start "
+        "if there is none yet",
+    )
+    add("--evaluate", "-e", action="store_true", help="test what there is and end")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that `--device` names, or the accelerator if there is one, else the CPU."""
+    if name is None:
+        if torch.accelerator.is_available():
+            return torch.accelerator.current_accelerator()
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
+
+
+def set_seed(seed: int) -> None:
+    """Seeds Python, NumPy and torch, on the CPU and on every accelerator."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict:
+    """The state of every generator that `set_seed` seeds, as plain tensors and numbers.
+
+    An accelerator's generator is part of it where the backend has one to read.
+    """
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        states[kind] = torch.get_device_module(kind).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict) -> None:
+    """Puts back what `random_states` returned."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        if kind in states:
+            torch.get_device_module(kind).set_rng_state(states[kind])
+
+
+class RunLog:
+    """The log of a run: lines for people, one JSON object an epoch for programs.
+
+    Lines go to stdout and to `<log_dir>/<log_name>`. `<log_dir>/<prefix>run.json` keeps the
+    arguments, the versions and the git commit; `<log_dir>/<prefix>metrics.jsonl` the epochs.
+
+    Args:
+        resumed_epoch: epochs that stand already; later lines of an earlier run are dropped.
+
+    Attributes:
+        epochs: the metrics of every epoch so far.
+    """
+
+    def __init__(self, args: argparse.Namespace, prefix: str = "", resumed_epoch: int = 0):
+        directory = Path(args.log_dir)
+        make_directory(directory)
+        self._has_header = False
+        self._logger = logging.Logger("run")
+        self._logger.addHandler(logging.StreamHandler(sys.stdout))
+        self._logger.addHandler(logging.FileHandler(directory / args.log_name))
+        self._metrics = directory / f"{prefix}metrics.jsonl"
+        self.epochs = [m for m in read_metrics(self._metrics) if m["epoch"] <= resumed_epoch]
+        with replacing(self._metrics) as temporary:
+            temporary.write_text("".join(json.dumps(m) + "\n" for m in self.epochs))
+        write_json({"arguments": vars(args), **provenance()}, directory / f"{prefix}run.json")
+        self._wandb = start_wandb(args) if args.wandb else None
+
+    def line(self, text: str) -> None:
+        self._logger.info(text)
+
+    def epoch(self, metrics: dict[str, float | None]) -> None:
+        """Adds the metrics of one epoch: a row of the log's table and a JSON object.
+
+        Args:
+            metrics: "epoch" and what else there is to tell, in the order of the columns; None
+                where something was not measured in this epoch.
+        """
+        if not self._has_header:
+            self.line("  ".join(f"{key.replace('_', ' '):>8}" for key in metrics))
+            self._has_header = True
+        self.line("  ".join(cell(key, value) for key, value in metrics.items()))
+        self.epochs.append(metrics)
+        with open(self._metrics, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if self._wandb:
+            self._wandb.log(metrics)
+
+
+def cell(key: str, value: float | None) -> str:
+    """`value` as it stands below the heading `key` of the log's table."""
+    if value is None:
+        text = "-"
+    elif key.endswith("loss"):
+        text = f"{value:.4f}"
+    elif key.endswith("accuracy"):
+        text = f"{value:.2f}"
+    else:
+        text = f"{value:.4g}"
+    return text.rjust(max(8, len(key)))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The epochs of a `metrics.jsonl`, in order; none if the file is not there."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Writes `content` as JSON, all or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def make_directory(directory: Path) -> None:
+    """Makes `directory` with its parents; a `UserError` names one that cannot be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made ({error.strerror})") from None
+
+
+def provenance() -> dict:
+    """What a run was made with: versions, platform, and the git commit where there is one."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "command": sys.argv,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision")},
+        },
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def start_wandb(args: argparse.Namespace):
+    """The Weights & Biases run that `--wandb` asks for, named by `--EXP`."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb: the package is missing; pip install wandb") from None
+    return wandb.init(project="TWA", name=args.EXP, config=vars(args))
+
+
+STATE_FORMAT = 1
+
+
+def state_path(args: argparse.Namespace, name: str) -> Path:
+    """Where the resumable state lies: where `--resume` says, else `name` in `--save-dir`."""
+    return Path(args.resume or Path(args.save_dir) / name)
+
+
+def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:
+    """Saves all that a run needs to go on after `epoch` epochs as if it had not stopped.
+
+    Args:
+        settings: plain values that must be the same when the run goes on.
+        parts: what has a `state_dict()`: model, optimizer, schedule, …
+    """
+    state = {
+        "format": STATE_FORMAT,
+        "epoch": epoch,
+        "settings": settings,
+        "random": random_states(),
+        **{name: part.state_dict() for name, part in parts.items()},
+    }
+    save(state, path)
+
+
+def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int:
+    """Puts back what `save_state` saved if `--resume` is given; returns the epochs that are done.
+
+    Raises:
+        UserError: the file is no such state, or one of another format or setting.
+        CheckpointError: the file cannot be read, or belongs to another architecture.
+    """
+    if args.resume is None or not (args.resume or path.exists()):
+        return 0
+    state = load(path)
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path}: is not a resumable state")
+    if state["format"] != STATE_FORMAT:
+        raise UserError(
+            f"{path}: has format {state['format']}, this version reads format {STATE_FORMAT}"
+        )
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            raise UserError(
+                f"{path}: was saved with {key} {state['settings'].get(key)}, "
+                f"but this run has {key} {value}"
+            )
+    check(state["model"], parts["model"].state_dict(), str(path))
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: the state of the {name} does not fit ({error})") from None
+    set_random_states(state["random"])
+    return state["epoch"]
