@@ -46,8 +46,14 @@ class SGDRun:
         return {"epochs": epochs, "seconds": seconds}
 
     @property
-    def curve(self) -> Curve:
-        return [m["epoch"] for m in self.metrics], [m["test_accuracy"] for m in self.metrics]
+    def curves(self) -> dict[str, Curve]:
+        """Test accuracy over epochs, of SGD and, where it was tested, of its average."""
+        curves = {}
+        for name, key in (("SGD", "test_accuracy"), ("SWA", "SWA_accuracy")):
+            tested = [m for m in self.metrics if m.get(key) is not None]
+            if tested:
+                curves[name] = [m["epoch"] for m in tested], [m[key] for m in tested]
+        return curves
 
     @property
     def end(self) -> dict[str, float] | None:
@@ -61,6 +67,12 @@ class SGDRun:
             "epochs": last["epoch"],
             "seconds": sum(m["seconds"] for m in self.metrics),
         }
+
+    @property
+    def swa_end(self) -> dict[str, float]:
+        """Test accuracy and loss of the average at the end of a run with `--swa`."""
+        last = self.metrics[-1]
+        return {"accuracy": last["SWA_accuracy"], "loss": last["SWA_loss"]}
 
 
 def table(solutions: Mapping[str, Mapping[str, float]]) -> str:

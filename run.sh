@@ -15,19 +15,19 @@ DST=results/${model}_$datasets
 
 case $datasets in
     Digits) # seconds
-        epochs=40 batch_size=32 saves_per_epoch=1 amp=
-        params_end=21 twa_epochs=5
-        twa="--opt SGD --schedule linear"
+        epochs=60 batch_size=32 saves_per_epoch=1 amp=
+        params_end=31 twa_epochs=5
+        twa="--opt SGD --schedule linear --start-average 10"
         ;;
     FashionMNIST) # about 15 minutes on two cores
-        epochs=16 batch_size=128 saves_per_epoch=5 amp=--amp
-        params_end=41 twa_epochs=2
-        twa="--opt SGD --schedule linear"
+        epochs=12 batch_size=128 saves_per_epoch=5 amp=--amp
+        params_end=31 twa_epochs=2
+        twa="--opt SGD --schedule linear --start-average 10"
         ;;
     *) # CIFAR10 and CIFAR100, as in the paper
         epochs=200 batch_size=128 saves_per_epoch=1 amp=
         params_end=101 twa_epochs=10
-        twa="--opt SGD --schedule step --lr 2"
+        twa="--opt SGD --schedule step --lr 2 --train_start -1"
         ;;
 esac
 
@@ -37,5 +37,5 @@ esac
 
 "$PYTHON" -u train_twa.py --datasets "$datasets" --arch="$model" --data-dir "$data_dir" \
     --epochs $twa_epochs --extract Schmidt --params_start 0 --params_end $params_end \
-    --train_start -1 --wd 0.00001 --batch-size $batch_size $amp $twa \
+    --wd 0.00001 --batch-size $batch_size $amp $twa \
     --save-dir="$DST/checkpoints" --log-dir="$DST" -p 100

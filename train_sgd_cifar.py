@@ -34,7 +34,6 @@ def parse_arguments():
     add("--lr", "--learning-rate", type=utils.number(float, 0), default=0.1, help="learning rate")
     add("--weight-decay", "--wd", type=utils.number(float, 0), default=1e-4, help="weight decay")
     add("--saves-per-epoch", type=utils.number(int, 1), default=1, help="checkpoints an epoch")
-    add("--overwrite", action="store_true", help="replace the checkpoints of an earlier run")
     return parser.parse_args()
 
 
@@ -42,7 +41,6 @@ def main():
     args = parse_arguments()
     utils.set_seed(args.randomseed)
     save_dir = Path(args.save_dir)
-    utils.make_directory(save_dir)
 
     model, train, test = set_up(args)
     if args.optimizer == "sgd":
@@ -60,7 +58,7 @@ def main():
         print("test", describe(evaluate(model, test, args.amp)))
         return
     if done == 0:
-        clear(save_dir, args.overwrite)
+        utils.clear(save_dir, args.overwrite)
         save(model.state_dict(), save_dir / "0.pt")
     log = utils.RunLog(args, resumed_epoch=done)
     log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
@@ -91,18 +89,6 @@ def main():
 
         log.epoch(trainer.epoch(epoch, after_step=save_checkpoint))
         utils.save_state(save_dir / "state.pt", epoch, settings, **parts)
-
-
-def clear(save_dir: Path, overwrite: bool) -> None:
-    """Removes the checkpoints of an earlier run, if `overwrite` allows it."""
-    earlier = [path for path in save_dir.glob("*.pt") if path.stem.isdecimal()]
-    if earlier and not overwrite:
-        raise UserError(
-            f"{save_dir}: holds the checkpoints of an earlier run; "
-            "--resume goes on with it, --overwrite replaces it"
-        )
-    for path in (*earlier, save_dir / "state.pt"):
-        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

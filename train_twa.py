@@ -203,7 +203,7 @@ def main():
     report.figure(
         log_dir / "twa.png",
         f"{args.arch} on {args.datasets}",
-        curves={"SGD": sgd.curve},
+        curves=sgd.curves,
         points={name: (s["epochs"], s["accuracy"]) for name, s in solutions.items()},
         averaging_weights=averaging_weights,
     )

@@ -69,29 +69,31 @@ def add_common_arguments(
     add("--arch", "-a", default="VGG16BN", choices=architectures, help="architecture")
     add("--datasets", default="CIFAR10", choices=datasets, help="data set")
     add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
-    add(
-        "--workers",
-        "-j",
-        type=number(int, 0),
-        default=4,
-        help="accepted for the paper's command lines; these data sets live on the device "
-        "and need no worker processes",
-    )
+    add("--workers", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
     add("--batch-size", "-b", type=number(int, 1), default=128, help="images a step")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--print-freq", "-p", type=number(int, 1), default=50, help="iterations between lines")
     add("--randomseed", type=number(int, 0, 2**31 - 1), default=1, help="seed of all randomness")
-    add("--device", help="torch device; left out, the accelerator if there is one, else cpu")
-    add(
-        "--amp",
-        "--half",
-        action="store_true",
-        help="bfloat16 autocast and channels_last memory format",
-    )
-    add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--save-dir", default="save_temp", help="where checkpoints are saved")
     add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
-    add("--log-name", default="log", help="name of the log file in --log-dir")
+    add("--evaluate", "-e", action="store_true", help="test what there is and end")
+    add_run_arguments(parser)
+
+
+WORKERS_HELP = (
+    "accepted so that known command lines run: these data sets live on the device and need no "
+    "worker processes"
+)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every trainer: where and how a run computes, what it logs, resuming."""
+    add = parser.add_argument
+    add("--device", help="torch device; left out, the accelerator if there is one, else cpu")
+    amp_help = "bfloat16 autocast and channels_last memory format"
+    add("--amp", "--half", action="store_true", help=amp_help)
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--print-freq", "-p", type=number(int, 1), default=50, help="iterations between lines")
+    add("--log-name", default="log", help="name of the log file")
     add("--wandb", action="store_true", help="send the metrics to Weights & Biases as well")
     add("--EXP", default="TWA", help="name of the Weights & Biases run")
     add(
@@ -99,10 +101,10 @@ def add_common_arguments(
         nargs="?",
         const="",
         metavar="STATE",
-        help="go on from STATE; without a value from the state in --save-dir, or from the start "
-        "if there is none yet",
+        help="go on from STATE; without a value from the state that the run saved, or from the "
+        "start if there is none yet",
     )
-    add("--evaluate", "-e", action="store_true", help="test what there is and end")
+    add("--overwrite", action="store_true", help="replace the checkpoints of an earlier run")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -223,6 +225,23 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def clear(save_dir: Path, overwrite: bool) -> None:
+    """Makes `save_dir`, empty of checkpoints; those of an earlier run go only if `overwrite`.
+
+    Raises:
+        UserError: the directory cannot be made, or holds checkpoints that must not go.
+    """
+    make_directory(save_dir)
+    earlier = [path for path in save_dir.glob("*.pt") if path.stem.isdecimal()]
+    if earlier and not overwrite:
+        raise UserError(
+            f"{save_dir}: holds the checkpoints of an earlier run; "
+            "--resume goes on with it, --overwrite replaces it"
+        )
+    for path in (*earlier, save_dir / "state.pt"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(content: dict, path: Path) -> None:

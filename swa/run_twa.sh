@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Tail stage, second half: TWA over the checkpoints that run.sh averaged equally.
+#
+#     bash run_twa.sh [DATASET [MODEL [DATA_DIR]]]     as given to run.sh
+set -euo pipefail
+cd "$(dirname "$0")"
+. ../env.sh
+
+dataset=${1:-Digits}
+model=${2:-PreResNet20}
+data_path=${3:-../datasets}
+seed=${SEED:-1}
+
+# The window is [swa_start, epochs + 1) of run.sh.
+case $dataset/$model in
+    Digits/*)
+        params_start=21 params_end=41 epochs=5 batch_size=32 amp=
+        twa="--schedule linear --train_start -1 --wd 1e-5"
+        ;;
+    FashionMNIST/*)
+        params_start=6 params_end=13 epochs=2 batch_size=128 amp=--amp
+        twa="--schedule linear --train_start -1 --wd 1e-5"
+        ;;
+    */PreResNet*) # the paper's recipe for PreResNet164
+        params_start=126 params_end=226 epochs=10 batch_size=128 amp=
+        twa="--schedule step --lr 2 --train_start 225 --wd 5e-5"
+        ;;
+    *) # the paper's recipe for VGG16BN
+        params_start=161 params_end=301 epochs=10 batch_size=128 amp=
+        twa="--schedule step --lr 2 --train_start 300 --wd 5e-5"
+        ;;
+esac
+
+dir=../results/swa_${model}_${dataset}
+"$PYTHON" -u ../train_twa.py --datasets "$dataset" --arch "$model" --data-dir "$data_path" \
+    --opt SGD --extract Schmidt --params_start $params_start --params_end $params_end \
+    --epochs $epochs --batch-size $batch_size $amp $twa --randomseed "$seed" \
+    --save-dir "$dir/checkpoints" --log-dir "$dir" -p 100

@@ -1,0 +1,138 @@
+"""SGD with Stochastic Weight Averaging (Izmailov et al., UAI 2018): the tail stage's first half.
+
+    python train.py --dir ../results/swa --dataset CIFAR100 --model VGG16BN --epochs 300 \\
+        --lr_init 0.1 --wd 5e-4 --swa --swa_start 161 --swa_lr 0.05
+
+Saves `<dir>/checkpoints/N.pt` after every epoch N (0: the initialisation), the resumable
+`state.pt` and the average, `swa.pt`, beside them; `swa.json` and `swa.png` go to `<dir>`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.optim.lr_scheduler import ConstantLR, SequentialLR
+from torch.optim.swa_utils import SWALR, AveragedModel
+
+import data
+import models
+import report
+import utils
+from engine import Trainer, evaluate, reestimate_bn, set_up
+from twa.checkpoints import save
+from utils import number
+
+
+def parse_arguments():
+    parser = utils.Parser("SGD with stochastic weight averaging")
+    add = parser.add_argument
+    add("--dir", dest="log_dir", required=True, help="where everything is written")
+    add("--dataset", dest="datasets", default="CIFAR10", choices=data.DATASETS, help="data set")
+    add("--data_path", dest="data_dir", default="./datasets", help="where data sets lie")
+    add("--batch_size", type=number(int, 1), default=128, help="images a step")
+    add("--num_workers", type=number(int, 0), default=4, help=utils.WORKERS_HELP)
+    add("--model", dest="arch", required=True, choices=models.ARCHITECTURES, help="architecture")
+    add("--epochs", type=number(int, 1), default=200, help="epochs in all")
+    add("--save_freq", type=number(int, 1), default=1, help="epochs between resumable states")
+    add("--eval_freq", type=number(int, 1), default=5, help="epochs between tests of the average")
+    add("--lr_init", type=number(float, 0), default=0.1, help="initial learning rate")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
+    add("--wd", type=number(float, 0), default=1e-4, help="weight decay")
+    add("--swa", action="store_true", help="average from --swa_start on")
+    add("--swa_start", type=number(int, 1), default=161, help="first epoch that is averaged")
+    add("--swa_lr", type=number(float, 0), default=0.05, help="learning rate of the tail")
+    add("--swa_c_epochs", type=number(int, 1), default=1, help="epochs between averaged ones")
+    add(
+        "--seed",
+        dest="randomseed",
+        type=number(int, 0, 2**31 - 1),
+        default=1,
+        help="seed of all randomness",
+    )
+    utils.add_run_arguments(parser)
+    args = parser.parse_args()
+    args.save_dir = str(Path(args.log_dir) / "checkpoints")
+    return args
+
+
+def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
+    """Constant for half of the head, linear to the tail's rate until 0.9 of it, then constant.
+
+    The head lasts until --swa_start. Without --swa it is the whole run, and the last rate is
+    0.01 · --lr_init.
+    """
+    head = (args.swa_start if args.swa else args.epochs) * epoch_steps
+    tail_rate = args.swa_lr if args.swa else 0.01 * args.lr_init
+    constant = ConstantLR(optimizer, factor=1.0, total_iters=0)
+    decay = SWALR(optimizer, tail_rate, anneal_epochs=round(0.4 * head), anneal_strategy="linear")
+    return SequentialLR(optimizer, [constant, decay], milestones=[round(0.5 * head)])
+
+
+def main():
+    args = parse_arguments()
+    utils.set_seed(args.randomseed)
+    log_dir, save_dir = Path(args.log_dir), Path(args.save_dir)
+    model, train, test = set_up(args)
+    average = AveragedModel(model)
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr_init, momentum=args.momentum, weight_decay=args.wd
+    )
+    scheduler = swa_schedule(optimizer, args, len(train))
+
+    settings = {key: getattr(args, key) for key in ("arch", "datasets", "epochs", "swa")}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
+    done = utils.resume(args, utils.state_path(args, "state.pt"), settings, **parts)
+    if done == 0:
+        utils.clear(save_dir, args.overwrite)
+        save(model.state_dict(), save_dir / "0.pt")
+    log = utils.RunLog(args, resumed_epoch=done)
+    log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
+    trainer = Trainer(
+        model,
+        train,
+        test,
+        optimizer,
+        scheduler,
+        log.line,
+        args.epochs,
+        amp=args.amp,
+        print_every=args.print_freq,
+    )
+
+    for epoch in range(done + 1, args.epochs + 1):
+        metrics = trainer.epoch(epoch)
+        if args.swa:
+            past_start = epoch - args.swa_start
+            if past_start >= 0 and past_start % args.swa_c_epochs == 0:
+                average.update_parameters(model)
+            averaged = {"loss": None, "accuracy": None}
+            if past_start >= 0 and (epoch % args.eval_freq == 0 or epoch == args.epochs):
+                reestimate_bn(average, train, args.amp)
+                averaged = evaluate(average, test, args.amp)
+            metrics |= {f"SWA_{key}": value for key, value in averaged.items()}
+            metrics["seconds"] = metrics.pop("seconds")  # stays the last column
+        log.epoch(metrics)
+        save(model.state_dict(), save_dir / f"{epoch}.pt")
+        if epoch % args.save_freq == 0 or epoch == args.epochs:
+            utils.save_state(save_dir / "state.pt", epoch, settings, **parts)
+
+    run = report.SGDRun.read(log_dir)
+    results = {"SGD": run.end}
+    if args.swa:
+        save(average.module.state_dict(), save_dir / "swa.pt")
+        results["SWA"] = run.end | run.swa_end
+    utils.write_json({"results": results}, log_dir / "swa.json")
+    report.figure(
+        log_dir / "swa.png",
+        f"{args.arch} on {args.datasets}",
+        curves=run.curves,
+        points={name: (s["epochs"], s["accuracy"]) for name, s in results.items()},
+    )
+    log.line(report.table(results))
+    log.line(f"written: {save_dir}, {log_dir / 'swa.json'}, {log_dir / 'swa.png'}")
+
+
+if __name__ == "__main__":
+    utils.run(main)
