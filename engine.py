@@ -48,9 +48,11 @@ def set_up(args: argparse.Namespace) -> tuple[nn.Module, data.Loader, data.Loade
     """The model and the loaders of the training and the test set that the arguments ask for.
 
     Raises:
-        UserError: the device or the data set is not to be had, or the architecture cannot take
-            images of this size.
+        UserError: the device, the data set or a package is not to be had, or the architecture
+            cannot take images of this size.
     """
+    if args.wandb:
+        utils.import_wandb()  # what is missing is said before anything is written
     device = utils.choose_device(args.device)
     train_set, test_set = data.load(args.datasets, args.data_dir, device)
     train = data.Loader(
@@ -117,7 +119,7 @@ class Trainer:
             after_step: called after each optimizer step with the iterations done in this epoch.
 
         Raises:
-            UserError: the loss is NaN or infinite (looked at when a line is due).
+            UserError: the loss is NaN or infinite (looked at when a line is due, and in the test).
         """
         started = time.perf_counter()
         title = f"{self.name}epoch {epoch}/{self.epochs}"
@@ -126,6 +128,7 @@ class Trainer:
         trained = self._train(title, after_step)
         seconds = time.perf_counter() - started
         tested = evaluate(self.model, self.test, self.amp)
+        self._refuse_divergence(tested["loss"], f"{title}, test")
         return {
             "epoch": epoch,
             "rate": rate,
@@ -149,18 +152,18 @@ class Trainer:
             totals.add(loss, outputs, labels)
             left = count - (i - 1) // self.accumulate * self.accumulate  # from this step's first on
             (loss / min(self.accumulate, left)).backward()
+            if i % self.print_every == 0 or i == count:  # before a step whose weights are saved
+                so_far = totals.read()
+                self._refuse_divergence(so_far["loss"], f"{title}, iteration {i}")
+                bar.set_postfix(so_far)
+                if bar.disable and i < count:
+                    self.line(f"{title} [{i}/{count}] {describe(so_far)}")
             if i % self.accumulate == 0 or i == count:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.scheduler.step()
                 if after_step:
                     after_step(i)
-            if i % self.print_every == 0 or i == count:
-                so_far = totals.read()
-                self._refuse_divergence(so_far["loss"], f"{title}, iteration {i}")
-                bar.set_postfix(so_far)
-                if bar.disable and i < count:
-                    self.line(f"{title} [{i}/{count}] {describe(so_far)}")
         return totals.read()
 
     def _refuse_divergence(self, loss: float, where: str) -> None:

@@ -15,7 +15,13 @@ import matplotlib.pyplot as plt
 import utils
 
 # One colour a method in every figure.
-COLOURS = {"SGD": "#7f7f7f", "SWA": "#1f77b4", "TWA": "#d62728", "last": "#2ca02c"}
+COLOURS = {
+    "SGD": "#7f7f7f",
+    "SWA": "#1f77b4",
+    "TWA": "#d62728",
+    "last": "#2ca02c",
+    "mean of last 5": "#ff7f0e",
+}
 OTHER = "#9467bd"
 
 Curve = tuple[list[float], list[float]]  # epochs, test accuracies in percent

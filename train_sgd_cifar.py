@@ -43,6 +43,8 @@ def main():
     save_dir = Path(args.save_dir)
 
     model, train, test = set_up(args)
+    if args.saves_per_epoch > len(train):
+        raise UserError(f"--saves-per-epoch: an epoch has only {len(train)} iterations")
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(
             model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -51,14 +53,23 @@ def main():
         optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
     scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, args.epochs * len(train))
 
-    settings = {"arch": args.arch, "datasets": args.datasets, "epochs": args.epochs}
+    settings = {
+        "arch": args.arch,
+        "datasets": args.datasets,
+        "epochs": args.epochs,
+        "saves_per_epoch": args.saves_per_epoch,
+    }
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    done = utils.resume(args, utils.state_path(args, "state.pt"), settings, **parts)
+    state = utils.state_path(args, "state.pt")
+    done = utils.resume(args, state, settings, **parts)
     if args.evaluate:
         print("test", describe(evaluate(model, test, args.amp)))
         return
-    if done == 0:
+    if done is None or state.resolve().parent != save_dir.resolve():
         utils.clear(save_dir, args.overwrite)
+    if not done:
+        done = 0
+        utils.save_state(save_dir / "state.pt", 0, settings, **parts)
         save(model.state_dict(), save_dir / "0.pt")
     log = utils.RunLog(args, resumed_epoch=done)
     log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
@@ -75,8 +86,6 @@ def main():
     )
 
     # The iterations of an epoch after which a checkpoint is saved, evenly spaced.
-    if args.saves_per_epoch > len(train):
-        raise UserError(f"--saves-per-epoch: an epoch has only {len(train)} iterations")
     save_after = [
         math.ceil(k * len(train) / args.saves_per_epoch) for k in range(1, args.saves_per_epoch + 1)
     ]

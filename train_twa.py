@@ -49,13 +49,29 @@ def parse_arguments():
         metavar="K",
         help="start from the mean of the window's last K checkpoints",
     )
-    add("--extract", default="Schmidt", choices=("Schmidt",), help="how the basis is made")
+    add(
+        "--extract",
+        default="Schmidt",
+        choices=("Schmidt", "SVD"),
+        help="how the basis is made: Gram-Schmidt, or the window's principal directions",
+    )
+    add("--components", type=number(int, 1), help="directions that --extract SVD keeps")
+    add("--bits", type=int, default=32, choices=(32, 16, 8, 4), help="of a stored basis element")
+    add(
+        "--granularity",
+        default="model",
+        choices=("model", "layer", "channel"),
+        help="what has coefficients of its own",
+    )
     add("--opt", default="SGD", choices=("SGD", "AdamW"), help="optimizer of the coefficients")
     add("--schedule", default="step", choices=tuple(SCHEDULES), help="of the rate")
     add("--lr", type=number(float, 0), help="rate of the coefficients; left out: " + RATE_HELP)
     add("--weight-decay", "--wd", type=number(float, 0), default=1e-5, help="weight decay")
     add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches a projected step")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.extract == "SVD") != (args.components is not None):
+        parser.error("--extract SVD and --components belong together")
+    return args
 
 
 def safe_rate(optimizer: TWA, momentum: float | None) -> float:
@@ -86,16 +102,19 @@ def window_paths(save_dir: Path, start: int, end: int) -> list[Path]:
     return [save_dir / f"{i}.pt" for i in range(start, end)]
 
 
-def averages_of(window: list[Path], args) -> tuple[dict, str]:
+def averages_of(window: list[Path], args, model: torch.nn.Module) -> tuple[dict, str]:
     """The averages that TWA is compared with, and which of them is its start point."""
+    expected = model.state_dict()
     averages = {
         "last": window[-1],
-        "mean of last 5": average(window[-5:]),
-        "SWA": average(window),
+        "mean of last 5": average(window[-5:], expected),
+        "SWA": average(window, expected),
     }
     if args.start_average:
+        if args.start_average > len(window):
+            raise UserError(f"--start-average: the window has only {len(window)} checkpoints")
         start = f"mean of last {args.start_average}"
-        averages.setdefault(start, average(window[-args.start_average :]))
+        averages.setdefault(start, average(window[-args.start_average :], expected))
     elif args.train_start >= 0:
         start = f"checkpoint {args.train_start}"
         averages[start] = Path(args.save_dir) / f"{args.train_start}.pt"
@@ -112,7 +131,7 @@ def main():
     model, train, test = set_up(args)
 
     # Batch norm is re-estimated for every solution: its statistics belong to the data.
-    averages, start = averages_of(window, args)
+    averages, start = averages_of(window, args, model)
     sgd = report.SGDRun.read(log_dir)
     spent = sgd.spent(args.params_end - 1)
     solutions = {}
@@ -134,6 +153,9 @@ def main():
         getattr(torch.optim, args.opt),
         start=averages[start],
         extract=args.extract,
+        components=args.components,
+        bits=args.bits,
+        granularity=args.granularity,
         **base_arguments,
     )
     if args.lr is None:
@@ -148,9 +170,10 @@ def main():
         "epochs": args.epochs,
         "window": [args.params_start, args.params_end],
         "start": start,
+        "basis": [args.extract, args.components, args.bits, args.granularity],
     }
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    done = utils.resume(args, utils.state_path(args, "twa_state.pt"), settings, **parts)
+    done = utils.resume(args, utils.state_path(args, "twa_state.pt"), settings, **parts) or 0
 
     log = utils.RunLog(args, prefix="twa_", resumed_epoch=done)
     log.line(

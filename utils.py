@@ -260,12 +260,15 @@ def make_directory(directory: Path) -> None:
 
 def provenance() -> dict:
     """What a run was made with: versions, platform, and the git commit where there is one."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
     return {
         "command": sys.argv,
         "versions": {
@@ -274,17 +277,22 @@ def provenance() -> dict:
         },
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
     }
 
 
-def start_wandb(args: argparse.Namespace):
-    """The Weights & Biases run that `--wandb` asks for, named by `--EXP`."""
+def import_wandb():
+    """The package that `--wandb` asks for."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb: the package is missing; pip install wandb") from None
-    return wandb.init(project="TWA", name=args.EXP, config=vars(args))
+    return wandb
+
+
+def start_wandb(args: argparse.Namespace):
+    """The Weights & Biases run that `--wandb` asks for, named by `--EXP`."""
+    return import_wandb().init(project="TWA", name=args.EXP, config=vars(args))
 
 
 STATE_FORMAT = 1
@@ -312,15 +320,18 @@ def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:
     save(state, path)
 
 
-def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int:
-    """Puts back what `save_state` saved if `--resume` is given; returns the epochs that are done.
+def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int | None:
+    """Puts back what `save_state` saved if `--resume` is given.
+
+    Returns:
+        The epochs that are done; None if there is nothing to go on from.
 
     Raises:
         UserError: the file is no such state, or one of another format or setting.
         CheckpointError: the file cannot be read, or belongs to another architecture.
     """
     if args.resume is None or not (args.resume or path.exists()):
-        return 0
+        return None
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: is not a resumable state")

@@ -20,8 +20,8 @@ class _BasicBlock(nn.Module):
         self.downsample = _shortcut(in_channels, planes * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x), inplace=True))
-        out = self.conv2(F.relu(self.bn2(out), inplace=True))
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
         return out + self.downsample(x)
 
 
@@ -41,9 +41,9 @@ class _Bottleneck(nn.Module):
         self.downsample = _shortcut(in_channels, planes * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x), inplace=True))
-        out = self.conv2(F.relu(self.bn2(out), inplace=True))
-        out = self.conv3(F.relu(self.bn3(out), inplace=True))
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        out = self.conv3(F.relu(self.bn3(out)))
         return out + self.downsample(x)
 
 
@@ -83,4 +83,4 @@ class PreResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.fc(F.relu(self.bn(x), inplace=True).mean((2, 3)))
+        return self.fc(F.relu(self.bn(x)).mean((2, 3)))

@@ -18,7 +18,7 @@ class _Block(nn.Module):
             self.residual_function = nn.Sequential(
                 nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False),
                 nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 nn.Conv2d(width, width, 3, padding=1, bias=False),
                 nn.BatchNorm2d(width),
             )
@@ -26,10 +26,10 @@ class _Block(nn.Module):
             self.residual_function = nn.Sequential(
                 nn.Conv2d(in_channels, width, 1, bias=False),
                 nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 nn.Conv2d(width, width, 3, stride, padding=1, bias=False),
                 nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),
                 nn.Conv2d(width, out_channels, 1, bias=False),
                 nn.BatchNorm2d(out_channels),
             )
@@ -39,7 +39,7 @@ class _Block(nn.Module):
             self.shortcut.append(nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.residual_function(x) + self.shortcut(x), inplace=True)
+        return F.relu(self.residual_function(x) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -65,7 +65,7 @@ class ResNet(nn.Module):
         self.conv1 = nn.Sequential(
             nn.Conv2d(in_channels, 64, 3, padding=1, bias=False),
             nn.BatchNorm2d(64),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
         )
         self.conv2_x = stage(64, 64, blocks[0], stride=1)
         self.conv3_x = stage(64 * expansion, 128, blocks[1], stride=2)

@@ -39,17 +39,17 @@ class VGG(nn.Module):
                 layers.append(nn.Conv2d(in_channels, width, 3, padding=1))
                 if batch_norm:
                     layers.append(nn.BatchNorm2d(width))
-                layers.append(nn.ReLU(inplace=True))
+                layers.append(nn.ReLU())
                 in_channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
             nn.Dropout(),
             nn.Linear(512, 512),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Dropout(),
             nn.Linear(512, 512),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Linear(512, num_classes),
         )
         he_normal_(self)

@@ -18,7 +18,7 @@ class _DownsampleUnit(nn.Module):
             OrderedDict(
                 [
                     ("0_normalization", nn.BatchNorm2d(in_channels)),
-                    ("1_activation", nn.ReLU(inplace=True)),
+                    ("1_activation", nn.ReLU()),
                 ]
             )
         )
@@ -27,7 +27,7 @@ class _DownsampleUnit(nn.Module):
                 [
                     ("0_convolution", _conv3x3(in_channels, out_channels, stride)),
                     ("1_normalization", nn.BatchNorm2d(out_channels)),
-                    ("2_activation", nn.ReLU(inplace=True)),
+                    ("2_activation", nn.ReLU()),
                     ("4_convolution", _conv3x3(out_channels, out_channels)),
                 ]
             )
@@ -48,10 +48,10 @@ class _BasicUnit(nn.Module):
             OrderedDict(
                 [
                     ("0_normalization", nn.BatchNorm2d(channels)),
-                    ("1_activation", nn.ReLU(inplace=True)),
+                    ("1_activation", nn.ReLU()),
                     ("2_convolution", _conv3x3(channels, channels)),
                     ("3_normalization", nn.BatchNorm2d(channels)),
-                    ("4_activation", nn.ReLU(inplace=True)),
+                    ("4_activation", nn.ReLU()),
                     ("6_convolution", _conv3x3(channels, channels)),
                 ]
             )
@@ -101,7 +101,7 @@ class WideResNet(nn.Module):
                     ("2_block", _Stage(16 * width, 32 * width, 2, units)),
                     ("3_block", _Stage(32 * width, 64 * width, 2, units)),
                     ("4_normalization", nn.BatchNorm2d(64 * width)),
-                    ("5_activation", nn.ReLU(inplace=True)),
+                    ("5_activation", nn.ReLU()),
                     ("6_pooling", nn.AdaptiveAvgPool2d(1)),
                     ("7_flattening", nn.Flatten()),
                     ("8_classification", nn.Linear(64 * width, num_classes)),

@@ -19,7 +19,7 @@ case $dataset/$model in
         epochs=40 lr_init=0.1 wd=1e-4 swa_start=21 batch_size=32 amp=
         ;;
     FashionMNIST/*) # about 10 minutes on two cores
-        epochs=12 lr_init=0.1 wd=1e-4 swa_start=6 batch_size=128 amp=--amp
+        epochs=10 lr_init=0.1 wd=1e-4 swa_start=5 batch_size=128 amp=--amp
         ;;
     */PreResNet*) # the paper's recipe for PreResNet164
         epochs=225 lr_init=0.1 wd=3e-4 swa_start=126 batch_size=128 amp=

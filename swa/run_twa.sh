@@ -18,7 +18,7 @@ case $dataset/$model in
         twa="--schedule linear --train_start -1 --wd 1e-5"
         ;;
     FashionMNIST/*)
-        params_start=6 params_end=13 epochs=2 batch_size=128 amp=--amp
+        params_start=5 params_end=11 epochs=1 batch_size=128 amp=--amp
         twa="--schedule linear --train_start -1 --wd 1e-5"
         ;;
     */PreResNet*) # the paper's recipe for PreResNet164

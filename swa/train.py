@@ -53,6 +53,8 @@ def parse_arguments():
     )
     utils.add_run_arguments(parser)
     args = parser.parse_args()
+    if args.swa and args.swa_start > args.epochs:
+        parser.error(f"--swa_start {args.swa_start} lies past --epochs {args.epochs}")
     args.save_dir = str(Path(args.log_dir) / "checkpoints")
     return args
 
@@ -83,9 +85,13 @@ def main():
 
     settings = {key: getattr(args, key) for key in ("arch", "datasets", "epochs", "swa")}
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
-    done = utils.resume(args, utils.state_path(args, "state.pt"), settings, **parts)
-    if done == 0:
+    state = utils.state_path(args, "state.pt")
+    done = utils.resume(args, state, settings, **parts)
+    if done is None or state.resolve().parent != save_dir.resolve():
         utils.clear(save_dir, args.overwrite)
+    if not done:
+        done = 0
+        utils.save_state(save_dir / "state.pt", 0, settings, **parts)
         save(model.state_dict(), save_dir / "0.pt")
     log = utils.RunLog(args, resumed_epoch=done)
     log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 Checkpoint = str | os.PathLike | Mapping[str, Tensor]
@@ -33,7 +34,11 @@ def load(path: str | os.PathLike):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch < 1.6 are no zip archives and cannot be mapped.
+        mmap = zipfile.is_zipfile(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles: they are read or refused
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except pickle.UnpicklingError:
@@ -41,7 +46,7 @@ def load(path: str | os.PathLike):
         raise CheckpointError(
             f"{path}: holds pickled code or is no checkpoint; only plain tensors are read"
         ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as e:
+    except Exception as e:  # a damaged pickle can make its reader fail in any way
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CheckpointError(f"{path}: cannot be read ({reason})") from None
 
@@ -56,7 +61,9 @@ def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
         CheckpointError: as `load`, or the file holds something other than a `state_dict`.
     """
     state = checkpoint if isinstance(checkpoint, Mapping) else load(checkpoint)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise CheckpointError(f"{name_of(checkpoint)}: is not a state_dict (names to tensors)")
     if state and all(key.startswith("module.") for key in state):
         return {key.removeprefix("module."): value for key, value in state.items()}
@@ -101,21 +108,28 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(state)
 
 
-def average(checkpoints: Sequence[Checkpoint]) -> dict[str, Tensor]:
+def average(
+    checkpoints: Sequence[Checkpoint], expected: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018), in their own dtypes.
 
     Summed in float64, one checkpoint in memory at a time. What has no mean (the integer
     counters of batch norm) is taken from the last.
 
+    Args:
+        expected: the `state_dict` that each has to fit; the first checkpoint's if None.
+
     Raises:
-        CheckpointError: one of them cannot be read or does not fit the first.
+        CheckpointError: one of them cannot be read, does not fit, or holds NaN or infinity.
     """
     first = load_state_dict(checkpoints[0])
+    expected = first if expected is None else expected
+    check(first, expected, name_of(checkpoints[0]))
     total = {key: v.to(torch.float64) for key, v in first.items() if v.is_floating_point()}
     last = first
     for checkpoint in checkpoints[1:]:
         last = load_state_dict(checkpoint)
-        check(last, first, name_of(checkpoint))
+        check(last, expected, name_of(checkpoint))
         for key, tensor in total.items():
             tensor += last[key]
     mean = {key: (t / len(checkpoints)).to(first[key].dtype) for key, t in total.items()}
