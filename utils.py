@@ -262,7 +262,7 @@ def provenance() -> dict:
     """What a run was made with: versions, platform, and the git commit where there is one."""
     try:
         commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,

@@ -37,7 +37,12 @@ for seed; do
         twa swa$swa_lr "$seed" paper --epochs 1 --schedule step --train_start $epochs --wd 5e-5
         twa swa$swa_lr "$seed" mean --epochs 1 --schedule linear --train_start -1
     done
+done
+
+# The usual alternative to a tail: the rate falls to 0.01 · lr_init over all epochs.
+for seed; do
     dir=$study/sgd.$seed kept=results/sgd.$seed.json
     [ -e "$kept" ] || "$PYTHON" -u train.py --dir "$dir" $common --seed "$seed"
     [ -e "$kept" ] || cp "$dir/swa.json" "$kept"
 done
+"$PYTHON" summary.py

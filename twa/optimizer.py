@@ -69,7 +69,10 @@ class TWA(torch.optim.Optimizer):
         )
         load_into(model, average(checkpoints) if start is None else start)
         self._start = self.subspace.flatten(self.subspace.parameters)
+        # Once more on what is left, against the rounding of a sum as long as the model.
         self._start_coefficients = self.subspace.project(self._start)
+        rest = self._start - self.subspace.expand(self._start_coefficients)
+        self._start_coefficients += self.subspace.project(rest)
         self.coefficients = torch.nn.Parameter(self._start_coefficients.clone())
         self.base = base([self.coefficients], **base_arguments)
         super().__init__(self.base.param_groups, self.base.defaults)
@@ -133,10 +136,11 @@ class TWA(torch.optim.Optimizer):
         """
         state = dict(state_dict)
         coefficients, start = state.pop("coefficients"), state.pop("start_coefficients")
-        same = start.shape == self._start_coefficients.shape and torch.allclose(
-            start.to(self._start_coefficients.device), self._start_coefficients, rtol=1e-4
-        )
-        if not same:
+        expected = self._start_coefficients
+        rounding = 1e-5 * float(expected.norm())
+        if start.shape != expected.shape or not torch.allclose(
+            start.to(expected.device), expected, rtol=0, atol=rounding
+        ):
             raise ValueError("the state belongs to another window of checkpoints or start point")
         super().load_state_dict(state)
         self.base.param_groups = self.param_groups

@@ -1,0 +1,216 @@
+"""The basis against the paper release's way of making it: time, memory and exactness.
+
+    python benchmarks/subspace.py
+    python benchmarks/subspace.py --checkpoints 50 --weights 1_000_000
+
+Synthetic checkpoints that sit close together, as those of one run do, are written to a temporary
+folder; every basis is built from these files in a fresh process, whose peak memory is taken. The
+products are then timed side by side in one process, in turns. The table is Markdown.
+"""
+
+import argparse
+import math
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from twa import Subspace
+
+SEED = 1
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--checkpoints", type=int, default=100, help="how many, n")
+    parser.add_argument("--weights", type=int, default=10_000_000, help="of the model, about")
+    parser.add_argument("--layers", type=int, default=50, help="of the model")
+    parser.add_argument("--step", type=float, default=1e-3, help="of a checkpoint, over its norm")
+    parser.add_argument("--builds", type=int, default=3, help="of each basis; the median counts")
+    parser.add_argument("--repeats", type=int, default=11, help="of each product, likewise")
+    args = parser.parse_args()
+
+    variants = {
+        "32 bits": {},
+        "32 bits, by layer": {"granularity": "layer"},
+        "16 bits": {"bits": 16},
+        "8 bits": {"bits": 8},
+        "4 bits": {"bits": 4},
+        "8 bits, by layer": {"bits": 8, "granularity": "layer"},
+        f"SVD, {args.checkpoints // 5} components": {
+            "extract": "SVD",
+            "components": args.checkpoints // 5,
+        },
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoints(folder, args)
+        builds = {name: [] for name in ["release", *variants]}
+        for _ in range(args.builds):
+            for name, measured in builds.items():
+                measured.append(apart(build, folder, args, variants.get(name)))
+        exact = apart(exactness, folder, args)
+        products = {name: apart(time_products, folder, args, o) for name, o in variants.items()}
+    print_table(args, builds, exact, products)
+
+
+def print_table(args, builds: dict, exact: dict, products: dict):
+    """A row for each way to make and hold the basis."""
+    total = sum(p.numel() for p in make_model(args, "meta").parameters())
+    print(
+        f"{args.checkpoints} checkpoints of {total:,} weights, steps of {args.step:g} of the norm; "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; two checkpoints are "
+        f"{8 * total / 1e9:.2f} GB\n"
+    )
+    print(
+        "| basis | build s | times faster | basis GB | peak / basis | max abs(PPᵀ − I) "
+        "| project + expand ms | / two torch.mv | / 32 bits | error of expand |"
+    )
+    print("| --- " * 10 + "|")
+    release = statistics.median(seconds for seconds, _, _ in builds["release"])
+    for name, measured in builds.items():
+        seconds, size, peak = (statistics.median(column) for column in zip(*measured, strict=True))
+        row = [name, f"{seconds:.1f}", f"{release / seconds:.1f}", f"{size / 1e9:.2f}"]
+        row += [f"{peak / size:.2f}", f"{exact[name]:.1e}" if name in exact else ""]
+        if name == "release":
+            passes = statistics.median(passes for _, passes, _, _ in products.values())
+            row += [f"{passes * 1e3:.0f} (two torch.mv)", "1.00", "", ""]
+        else:
+            own, passes, reference, error = products[name]
+            row += [f"{own * 1e3:.0f}", f"{own / passes:.2f}", f"{own / reference:.2f}"]
+            row += [f"{error:.1e}" if error > 0 else ""]
+        print("| " + " | ".join(row) + " |")
+
+
+def make_model(args, device="cpu") -> nn.Module:
+    """`args.layers` square linear layers, about `args.weights` weights together."""
+    side = math.isqrt(args.weights // args.layers)
+    layers = (nn.Linear(side, side, device="meta") for _ in range(args.layers))
+    return nn.Sequential(*layers).to_empty(device=device)
+
+
+def checkpoints(folder: str, args) -> list[Path]:
+    return [Path(folder, f"{number}.pt") for number in range(args.checkpoints)]
+
+
+def write_checkpoints(folder: str, args):
+    """A random walk: each step is `args.step` of the weights' norm, in a random direction."""
+    torch.manual_seed(SEED)
+    state = {key: torch.randn_like(t) for key, t in make_model(args).state_dict().items()}
+    for path in tqdm(checkpoints(folder, args), desc="writing", leave=False, disable=None):
+        torch.save(state, path)
+        for tensor in state.values():
+            tensor.add_(torch.randn_like(tensor), alpha=args.step)
+
+
+def release_basis(folder: str, args) -> Tensor:
+    """How the paper's release makes the basis, in other words.
+
+    Every checkpoint is loaded into the model and its parameters are flattened; the vectors are
+    gathered in one matrix, and classical Gram–Schmidt takes them row by row, in float32.
+    """
+    model = make_model(args)
+    rows = []
+    for path in checkpoints(folder, args):
+        model.load_state_dict(torch.load(path))
+        rows.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    basis = torch.stack(rows)
+    for i in range(len(basis)):
+        basis[i] -= basis[:i].T @ (basis[:i] @ basis[i])
+        basis[i] /= basis[i].norm()
+    return basis
+
+
+def apart(function, *arguments):
+    """`function(*arguments)` in a fresh process, so that its peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def build(folder: str, args, options: dict | None) -> tuple[float, int, int]:
+    """Seconds to build a basis, its bytes, and the peak of what it took, in bytes.
+
+    `options` are those of `Subspace`; None is the release's way.
+    """
+    model = make_model(args)
+    before, start = peak_memory(), time.perf_counter()
+    if options is None:
+        size = release_basis(folder, args).nbytes
+    else:
+        size = Subspace(model, checkpoints(folder, args), **options).nbytes
+    return time.perf_counter() - start, size, peak_memory() - before
+
+
+def peak_memory() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def exactness(folder: str, args) -> dict[str, float]:
+    """The largest entry of `P Pᵀ − I`, in float64."""
+    errors = {"release": orthogonality(release_basis(folder, args))}
+    subspace = Subspace(make_model(args), checkpoints(folder, args))
+    errors["32 bits"] = orthogonality(stored(subspace))
+    return errors
+
+
+def stored(subspace: Subspace) -> Tensor:
+    """The matrix behind a basis of 32 bits."""
+    return subspace._storage.rows
+
+
+def orthogonality(basis: Tensor) -> float:
+    gram = -torch.eye(len(basis), dtype=torch.float64)
+    for chunk in basis.split(2**14, dim=1):
+        gram += chunk.double() @ chunk.double().T
+    return gram.abs().max().item()
+
+
+def time_products(folder: str, args, options: dict) -> tuple[float, float, float, float]:
+    """Median seconds of project and expand together, in turns with others on the same data.
+
+    Returns:
+        those of the basis with `options`; of two `torch.mv` passes over the matrix of 32 bits; of
+        the basis of 32 bits; and the error of expand, relative to 32 bits.
+    """
+    model, paths = make_model(args), checkpoints(folder, args)
+    torch.manual_seed(SEED)
+    exact, subspace = Subspace(model, paths), Subspace(model, paths, **options)
+    matrix = stored(exact)
+    gradients, coefficients = torch.randn(matrix.shape[1]), torch.randn(len(matrix))
+
+    def both(basis: Subspace):
+        basis.project(gradients)
+        basis.expand(torch.ones(len(basis)))
+
+    turns = {
+        "subspace": lambda: both(subspace),
+        "passes": lambda: (torch.mv(matrix, gradients), torch.mv(matrix.T, coefficients)),
+        "exact": lambda: both(exact),
+    }
+    seconds = {name: [] for name in turns}
+    for repeat in range(args.repeats + 1):
+        for name, turn in turns.items():
+            start = time.perf_counter()
+            turn()
+            if repeat:  # The first turn compiles.
+                seconds[name].append(time.perf_counter() - start)
+    error = math.nan
+    if len(subspace) == len(exact):
+        reference = exact.expand(coefficients)
+        error = float((subspace.expand(coefficients) - reference).norm() / reference.norm())
+    return *(statistics.median(values) for values in seconds.values()), error
+
+
+if __name__ == "__main__":
+    main()

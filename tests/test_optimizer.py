@@ -1,0 +1,548 @@
+"""The TWA optimizer against plain float64 references, and as the optimizer that loops expect."""
+
+import copy
+import io
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
+
+import data
+import models
+from twa import TWA, CheckpointError
+from twa.checkpoints import average
+
+ROOT = Path(__file__).resolve().parents[1]
+SGD, AdamW, LBFGS = torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS
+
+
+# --- plain references ---
+
+
+def gram_schmidt(rows: Tensor) -> Tensor:
+    """The orthonormal rows that Gram–Schmidt, done twice for each row, makes of `rows`."""
+    basis = []
+    for row in rows:
+        rest = row.clone()
+        for _ in range(2):
+            for direction in basis:
+                rest -= (direction @ rest) * direction
+        basis.append(rest / rest.norm())
+    return torch.stack(basis)
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    """All trainable parameters, float64 [D]."""
+    return torch.cat([p.detach().double().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def set_weights(model: nn.Module, flat: Tensor) -> None:
+    nn.utils.vector_to_parameters(flat, [p for p in model.parameters() if p.requires_grad])
+
+
+def rows_of(model: nn.Module, checkpoints: list[dict]) -> Tensor:
+    """The checkpoints' trainable parameters, float64 [n, D]."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return torch.stack([torch.cat([c[n].double().flatten() for n in names]) for c in checkpoints])
+
+
+def gradient_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient of the loss at the weights that `model` holds, float64 [D]."""
+    images, labels = batch
+    model.zero_grad()
+    F.cross_entropy(model(images.to(next(model.parameters()).dtype)), labels).backward()
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.requires_grad])
+
+
+# --- a real model: PreResNet20 on Digits, checkpoints of its second epoch ---
+
+
+@lru_cache
+def digits_batches() -> list[tuple[Tensor, Tensor]]:
+    train, _ = data.load("Digits", "", torch.device("cpu"))
+    return list(data.Loader(train, 32, train=True))
+
+
+@lru_cache
+def digits_run(activation: str) -> tuple[nn.Module, list[dict]]:
+    """A model and six checkpoints, five steps of SGD apart."""
+    torch.manual_seed(0)
+    model = models.build("PreResNet20", 10, 1, 8)
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    batches, checkpoints = digits_batches() * 2, []
+    for step, batch in enumerate(batches):
+        gradient_of(model, batch)
+        optimizer.step()
+        if step >= len(batches) - 30 and step % 5 == 0:
+            checkpoints.append({k: v.clone() for k, v in model.state_dict().items()})
+    return model.eval(), checkpoints
+
+
+@pytest.fixture
+def smooth(monkeypatch):
+    """SiLU in the place of ReLU.
+
+    At ReLU's kinks the gradient jumps: two exact trajectories that differ by rounding part there,
+    by more than any tolerance that would tell a right update from a wrong one.
+    """
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.silu(x))
+    return "silu"
+
+
+def assert_follows(weights: Tensor, reference: Tensor, start: Tensor, tolerance: float) -> None:
+    """`weights` differ from `reference` by at most `tolerance` of the way it went from `start`."""
+    way = (reference - start).norm()
+    assert way > 0.01 * start.norm()  # a way that is seen
+    assert (weights - reference).norm() <= tolerance * way
+
+
+# Coefficients and weights of norm 45 are rounded to float32 in each of 50 steps, each time by
+# 45 * 6e-8 / sqrt(3) = 1.6e-6 at random, so by 1e-5 in all; the way is longer than 1. The curvature
+# of the loss may amplify that a little. A forgotten decay is seen hundreds of times over.
+TOLERANCE = 5e-5
+
+
+def test_sgd_is_sgd_on_the_weights_with_the_projected_gradient(smooth):
+    """The paper's update: `g ← PᵀP g`, then momentum and weight decay on w."""
+    model, checkpoints = digits_run(smooth)
+    arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-3}
+    trained, plain = copy.deepcopy(model), copy.deepcopy(model).double()
+    optimizer = TWA(trained, checkpoints, SGD, **arguments)
+    plain.load_state_dict(average(checkpoints))
+    basis = gram_schmidt(rows_of(model, checkpoints))
+    weights = nn.Parameter(rows_of(model, checkpoints).mean(0))
+    reference = SGD([weights], **arguments)
+    start = weights.detach().clone()
+    for batch in (digits_batches() * 2)[:50]:
+        gradient_of(trained, batch)
+        optimizer.step()
+        set_weights(plain, weights.detach())
+        weights.grad = basis.T @ (basis @ gradient_of(plain, batch))
+        reference.step()
+    assert_follows(weights_of(trained), weights.detach(), start, TOLERANCE)
+
+
+def test_adamw_is_adamw_on_explicit_coefficients(smooth):
+    model, checkpoints = digits_run(smooth)
+    arguments = {"lr": 0.05, "weight_decay": 0.01, "eps": 1e-6}
+    trained, plain = copy.deepcopy(model), copy.deepcopy(model).double()
+    optimizer = TWA(trained, checkpoints, AdamW, **arguments)
+    plain.load_state_dict(average(checkpoints))
+    basis = gram_schmidt(rows_of(model, checkpoints))
+    start = rows_of(model, checkpoints).mean(0)
+    coefficients = nn.Parameter(basis @ start)
+    reference = AdamW([coefficients], **arguments)
+    for batch in (digits_batches() * 2)[:50]:
+        gradient_of(trained, batch)
+        optimizer.step()
+        set_weights(plain, coefficients.detach() @ basis)
+        coefficients.grad = basis @ gradient_of(plain, batch)
+        reference.step()
+    # Adam divides by the size of the gradient, which lifts the rounding of small ones; seen: 2e-5.
+    assert_follows(weights_of(trained), coefficients.detach() @ basis, start, 4 * TOLERANCE)
+
+
+def test_sgd_takes_the_same_way_as_the_reference_along_the_same_gradients():
+    """With ReLU and without feedback: the reference is given the gradients that TWA met."""
+    model, checkpoints = digits_run("relu")
+    arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-3}
+    trained = copy.deepcopy(model)
+    optimizer = TWA(trained, checkpoints, SGD, **arguments)
+    basis = gram_schmidt(rows_of(model, checkpoints))
+    weights = nn.Parameter(rows_of(model, checkpoints).mean(0))
+    reference = SGD([weights], **arguments)
+    start = weights.detach().clone()
+    for batch in (digits_batches() * 2)[:50]:
+        weights.grad = basis.T @ (basis @ gradient_of(trained, batch))
+        optimizer.step()
+        reference.step()
+    assert_follows(weights_of(trained), weights.detach(), start, TOLERANCE)
+
+
+# --- a small model, for everything else ---
+
+
+class Small(nn.Module):
+    """Convolution, batch norm and a linear layer; one parameter is frozen, one is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.bn = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 10)
+        self.frozen = nn.Parameter(torch.randn(10), requires_grad=False)
+        self.unused = nn.Parameter(torch.randn(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(F.silu(self.bn(self.conv(images))).mean((2, 3))) + self.frozen
+
+
+@lru_cache
+def small_run() -> list[dict]:
+    """Five checkpoints; frozen and unused parameters differ between them too."""
+    torch.manual_seed(0)
+    model, checkpoints = Small(), []
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step, batch in enumerate(digits_batches()[:25], start=1):
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 5 == 0:
+            with torch.no_grad():
+                model.frozen.add_(0.1)
+                model.unused.add_(torch.randn(4))
+            checkpoints.append({k: v.clone() for k, v in model.state_dict().items()})
+    return checkpoints
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def train(model: nn.Module, optimizer: TWA, steps: range, scheduler=None) -> None:
+    for step in steps:
+        loss_of(model, digits_batches()[step % 20]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
+
+
+def total_loss(model: nn.Module) -> float:
+    with torch.no_grad():
+        return sum(loss_of(model, batch).item() for batch in digits_batches()[:20])
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(actual[key], tensor), key
+
+
+# --- the start point ---
+
+STARTS = {
+    "the mean": lambda: (None, average(small_run())),
+    "a checkpoint of the window": lambda: (small_run()[1], small_run()[1]),
+    "a checkpoint outside the span": lambda: (outsider := state_of(Small()), outsider),
+}
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
+@pytest.mark.parametrize("start", STARTS)
+def test_the_model_is_the_start_point_to_the_bit(start, granularity):
+    start, expected = STARTS[start]()
+    model = Small()
+    arguments = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.1, "granularity": granularity}
+    optimizer = TWA(model, small_run(), SGD, start=start, **arguments)
+    assert_equal(model.state_dict(), expected)
+    model.eval()  # batch norm keeps its statistics
+    train(model, optimizer, range(3))
+    assert_equal(model.state_dict(), expected)
+
+
+def test_the_start_point_may_be_a_path(tmp_path):
+    torch.save(small_run()[2], tmp_path / "2.pt")
+    model = Small()
+    TWA(model, small_run(), SGD, start=tmp_path / "2.pt", lr=0.1)
+    assert_equal(model.state_dict(), small_run()[2])
+
+
+def test_a_start_point_that_does_not_fit_is_refused():
+    start = small_run()[0] | {"fc.weight": torch.ones(3, 3)}
+    with pytest.raises(CheckpointError, match=r"fc\.weight is"):
+        TWA(Small(), small_run(), SGD, start=start, lr=0.1)
+
+
+# --- as any optimizer: rates, states, gradients, closures ---
+
+
+class Recording(SGD):
+    """SGD that keeps the rates with which it stepped."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rates = []
+
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        (lambda o: LambdaLR(o, lambda step: 1 / (1 + step)), [0.4, 0.2, 0.4 / 3, 0.1]),
+        (lambda o: MultiStepLR(o, [1, 3]), [0.4, 0.04, 0.04, 0.004]),
+    ],
+    ids=["LambdaLR", "MultiStepLR"],
+)
+def test_schedules_change_the_rate_of_the_base_optimizer(schedule, expected):
+    model = Small()
+    optimizer = TWA(model, small_run(), Recording, lr=0.4)
+    train(model, optimizer, range(2), scheduler := schedule(optimizer))
+    # The connection outlives a resumed state.
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(2, 4), scheduler)
+    assert optimizer.base.rates == pytest.approx(expected)
+
+
+def test_a_step_is_as_long_as_the_rate_says():
+    model = Small()
+    optimizer = TWA(model, small_run(), SGD, lr=0.4)
+    MultiStepLR(optimizer, [0], gamma=0.5)  # halves the rate at once
+    before = optimizer.coefficients.detach().clone()
+    loss_of(model, digits_batches()[0]).backward()
+    optimizer.step()
+    torch.testing.assert_close(
+        optimizer.coefficients.detach(), before - 0.2 * optimizer.coefficients.grad
+    )
+
+
+def through_a_file(state: dict) -> dict:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, through_a_file], ids=["dict", "file"])
+@pytest.mark.parametrize("granularity", ["model", "channel"])
+@pytest.mark.parametrize(
+    "base, arguments",
+    [
+        (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
+        (AdamW, {"lr": 0.1, "weight_decay": 1e-3}),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(base, arguments, granularity, carry):
+    def begin():
+        torch.manual_seed(1)
+        model = Small()
+        optimizer = TWA(model, small_run(), base, granularity=granularity, **arguments)
+        return model, optimizer, LambdaLR(optimizer, lambda step: 1 - step / 12)
+
+    whole = begin()
+    train(*whole[:2], range(12), whole[2])
+
+    first = begin()
+    train(*first[:2], range(7), first[2])
+    states = [carry(part.state_dict()) for part in first]
+    second = begin()
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+    assert_equal(second[0].state_dict(), first[0].state_dict())
+    train(*second[:2], range(7, 12), second[2])
+
+    assert_equal(second[0].state_dict(), whole[0].state_dict())
+    assert torch.equal(second[1].coefficients, whole[1].coefficients)
+    assert not torch.equal(first[1].coefficients, whole[1].coefficients)
+
+
+def test_a_state_brings_the_weights_along():
+    trained, fresh = Small(), Small()
+    optimizer = TWA(trained, small_run(), SGD, lr=0.1)
+    train(trained, optimizer, range(3))
+    TWA(fresh, small_run(), SGD, lr=0.1).load_state_dict(optimizer.state_dict())
+    assert torch.equal(weights_of(fresh), weights_of(trained))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"checkpoints": slice(0, 4)},
+        {"checkpoints": slice(None, None, -1)},
+        {"start": 0},
+        {"granularity": "layer"},
+    ],
+    ids=["fewer checkpoints", "another order", "another start", "another granularity"],
+)
+def test_a_state_of_another_window_is_refused_and_changes_nothing(other):
+    checkpoints = small_run()[other.get("checkpoints", slice(None))]
+    start = small_run()[other["start"]] if "start" in other else None
+    granularity = other.get("granularity", "model")
+    optimizer = TWA(Small(), checkpoints, SGD, start=start, granularity=granularity, lr=0.1)
+    model = Small()
+    target = TWA(model, small_run(), SGD, lr=0.2)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="another window"):
+        target.load_state_dict(optimizer.state_dict())
+    assert_equal(model.state_dict(), before)
+    assert target.param_groups[0]["lr"] == 0.2
+
+
+def test_a_start_that_was_rounded_elsewhere_is_no_other_window():
+    optimizer = TWA(Small(), small_run(), SGD, start=small_run()[0], lr=0.1)
+    state = optimizer.state_dict()
+    assert (state["start_coefficients"].abs() < 1e-5).any()  # where no relative error is small
+    noise = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    state["start_coefficients"] += 1e-6 * noise * state["start_coefficients"].norm()
+    optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_clears_the_gradients_of_the_model(set_to_none):
+    model = Small()
+    optimizer = TWA(model, small_run(), SGD, lr=0.1)
+    loss_of(model, digits_batches()[0]).backward()
+    optimizer.step()
+    assert all(p.grad.any() for n, p in model.named_parameters() if n.startswith("fc"))
+    assert optimizer.coefficients.grad.any()
+    optimizer.zero_grad(set_to_none)
+    for parameter in (model.fc.weight, model.conv.bias, model.bn.weight, optimizer.coefficients):
+        if set_to_none:
+            assert parameter.grad is None
+        else:
+            assert not parameter.grad.any()
+    assert model.unused.grad is None
+
+
+def closure_for(model: nn.Module, optimizer: TWA, batch: tuple[Tensor, Tensor]):
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_lbfgs_with_a_closure_lowers_the_loss():
+    model = Small().eval()
+    optimizer = TWA(model, small_run(), LBFGS, lr=1.0, max_iter=10, line_search_fn="strong_wolfe")
+    batch = digits_batches()[0]
+    start = loss_of(model, batch).item()
+    losses = [optimizer.step(closure_for(model, optimizer, batch)).item() for _ in range(3)]
+    losses.append(loss_of(model, batch).item())
+    assert losses[0] == start
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.95 * start
+    # The model is left at the coefficients, not at the last point that the search tried.
+    alpha, rows = optimizer.averaging_weights(), rows_of(model, small_run())
+    torch.testing.assert_close(alpha @ rows, weights_of(model), rtol=1e-3, atol=1e-4)
+
+
+def test_sgd_with_a_closure_equals_sgd_without():
+    with_closure, without = Small(), Small()
+    arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+    one = TWA(with_closure, small_run(), SGD, **arguments)
+    other = TWA(without, small_run(), SGD, **arguments)
+    for batch in digits_batches()[:5]:
+        expected = loss_of(without, batch)
+        other.zero_grad()
+        expected.backward()
+        assert other.step() is None
+        assert one.step(closure_for(with_closure, one, batch)).item() == expected.item()
+    assert_equal(with_closure.state_dict(), without.state_dict())
+
+
+# --- averaging weights ---
+
+
+def test_averaging_weights_at_the_mean_are_equal():
+    optimizer = TWA(Small(), small_run(), SGD, lr=0.1)
+    alpha = optimizer.averaging_weights()
+    assert alpha.dtype == torch.float64
+    torch.testing.assert_close(alpha, torch.full_like(alpha, 1 / 5), rtol=0, atol=1e-4)
+    assert alpha.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_averaging_weights_at_a_checkpoint_are_that_checkpoint_alone():
+    optimizer = TWA(Small(), small_run(), SGD, start=small_run()[3], lr=0.1)
+    expected = torch.tensor([0.0, 0, 0, 1, 0], dtype=torch.float64)
+    torch.testing.assert_close(optimizer.averaging_weights(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", ["small", "digits"])
+def test_averaging_weights_make_the_weights_of_the_model(run):
+    model, checkpoints = (Small(), small_run()) if run == "small" else digits_run("relu")
+    model = copy.deepcopy(model)
+    optimizer = TWA(model, checkpoints, SGD, lr=0.1, momentum=0.9)
+    train(model, optimizer, range(10))
+    alpha, rows = optimizer.averaging_weights(), rows_of(model, checkpoints)
+    assert (alpha - 1 / len(checkpoints)).abs().max() > 0.05  # they were trained
+    # Checkpoints are alike, so that coefficients of size |α| cancel: float32 is relative to these.
+    size = alpha.abs() @ rows.norm(dim=1)
+    assert (alpha @ rows - weights_of(model)).norm() < 1e-6 * size
+
+
+def test_a_repeated_checkpoint_has_no_weight():
+    first, second = small_run()[:2]
+    with pytest.warns(UserWarning, match="were dropped"):
+        optimizer = TWA(Small(), [first, second, first], SGD, start=second, lr=0.1)
+    expected = torch.tensor([0.0, 1, 0], dtype=torch.float64)
+    torch.testing.assert_close(optimizer.averaging_weights(), expected, rtol=0, atol=1e-4)
+    assert optimizer.averaging_weights()[2] == 0
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_finer_granularity_trains_further_from_the_same_start(granularity):
+    losses = {}
+    for kind in ("model", granularity):
+        model = Small().eval()
+        optimizer = TWA(model, small_run(), AdamW, lr=0.1, weight_decay=0, granularity=kind)
+        start = total_loss(model)
+        train(model, optimizer, range(40))
+        losses[kind] = total_loss(model)
+        assert losses[kind] < start
+    assert losses[granularity] < losses["model"]
+    alpha = optimizer.averaging_weights()
+    assert alpha.dim() == 2
+    assert alpha.shape[1] == 5
+    assert alpha.isfinite().all()
+
+
+# --- parameters that take no part ---
+
+
+def test_a_parameter_without_gradient_counts_as_zero():
+    without, zeros = Small(), Small()
+    for model in (without, zeros):
+        optimizer = TWA(model, small_run(), SGD, lr=0.1, momentum=0.9)
+        for batch in digits_batches()[:3]:
+            loss_of(model, batch).backward()
+            if model is zeros:
+                model.unused.grad = torch.zeros_like(model.unused)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(without.state_dict(), zeros.state_dict())
+
+
+def test_frozen_parameters_stay_at_the_start():
+    model = Small()
+    optimizer = TWA(model, small_run(), SGD, start=small_run()[1], lr=0.1)
+    train(model, optimizer, range(3))
+    assert torch.equal(model.frozen, small_run()[1]["frozen"])
+    assert not torch.equal(model.fc.weight, small_run()[1]["fc.weight"])
+
+
+# --- drop-in ---
+
+
+def test_the_snippet_of_the_readme_runs():
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert "TWA(model, checkpoints" in snippet
+    model = Small()
+    names = {
+        "torch": torch,
+        "model": model,
+        "checkpoints": small_run(),
+        "loader": digits_batches(),
+        "criterion": nn.CrossEntropyLoss(),
+    }
+    model.load_state_dict(average(small_run()))
+    start = total_loss(model)
+    exec(snippet, names)
+    assert isinstance(names["optimizer"], torch.optim.Optimizer)
+    assert total_loss(model) < start
+    assert all(p.grad is None for p in model.parameters())
+    assert names["optimizer"].averaging_weights().shape == (5,)

@@ -1,0 +1,989 @@
+"""The scripts as a user calls them: what they leave behind, resume, refuse and report."""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import runpy
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+import data
+import models
+import utils
+from engine import evaluate, reestimate_bn
+from twa.checkpoints import average, load_into, load_state_dict, save
+
+ROOT = Path(__file__).resolve().parents[1]
+SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
+
+# Children compute as this process does, so that results can be compared to the bit.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- calling scripts ---
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+def process(script: str, *args, cwd: Path) -> Result:
+    """Runs a script in a process of its own, from the folder `cwd`."""
+    command = [sys.executable, "-u", str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def call(script: str, *args) -> Result:
+    """Runs a script within this process: as `process`, without the seconds that imports take."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [str(ROOT / script), *map(str, args)]
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def succeed(result: Result) -> Result:
+    assert result.status == 0, result.err
+    return result
+
+
+def one_line(result: Result) -> str:
+    """The one line on stderr with which a script refuses, with exit status 2."""
+    assert result.status == 2, result
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert "Traceback" not in result.err
+    return lines[0]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file below `folder`, hidden ones too, with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def refuse(folder: Path, script: str, *args) -> str:
+    """As `one_line`; nothing in `folder` is changed."""
+    before = snapshot(folder)
+    line = one_line(call(script, *args))
+    assert snapshot(folder) == before
+    return line
+
+
+def where(run: Path) -> list:
+    """The flags of a run of the head stage on Digits that writes into `run`."""
+    digits = ("--datasets", "Digits", "--arch", "PreResNet20", "--batch-size", 128)
+    return [*digits, "--save-dir", run / "checkpoints", "--log-dir", run]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_seconds(path: Path) -> list[dict]:
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in read_lines(path)]
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same tensors to the bit."""
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(actual[key], tensor), key
+
+
+def assert_same_checkpoints(run: Path, expected: Path, numbers) -> None:
+    for number in numbers:
+        name = f"checkpoints/{number}.pt"
+        assert_equal(load_state_dict(run / name), load_state_dict(expected / name))
+
+
+def preresnet() -> torch.nn.Module:
+    return models.build("PreResNet20", 10, 1, 8)
+
+
+def loaders(batch_size: int = 128) -> tuple[data.Loader, data.Loader]:
+    """As the scripts make them with their default seed."""
+    train, test = data.load("Digits", "", torch.device("cpu"))
+    return (
+        data.Loader(train, batch_size, train=True, seed=1),
+        data.Loader(test, 1000, train=False),
+    )
+
+
+class Killed(BaseException):
+    """What stops a run in the middle of an epoch."""
+
+
+@contextlib.contextmanager
+def killed_in(epoch: int):
+    """Stops whatever trains within the block after two batches of this epoch."""
+    batches = data.Loader.batches
+
+    def stopping(self, start: int = 0):
+        for number, batch in enumerate(batches(self, start)):
+            if self.train and self.epoch == epoch and number == 2:
+                raise Killed
+            yield batch
+
+    data.Loader.batches = stopping
+    try:
+        with pytest.raises(Killed):
+            yield
+    finally:
+        data.Loader.batches = batches
+
+
+# --- the paper's two command lines ---
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> Path:
+    """The folder in which the paper's command lines ran, with Digits and few epochs."""
+    cwd = tmp_path_factory.mktemp("head")
+    sgd = (
+        "--datasets Digits --arch=PreResNet20 --epochs=4 --lr 0.1 --save-dir=DST/checkpoints "
+        "--log-dir=DST -p 100"
+    )
+    twa = (
+        "--epochs 2 --datasets Digits --opt SGD --extract Schmidt --schedule step --lr 2 "
+        "--params_start 0 --params_end 5 --train_start -1 --wd 0.00001 --batch-size 128 "
+        "--arch=PreResNet20 --save-dir=DST/checkpoints --log-dir=DST"
+    )
+    for script, arguments in ((SGD, sgd), (TWA, twa)):
+        result = succeed(process(script, *arguments.split(), cwd=cwd))
+        assert result.err == ""
+        (cwd / f"{script}.out").write_text(result.out)
+    return cwd
+
+
+@pytest.fixture
+def run(head, tmp_path) -> Path:
+    """A copy of what the SGD run left, for a test to work in."""
+    folder = tmp_path / "run"
+    shutil.copytree(head / "DST", folder)
+    for path in (*folder.glob("twa*"), *folder.glob("checkpoints/twa*")):
+        path.unlink()
+    return folder
+
+
+def test_the_papers_command_lines_leave_these_files_and_no_others(head):
+    checkpoints = {f"{n}.pt" for n in range(5)} | {"state.pt", "twa.pt", "twa_state.pt"}
+    assert names(head / "DST" / "checkpoints") == checkpoints
+    assert names(head / "DST") == {
+        *("checkpoints", "log", "metrics.jsonl", "run.json"),
+        *("twa.json", "twa.png", "twa_metrics.jsonl", "twa_run.json"),
+    }
+
+
+def test_checkpoint_zero_is_the_initialisation_by_the_seed(head):
+    utils.set_seed(1)
+    initial = preresnet().state_dict()
+    assert_equal(load_state_dict(head / "DST/checkpoints/0.pt"), initial)
+    first = load_state_dict(head / "DST/checkpoints/1.pt")
+    assert not torch.equal(first["conv1.weight"], initial["conv1.weight"])
+
+
+def test_metrics_hold_one_object_an_epoch_that_its_checkpoint_bears_out(head):
+    metrics = read_lines(head / "DST/metrics.jsonl")
+    assert [m["epoch"] for m in metrics] == [1, 2, 3, 4]
+    # `step` divides by 10 at half and at three quarters of the epochs.
+    assert [m["rate"] for m in metrics] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    model = preresnet()
+    for m in metrics:
+        load_into(model, head / f"DST/checkpoints/{m['epoch']}.pt")
+        tested = evaluate(model, loaders()[1])
+        assert tested == {"loss": m["test_loss"], "accuracy": m["test_accuracy"]}
+        assert 0 < m["train_loss"] < 3
+        assert 0 < m["train_accuracy"] < 100
+        assert m["seconds"] > 0
+
+
+@pytest.mark.parametrize("name, lr", [("run.json", 0.1), ("twa_run.json", 2.0)])
+def test_the_description_of_a_run_holds_arguments_versions_and_commit(head, name, lr):
+    description = json.loads((head / "DST" / name).read_text())
+    assert description["arguments"]["lr"] == lr
+    assert description["arguments"]["arch"] == "PreResNet20"
+    assert description["arguments"]["randomseed"] == 1
+    assert description["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert description["versions"]["python"] == sys.version.split()[0]
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() if git.returncode == 0 else None
+    except OSError:
+        commit = None
+    if commit is None:
+        assert description["commit"] is None
+    else:
+        assert description["commit"].removesuffix("-dirty") == commit
+
+
+def test_a_run_without_git_knows_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert utils.provenance()["commit"] is None
+
+
+def test_the_log_is_what_was_printed(head):
+    printed = (head / f"{SGD}.out").read_text() + (head / f"{TWA}.out").read_text()
+    assert (head / "DST/log").read_text() == printed
+    for name in ("last", "mean of last 5", "SWA", "TWA"):
+        assert f"\n{name} " in printed
+
+
+def test_twa_json_has_the_promised_structure(head):
+    summary = json.loads((head / "DST/twa.json").read_text())
+    assert list(summary["results"]) == ["last", "mean of last 5", "SWA", "TWA"]
+    for result in summary["results"].values():
+        assert 0 <= result["accuracy"] <= 100
+        assert result["loss"] > 0
+    assert list(summary["averaging_weights"]) == [f"{n}.pt" for n in range(5)]
+    assert summary["epochs"] == 2
+    assert summary["seconds"] > 0
+    # A window of five: these two are the same average.
+    assert summary["results"]["mean of last 5"] == summary["results"]["SWA"]
+
+
+def test_twa_pt_is_an_ordinary_state_dict_with_the_reported_result(head):
+    summary = json.loads((head / "DST/twa.json").read_text())
+    model = preresnet()
+    model.load_state_dict(torch.load(head / "DST/checkpoints/twa.pt", weights_only=True))
+    tested = evaluate(model, loaders()[1])
+    assert tested["accuracy"] == summary["results"]["TWA"]["accuracy"]
+    assert tested["loss"] == summary["results"]["TWA"]["loss"]
+    assert tested["loss"] != summary["results"]["SWA"]["loss"]
+
+
+def test_the_reported_averaging_weights_make_twa_pt(head):
+    alpha = json.loads((head / "DST/twa.json").read_text())["averaging_weights"]
+    folder = head / "DST/checkpoints"
+    weights = load_state_dict(folder / "twa.pt")
+    checkpoints = {name: load_state_dict(folder / name) for name in alpha}
+    for key, _ in preresnet().named_parameters():
+        parts = [a * checkpoints[name][key].double() for name, a in alpha.items()]
+        # Large terms of opposite sign cancel; float32 is relative to their size.
+        size = sum(part.abs().max().item() for part in parts)
+        torch.testing.assert_close(sum(parts), weights[key].double(), rtol=0, atol=1e-5 * size)
+
+
+def test_the_averages_that_twa_is_compared_with_are_what_their_names_say(head):
+    results = json.loads((head / "DST/twa.json").read_text())["results"]
+    folder = head / "DST/checkpoints"
+    model, (train, test) = preresnet(), loaders()
+    for name, checkpoint in (
+        ("last", folder / "4.pt"),
+        ("SWA", average([folder / f"{n}.pt" for n in range(5)])),
+    ):
+        load_into(model, checkpoint)
+        reestimate_bn(model, train)
+        tested = evaluate(model, test)
+        assert results[name]["accuracy"] == tested["accuracy"]
+        assert results[name]["loss"] == pytest.approx(tested["loss"], rel=1e-5)
+
+
+def assert_picture(path: Path) -> None:
+    """An image of some size with more than one colour."""
+    pixels = plt.imread(path)
+    assert min(pixels.shape[:2]) >= 400
+    assert pixels.std() > 0.05
+
+
+def test_twa_png_is_a_picture(head):
+    assert_picture(head / "DST/twa.png")
+
+
+# --- other flags of the head stage ---
+
+
+def test_saves_per_epoch_are_evenly_spaced_and_do_not_change_the_training(head, tmp_path):
+    arguments = ("--epochs", 4, "--lr", 0.1, "--saves-per-epoch", 3)
+    succeed(call(SGD, *where(tmp_path), *arguments))
+    assert names(tmp_path / "checkpoints") == {f"{n}.pt" for n in range(13)} | {"state.pt"}
+    for epoch in range(5):
+        assert_equal(
+            load_state_dict(tmp_path / f"checkpoints/{3 * epoch}.pt"),
+            load_state_dict(head / f"DST/checkpoints/{epoch}.pt"),
+        )
+    # Eight iterations an epoch: saved after 3, 6 and 8 of them.
+    steps = [
+        int(load_state_dict(tmp_path / f"checkpoints/{n}.pt")["bn.num_batches_tracked"])
+        for n in range(7)
+    ]
+    assert steps == [0, 3, 6, 8, 11, 14, 16]
+
+
+def test_evaluate_prints_the_test_accuracy_and_writes_nothing(run):
+    before = snapshot(run)
+    result = succeed(call(SGD, *where(run), "--epochs", 4, "--resume", "--evaluate"))
+    assert f"accuracy {read_lines(run / 'metrics.jsonl')[-1]['test_accuracy']:.2f} %" in result.out
+    window = ("--params_end", 5)
+    table = succeed(call(TWA, *where(run), *window, "--evaluate")).out
+    assert [line.split("  ")[0] for line in table.splitlines()[1:]] == [
+        "last",
+        "mean of last 5",
+        "SWA",
+    ]
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--opt", "SGD"),
+        ("--opt", "AdamW", "--schedule", "cosine"),
+        ("--opt", "SGD", "--granularity", "layer", "--train_start", 4),
+        ("--opt", "SGD", "--start-average", 2, "-acc", 3, "--schedule", "linear"),
+    ],
+    ids=["SGD", "AdamW", "layer", "accumulate"],
+)
+def test_the_rate_that_is_picked_trains(run, flags):
+    succeed(call(TWA, *where(run), "--params_start", 1, "--params_end", 5, "--epochs", 3, *flags))
+    summary = json.loads((run / "twa.json").read_text())
+    start = summary["results"][summary["start"]]
+    assert summary["results"]["TWA"]["loss"] < start["loss"]
+    losses = [m["train_loss"] for m in read_lines(run / "twa_metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    assert summary["lr"] > 0
+
+
+def test_zero_epochs_of_twa_report_the_start_point(run):
+    succeed(call(TWA, *where(run), "--params_end", 5, "--train_start", 3, "--epochs", 0))
+    results = json.loads((run / "twa.json").read_text())["results"]
+    for key in ("accuracy", "loss"):
+        assert results["TWA"][key] == results["checkpoint 3"][key]
+
+
+def test_the_schedule_ends_with_the_epochs_also_where_batches_are_accumulated(run):
+    """Eight batches by threes make three steps an epoch, nine in all."""
+    flags = ("--params_end", 5, "--epochs", 3, "--schedule", "linear", "--lr", 0.3, "-acc", 3)
+    succeed(call(TWA, *where(run), *flags))
+    rates = [m["rate"] for m in read_lines(run / "twa_metrics.jsonl")]
+    assert rates == pytest.approx([0.3, 0.2, 0.1])
+
+
+# --- resuming ---
+
+
+def test_a_resumed_run_draws_what_the_run_would_have_drawn(tmp_path):
+    """As dropout does, from each of the generators."""
+
+    def draws() -> list:
+        numbers = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]
+        return [*numbers, *torch.rand(2).tolist()]
+
+    utils.set_seed(5)
+    draws()  # of an odd number of normal ones, so that a generator holds one back
+    model, state = torch.nn.Linear(2, 2), tmp_path / "state.pt"
+    utils.save_state(state, 3, {"epochs": 9}, model=model)
+    expected = draws()
+    assert draws() != expected
+    args = argparse.Namespace(resume="")
+    assert utils.resume(args, state, {"epochs": 9}, model=model) == 3
+    assert draws() == expected
+
+
+def kill_in(cwd: Path, moment: str, *args) -> None:
+    """Starts an SGD run and kills it (-9) when a line that starts with `moment` is printed."""
+    command = [sys.executable, "-u", str(ROOT / SGD), *map(str, args)]
+    with subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    ) as child:
+        for line in child.stdout:
+            if line.startswith(moment):
+                child.kill()
+                break
+    assert child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_sgd_killed_twice_ends_with_the_weights_of_an_uninterrupted_run(head, tmp_path):
+    """In its first epoch, before any has ended, and in the middle of its third."""
+    arguments = [*where(tmp_path), "--epochs", 4, "--lr", 0.1, "--resume"]
+    kill_in(tmp_path, "epoch 1/4 [3/8]", *arguments, "-p", 1)
+    assert "1.pt" not in names(tmp_path / "checkpoints")
+    kill_in(tmp_path, "epoch 3/4 [4/8]", *arguments, "-p", 1)
+    assert "2.pt" in names(tmp_path / "checkpoints")
+    assert "3.pt" not in names(tmp_path / "checkpoints")
+    succeed(call(SGD, *arguments))
+    assert_same_checkpoints(tmp_path, head / "DST", range(5))
+    metrics = without_seconds(tmp_path / "metrics.jsonl")
+    assert metrics == without_seconds(head / "DST/metrics.jsonl")
+
+
+def test_sgd_resumes_in_the_middle_of_saves_and_from_a_named_state(head, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = ("--epochs", 4, "--lr", 0.1)
+    with killed_in(3):
+        call(SGD, *where(first), *flags)
+    state = first / "checkpoints/state.pt"
+    before = snapshot(first)
+    succeed(call(SGD, *where(second), *flags, "--resume", state))
+    assert_same_checkpoints(second, head / "DST", (3, 4))
+    assert snapshot(first) == before
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_twa_stopped_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_run(run, optimizer):
+    flags = ["--params_start", 1, "--params_end", 5, "--epochs", 3, "--opt", optimizer, "-acc", 3]
+    other = run.with_name("other")
+    shutil.copytree(run, other)
+    succeed(call(TWA, *where(other), *flags))
+    with killed_in(3):
+        call(TWA, *where(run), *flags)
+    assert not (run / "checkpoints/twa.pt").exists()
+    assert len(read_lines(run / "twa_metrics.jsonl")) == 2
+    succeed(call(TWA, *where(run), *flags, "--resume"))
+    assert_equal(
+        load_state_dict(run / "checkpoints/twa.pt"), load_state_dict(other / "checkpoints/twa.pt")
+    )
+    metrics = without_seconds(run / "twa_metrics.jsonl")
+    assert metrics == without_seconds(other / "twa_metrics.jsonl")
+    resumed, whole = (json.loads((f / "twa.json").read_text()) for f in (run, other))
+    assert resumed["averaging_weights"] == whole["averaging_weights"]
+    assert resumed["lr"] == whole["lr"]
+
+
+def test_a_finished_run_that_is_resumed_does_nothing_more(head, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(head / "DST", run)
+    before = snapshot(run)
+    for script, flags in ((SGD, ["--epochs", 4]), (TWA, ["--epochs", 2, "--params_end", 5])):
+        succeed(call(script, *where(run), *flags, "--resume"))
+    after = snapshot(run)
+    numbered = [f"checkpoints/{n}.pt" for n in range(5)]
+    kept = (*numbered, "metrics.jsonl", "twa_metrics.jsonl")
+    for name in (*kept, "checkpoints/state.pt", "checkpoints/twa_state.pt"):
+        assert after[name] == before[name], name
+    assert after.keys() == before.keys()
+    assert_equal(
+        load_state_dict(run / "checkpoints/twa.pt"),
+        load_state_dict(head / "DST/checkpoints/twa.pt"),
+    )
+    old, new = (json.loads((f / "twa.json").read_text()) for f in (head / "DST", run))
+    assert new["averaging_weights"] == old["averaging_weights"]
+    for name in old["results"]:
+        assert new["results"][name]["loss"] == old["results"][name]["loss"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--epochs", 5], "epochs 4"),
+        (["--epochs", 4, "--arch", "ResNet18"], "arch PreResNet20"),
+        (["--epochs", 4, "--saves-per-epoch", 2], "saves_per_epoch 1"),
+    ],
+    ids=["epochs", "architecture", "saves"],
+)
+def test_a_state_of_other_settings_is_refused(run, flags, words):
+    line = refuse(run, SGD, *where(run), "--resume", *flags)
+    assert "state.pt" in line
+    assert words in line
+
+
+def test_twa_refuses_the_state_of_another_window(run):
+    flags = ["--params_end", 5, "--epochs", 1]
+    succeed(call(TWA, *where(run), "--params_start", 1, *flags))
+    line = refuse(run, TWA, *where(run), "--params_start", 2, *flags, "--resume")
+    assert "twa_state.pt" in line
+    # The same numbers, but other checkpoints behind them.
+    shutil.copy(run / "checkpoints/0.pt", run / "checkpoints/3.pt")
+    line = refuse(run, TWA, *where(run), "--params_start", 1, *flags, "--resume")
+    assert "twa_state.pt" in line
+    assert "window" in line
+
+
+def test_a_checkpoint_or_a_missing_file_is_no_state_to_resume(run):
+    for name, words in (("4.pt", "not a resumable state"), ("none.pt", "no such")):
+        path = run / "checkpoints" / name
+        line = refuse(run, SGD, *where(run), "--epochs", 4, "--resume", path)
+        assert str(path) in line
+        assert words in line
+
+
+def test_checkpoints_of_an_earlier_run_are_replaced_only_on_request(run):
+    flags = [*where(run), "--epochs", 1]
+    line = refuse(run, SGD, *flags)
+    assert str(run / "checkpoints") in line
+    assert "--resume" in line
+    assert "--overwrite" in line
+    # Its state is gone: there is nothing to resume, and the checkpoints stay all the same.
+    (run / "checkpoints/state.pt").unlink()
+    assert str(run / "checkpoints") in refuse(run, SGD, *flags, "--resume")
+    succeed(call(SGD, *flags, "--overwrite"))
+    assert names(run / "checkpoints") == {"0.pt", "1.pt", "state.pt"}
+    assert len(read_lines(run / "metrics.jsonl")) == 1
+
+
+# --- bad input: one line, exit status 2, and nothing is touched ---
+
+
+def test_refusals_in_processes_of_their_own(run):
+    """What `call` cannot see: warnings on stderr, and the true exit status."""
+    write_pickled_code(run / "checkpoints/2.pt", run / "proof")
+    before = snapshot(run)
+    window = ["--params_start", 0, "--params_end", 5]
+    commands = (
+        (TWA, *where(run), *window),
+        (TWA, *where(run), "--params_end", 9),
+        (SGD, *where(run), "--arch", "LeNet"),
+    )
+    with ThreadPoolExecutor() as pool:
+        lines = [one_line(r) for r in pool.map(lambda c: process(*c, cwd=run), commands)]
+    assert "2.pt" in lines[0]
+    assert "5.pt" in lines[1]
+    assert "LeNet" in lines[2]
+    assert snapshot(run) == before  # nor was the code run: there is no proof
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--arch", "LeNet"], "LeNet"),
+        (["--arch", "VGG16BN"], "VGG16BN"),  # needs larger images
+        (["--datasets", "MNIST"], "MNIST"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--lr", "-0.1"], "--lr"),
+        (["--lr", "fast"], "--lr"),
+        (["--epochs", "-1"], "--epochs"),
+        (["--epochs", "1.5"], "--epochs"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--momentum", "2"], "--momentum"),
+        (["--print-freq", "0"], "--print-freq"),
+        (["--pretrained"], "--pretrained"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+@pytest.mark.parametrize("script", [SGD, TWA])
+def test_odd_values_are_refused(run, script, flags, words):
+    window = ["--params_end", 5] if script == TWA else []
+    assert words in refuse(run, script, *where(run), *window, *flags)
+
+
+def test_too_many_saves_are_refused_before_anything_is_replaced(run):
+    flags = ("--epochs", 1, "--saves-per-epoch", 9, "--overwrite")
+    assert "8 iterations" in refuse(run, SGD, *where(run), *flags)
+
+
+@pytest.mark.parametrize("script", [SGD, TWA, SWA])
+def test_wandb_without_its_package_is_refused_before_anything_is_written(run, script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    flags = [*where(run), "--params_end", 5] if script == TWA else where(run)
+    if script == SWA:
+        flags = swa_flags(run)
+    line = refuse(run, script, *flags, "--epochs", 1, "--wandb")
+    assert "--wandb" in line
+    assert "pip install wandb" in line
+    if script != TWA:
+        refuse(run, script, *flags, "--epochs", 1, "--wandb", "--overwrite")
+
+
+@pytest.mark.parametrize("start, end", [(3, 3), (4, 2), (0, 0)])
+def test_an_empty_or_reversed_window_is_refused(run, start, end):
+    line = refuse(run, TWA, *where(run), "--params_start", start, "--params_end", end)
+    assert "window" in line
+    assert f"[{start}, {end})" in line
+
+
+def test_a_window_past_the_last_checkpoint_is_refused_with_what_is_there(run):
+    line = refuse(run, TWA, *where(run), "--params_start", 3, "--params_end", 7)
+    assert "5.pt is missing" in line
+    assert "0 to 4" in line
+
+
+def test_a_missing_checkpoint_within_the_window_is_refused(run):
+    (run / "checkpoints/2.pt").unlink()
+    line = refuse(run, TWA, *where(run), "--params_end", 5)
+    assert "2.pt is missing" in line
+
+
+def test_a_missing_folder_or_start_point_is_refused(run):
+    flags = where(run)
+    flags[flags.index("--save-dir") + 1] = run / "nowhere"
+    assert "nowhere" in refuse(run, TWA, *flags, "--params_end", 5)
+    line = refuse(run, TWA, *where(run), "--params_end", 5, "--train_start", 7)
+    assert str(run / "checkpoints/7.pt") in line
+
+
+def test_a_start_average_larger_than_the_window_is_refused(run):
+    line = refuse(run, TWA, *where(run), "--params_end", 5, "--start-average", 6)
+    assert "--start-average" in line
+    assert "5 checkpoints" in line
+
+
+class Trap:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def write_pickled_code(path: Path, proof: Path = Path("proof")) -> None:
+    torch.save({"conv1.weight": Trap(str(proof))}, path)
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def poison(value: float):
+    def write(path: Path) -> None:
+        state = load_state_dict(path)
+        state["layer2.0.conv1.weight"] = state["layer2.0.conv1.weight"].clone()
+        state["layer2.0.conv1.weight"][0, 0, 0, 0] = value
+        save(state, path)  # which leaves the old file to those that have mapped it: this process
+
+    return write
+
+
+DAMAGE = {
+    "truncated": (truncate, "cannot be read"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "another architecture": (
+        lambda path: torch.save(models.build("PreResNet20", 10, 3).state_dict(), path),
+        "conv1.weight is [16, 3, 3, 3] there and [16, 1, 3, 3] in the model",
+    ),
+    "NaN": (poison(math.nan), "layer2.0.conv1.weight holds NaN"),
+    "infinity": (poison(math.inf), "layer2.0.conv1.weight holds NaN or infinity"),
+    "pickled code": (write_pickled_code, "pickled code"),
+    "a list": (lambda path: torch.save([1, 2], path), "not a state_dict"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, number",
+    # What is seen only beside the model or the others is looked for at each place.
+    [
+        *((kind, 2) for kind in DAMAGE),
+        *((k, n) for k in ("NaN", "another architecture") for n in (0, 4)),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_by_its_name_wherever_it_stands(run, kind, number):
+    damage, words = DAMAGE[kind]
+    path = run / f"checkpoints/{number}.pt"
+    damage(path)
+    line = refuse(run, TWA, *where(run), "--params_end", 5)
+    assert str(path) in line
+    assert words in line
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_bad_start_point_outside_the_window_is_refused_by_its_name(run, kind):
+    damage, words = DAMAGE[kind]
+    path = run / "checkpoints/0.pt"
+    damage(path)
+    window = ("--params_start", 1, "--params_end", 5, "--train_start", 0)
+    line = refuse(run, TWA, *where(run), *window)
+    assert str(path) in line
+    assert words in line
+
+
+def test_divergence_ends_in_one_line_and_leaves_the_last_state(run):
+    # A state whose next epoch must diverge.
+    path = run / "checkpoints/state.pt"
+    state = torch.load(path, weights_only=True)
+    state["epoch"] = 3
+    state["optimizer"]["param_groups"][0]["lr"] = 1e30
+    state["scheduler"]["base_lrs"] = [1e34]
+    torch.save(state, path)
+    before = {name: content for name, content in snapshot(run).items() if name.endswith(".pt")}
+    line = one_line(call(SGD, *where(run), "--epochs", 4, "--resume"))
+    assert "epoch 4/4" in line
+    assert "lower --lr" in line
+    after = {name: content for name, content in snapshot(run).items() if name.endswith(".pt")}
+    assert after == before
+    assert [m["epoch"] for m in read_lines(run / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_an_absurd_rate_ends_in_one_line_and_leaves_no_bad_checkpoint(run, tmp_path):
+    new = tmp_path / "new"
+    assert "--lr" in one_line(call(SGD, *where(new), "--epochs", 2, "--lr", 1e30))
+    assert names(new / "checkpoints") == {"0.pt", "state.pt"}
+    before = snapshot(run / "checkpoints")
+    flags = ("--params_end", 5, "--epochs", 2, "--lr", 1e30)
+    assert "--lr" in one_line(call(TWA, *where(run), *flags))
+    assert snapshot(run / "checkpoints") == before
+
+
+# --- SWA ---
+
+
+def swa_flags(folder: Path) -> list:
+    return ["--dir", folder, "--dataset", "Digits", "--model", "PreResNet20"]
+
+
+TAIL = ["--epochs", 6, "--swa", "--swa_start", 4, "--swa_lr", 0.05, "--eval_freq", 5]
+
+
+@pytest.fixture(scope="module")
+def tail(tmp_path_factory) -> Path:
+    """The folder of a run with SWA over epochs 4 to 6."""
+    cwd = tmp_path_factory.mktemp("tail")
+    result = succeed(process(SWA, *swa_flags("DIR"), *TAIL, cwd=cwd))
+    assert result.err == ""
+    return cwd / "DIR"
+
+
+@pytest.fixture
+def tail_copy(tail, tmp_path) -> Path:
+    shutil.copytree(tail, tmp_path / "tail")
+    return tmp_path / "tail"
+
+
+def test_swa_leaves_these_files_and_no_others(tail):
+    checkpoints = {f"{n}.pt" for n in range(7)} | {"state.pt", "swa.pt"}
+    assert names(tail / "checkpoints") == checkpoints
+    files = {"checkpoints", "log", "metrics.jsonl", "run.json", "swa.json", "swa.png"}
+    assert names(tail) == files
+    assert_picture(tail / "swa.png")
+
+
+def test_swa_writes_a_row_an_epoch(tail):
+    metrics = read_lines(tail / "metrics.jsonl")
+    assert [m["epoch"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    for m in metrics:
+        assert list(m) == [
+            *("epoch", "rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+            *("SWA_loss", "SWA_accuracy", "seconds"),
+        ]
+    # Every fifth epoch from the start on, and at the end.
+    assert [m["epoch"] for m in metrics if m["SWA_loss"] is not None] == [5, 6]
+
+
+def test_the_average_is_the_mean_of_the_checkpoints_of_the_tail(tail):
+    mean = average([tail / f"checkpoints/{n}.pt" for n in (4, 5, 6)])
+    averaged = load_state_dict(tail / "checkpoints/swa.pt")
+    for key, _ in preresnet().named_parameters():
+        # A running mean in float32 is rounded at each of three updates.
+        torch.testing.assert_close(averaged[key], mean[key], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(
+        mean["fc.weight"], load_state_dict(tail / "checkpoints/6.pt")["fc.weight"]
+    )
+
+
+def test_the_swa_solution_that_twa_reports_is_that_of_the_swa_run(tail_copy):
+    window = ("--params_start", 4, "--params_end", 7, "--epochs", 1, "--lr", 0)
+    succeed(call(TWA, *where(tail_copy), *window))
+    swa = json.loads((tail_copy / "swa.json").read_text())["results"]["SWA"]
+    results = json.loads((tail_copy / "twa.json").read_text())["results"]
+    assert results["SWA"]["accuracy"] == swa["accuracy"]
+    # Rounding of the weights, through twenty layers.
+    assert results["SWA"]["loss"] == pytest.approx(swa["loss"], rel=1e-4)
+    # And TWA with a rate of zero stays there.
+    assert results["TWA"]["loss"] == results["SWA"]["loss"]
+    model = preresnet()
+    load_into(model, tail_copy / "checkpoints/swa.pt")
+    assert evaluate(model, loaders()[1])["loss"] == pytest.approx(swa["loss"], rel=1e-6)
+
+
+def test_swa_c_epochs_averages_every_second_epoch(tmp_path):
+    flags = ["--epochs", 5, "--swa", "--swa_start", 2, "--swa_c_epochs", 2, "--batch_size", 300]
+    succeed(call(SWA, *swa_flags(tmp_path), *flags))
+    mean = average([tmp_path / f"checkpoints/{n}.pt" for n in (2, 4)])
+    averaged = load_state_dict(tmp_path / "checkpoints/swa.pt")
+    for key, _ in preresnet().named_parameters():
+        torch.testing.assert_close(averaged[key], mean[key], rtol=1e-6, atol=1e-6)
+
+
+def test_without_swa_the_run_is_plain_sgd(tmp_path):
+    succeed(call(SWA, *swa_flags(tmp_path), "--epochs", 2, "--batch_size", 300))
+    assert names(tmp_path / "checkpoints") == {"0.pt", "1.pt", "2.pt", "state.pt"}
+    assert list(json.loads((tmp_path / "swa.json").read_text())["results"]) == ["SGD"]
+    assert "SWA_loss" not in read_lines(tmp_path / "metrics.jsonl")[0]
+
+
+@pytest.mark.parametrize(
+    "swa, swa_start, epochs, steps",
+    [
+        (True, 161, 300, 7),
+        (True, 4, 6, 8),
+        (True, 21, 40, 29),
+        (False, 161, 40, 29),
+    ],
+)
+def test_swa_schedule_follows_its_formula(swa, swa_start, epochs, steps):
+    spec = importlib.util.spec_from_file_location("swa_train", ROOT / SWA)
+    script = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(script)
+    sys.path[:] = path
+    args = argparse.Namespace(swa=swa, swa_start=swa_start, epochs=epochs, lr_init=0.1, swa_lr=0.05)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], args.lr_init)
+    scheduler = script.swa_schedule(optimizer, args, steps)
+    head = (swa_start if swa else epochs) * steps
+    last = 0.05 if swa else 0.001
+    # Its corners lie on whole steps: half a step of the fall, at most, from the formula's.
+    tolerance = 0.5 * (0.1 - last) / (0.4 * head) + 1e-12
+    for step in range(epochs * steps):
+        done = step / head
+        fallen = min(max((done - 0.5) / 0.4, 0.0), 1.0)
+        rate = optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx(0.1 + fallen * (last - 0.1), abs=tolerance), step
+        optimizer.step()
+        scheduler.step()
+    assert rate == pytest.approx(last)
+
+
+def test_the_run_takes_its_rates_from_the_schedule(tail):
+    rates = [m["rate"] for m in read_lines(tail / "metrics.jsonl")]
+    assert rates[:3] == pytest.approx([0.1, 0.1, 0.1], abs=0.001)
+    assert rates[3] == pytest.approx(0.1 - 0.05 * 0.25 / 0.4, abs=0.001)
+    assert rates[4:] == pytest.approx([0.05, 0.05])
+
+
+def test_swa_stopped_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_run(tail, tmp_path):
+    """The state is saved every other epoch: it is older than the newest checkpoint."""
+    flags = [*swa_flags(tmp_path), *TAIL, "--save_freq", 4]
+    with killed_in(6):
+        call(SWA, *flags)
+    assert "5.pt" in names(tmp_path / "checkpoints")
+    assert "swa.pt" not in names(tmp_path / "checkpoints")
+    succeed(call(SWA, *flags, "--resume"))
+    assert_same_checkpoints(tmp_path, tail, [*range(7), "swa"])
+    metrics = without_seconds(tmp_path / "metrics.jsonl")
+    assert metrics == without_seconds(tail / "metrics.jsonl")
+
+
+def test_swa_stopped_in_its_first_epoch_can_be_resumed(tail, tmp_path):
+    with killed_in(1):
+        call(SWA, *swa_flags(tmp_path), *TAIL)
+    with killed_in(2):
+        call(SWA, *swa_flags(tmp_path), *TAIL, "--resume")
+    assert_same_checkpoints(tmp_path, tail, (0, 1))
+
+
+def test_a_finished_swa_run_that_is_resumed_does_nothing_more(tail_copy):
+    before = snapshot(tail_copy)
+    succeed(call(SWA, *swa_flags(tail_copy), *TAIL, "--resume"))
+    after = snapshot(tail_copy)
+    assert after.keys() == before.keys()
+    for name in (*(f"checkpoints/{n}.pt" for n in range(7)), "metrics.jsonl", "swa.json"):
+        assert after[name] == before[name], name
+
+
+def test_swa_replaces_an_earlier_run_only_on_request(tail_copy):
+    line = refuse(tail_copy, SWA, *swa_flags(tail_copy), *TAIL)
+    assert "--resume" in line
+    assert "--overwrite" in line
+    succeed(call(SWA, *swa_flags(tail_copy), "--epochs", 1, "--overwrite"))
+    assert {"2.pt", "6.pt"}.isdisjoint(names(tail_copy / "checkpoints"))
+
+
+def test_a_folder_of_another_model_is_refused(tail_copy):
+    flags = swa_flags(tail_copy)
+    flags[-1] = "ResNet18"
+    line = refuse(tail_copy, SWA, *flags, *TAIL, "--resume")
+    assert "PreResNet20" in line
+    assert "ResNet18" in line
+    flags = where(tail_copy)
+    flags[flags.index("PreResNet20")] = "ResNet18"
+    line = refuse(tail_copy, TWA, *flags, "--params_start", 4, "--params_end", 7)
+    assert ".pt: of another architecture" in line
+
+
+def test_a_window_past_the_last_epoch_of_the_tail_is_refused_with_what_is_there(tail_copy):
+    line = refuse(tail_copy, TWA, *where(tail_copy), "--params_start", 4, "--params_end", 12)
+    assert "7.pt is missing" in line
+    assert "0 to 6" in line
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--swa", "--swa_start", 7], "--swa_start 7"),
+        (["--swa_lr", "nan"], "--swa_lr"),
+        (["--swa_start", 0], "--swa_start"),
+        (["--epochs", 0], "--epochs"),
+        (["--batch_size", 0], "--batch_size"),
+        (["--dataset", "MNIST"], "MNIST"),
+        (["--model", "LeNet"], "LeNet"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_odd_values_are_refused_by_swa(tail_copy, flags, words):
+    line = refuse(tail_copy, SWA, *swa_flags(tail_copy), "--epochs", 6, *flags, "--overwrite")
+    assert words in line
+
+
+# --- the result ---
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory) -> Path:
+    """What `bash run.sh` leaves in a fresh copy of the tree, with the settings that stand there."""
+    copy = tmp_path_factory.mktemp("copy") / "twa"
+    ignored = shutil.ignore_patterns(".*", "results", "datasets", "save_temp", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    path = copy.parent / "bin"
+    path.mkdir()
+    (path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (path / "python").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "run.sh"],
+        cwd=copy,
+        env=ENVIRONMENT | {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return copy / "results" / "PreResNet20_Digits"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_quality_twa_on_the_first_half_is_near_the_full_run_and_above_its_median(digits_run):
+    """The claim of the head stage, on Digits, by the real run: most of a minute."""
+    summary = json.loads((digits_run / "twa.json").read_text())
+    description = json.loads((digits_run / "twa_run.json").read_text())["arguments"]
+    metrics = read_lines(digits_run / "metrics.jsonl")
+    epochs = len(metrics)
+    assert description["params_start"] == 0
+    assert description["params_end"] - 1 == epochs // 2  # a checkpoint an epoch
+    assert summary["epochs"] == 5
+    twa = summary["results"]["TWA"]["accuracy"]
+    window = [m["test_accuracy"] for m in metrics[: epochs // 2]]
+    assert twa >= metrics[-1]["test_accuracy"] - 0.5
+    assert twa > statistics.median(window)

@@ -1,0 +1,294 @@
+"""The matrix `P ∈ R^{height×D}` in memory, and products with it.
+
+`Dense` holds float32; `Compressed` holds 16, 8 or 4 bits an element. Products are bound by memory
+traffic, so each reads the matrix once. They answer block by block: P stands for the block-diagonal
+matrix whose blocks are its column ranges in `twa.columns`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from twa.columns import Blocks
+
+# Columns of a dense product that one core takes at a time: a single long matrix-vector product
+# would run on one core.
+PIECE = 2**16
+# Columns of a compressed tile.
+TILE = 256
+# Compressed matrices with fewer elements are not worth the seconds that a compiler takes.
+COMPILE_FROM = 2**27
+# Elements that a compiled kernel takes at a time.
+COMPILED_PART = 2**26
+# Elements decompressed at a time where no kernel is compiled: a share of the cache on a CPU, enough
+# to fill a GPU.
+PART = {"cpu": 2**19, "cuda": 2**26}
+
+
+class Dense:
+    """P in float32, row by row.
+
+    Args:
+        rows: float32 [height, D], kept and not copied.
+        blocks: of the columns.
+    """
+
+    def __init__(self, rows: Tensor, blocks: list[Blocks]):
+        self.rows = rows
+        self._count = blocks[-1].numbers.stop
+        self._filled = 0
+        # Products are batched: over many narrow blocks, or over the pieces of one wide block.
+        self._narrow, self._pieces = [], []
+        for group in blocks:
+            if group.count > 1 and group.width < PIECE:
+                self._narrow.append(group)
+                continue
+            for block in group.split(group.width):
+                pieces, rest = divmod(block.width, PIECE)
+                if pieces:
+                    self._pieces.append(Blocks(block.first, block.start, pieces, PIECE))
+                if rest:
+                    self._pieces.append(Blocks(block.first, block.stop - rest, 1, rest))
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def append(self, rows: Tensor) -> None:
+        """Fills the next columns with `rows` [height, columns]."""
+        self.rows[:, self._filled : self._filled + rows.shape[1]] = rows
+        self._filled += rows.shape[1]
+
+    def project(self, gradients: Tensor) -> Tensor:
+        """`P g` of every block, [blocks, height], from g [D]."""
+        products = gradients.new_zeros(self._count, 1, len(self.rows))
+        for blocks in self._narrow:
+            part = gradients[blocks.start : blocks.stop].view(blocks.count, 1, blocks.width)
+            torch.bmm(part, blocks.of(self.rows).mT, out=products[blocks.numbers])
+        for pieces in self._pieces:
+            part = gradients[pieces.start : pieces.stop].view(pieces.count, 1, pieces.width)
+            products[pieces.first] += torch.bmm(part, pieces.of(self.rows).mT).sum(0)
+        return products.squeeze(1)
+
+    def expand(self, coefficients: Tensor) -> Tensor:
+        """`Pᵀ β`, [D], from the coefficients β of every block, [blocks, height]."""
+        weights = coefficients.new_empty(self.rows.shape[1])
+        coefficients = coefficients[:, None]
+        for blocks in self._narrow:
+            out = weights[blocks.start : blocks.stop].view(blocks.count, 1, blocks.width)
+            torch.bmm(coefficients[blocks.numbers], blocks.of(self.rows), out=out)
+        for pieces in self._pieces:
+            out = weights[pieces.start : pieces.stop].view(pieces.count, 1, pieces.width)
+            same = coefficients[pieces.first].expand(pieces.count, 1, -1)
+            torch.bmm(same, pieces.of(self.rows), out=out)
+        return weights
+
+
+class Compressed:
+    """P in tiles of 256 columns; in each tile a row is 256 small numbers and their scale.
+
+    Tiles follow the columns, whatever the blocks. `values` is [tiles, height, 256], `scales`
+    float32 [tiles, height], and an element is a value times its scale. A value is a float16 at 16
+    bits, an int8 at 8, and at 4 a number from -8 to 7: with 8 added, column k of a tile is the low
+    half of byte k and column k + 128 the high half. Zero is kept exactly.
+
+    Both products use these values as they are, so `project` is the exact adjoint of `expand`.
+    Large matrices are multiplied by compiled kernels, which decompress in registers; small ones,
+    and all where no compiler is to be had, are decompressed in parts that fit the cache.
+
+    Args:
+        bits: 16, 8 or 4.
+        height: number of rows.
+        blocks: of the columns.
+        device: where to keep it.
+    """
+
+    def __init__(self, bits: int, height: int, blocks: list[Blocks], device: torch.device):
+        self._height, self._total, self._count = height, blocks[-1].stop, blocks[-1].numbers.stop
+        tiles = -(-self._total // TILE)
+        dtype = {16: torch.float16, 8: torch.int8, 4: torch.uint8}[bits]
+        width = TILE // 2 if bits == 4 else TILE
+        self.values = torch.empty(tiles, height, width, dtype=dtype, device=device)
+        self.scales = torch.empty(tiles, height, device=device)
+        self._filled = 0
+        self._rest = torch.empty(height, 0, device=device)
+        self._lay_out(blocks)
+        self._part = max(1, PART.get(device.type, 2**19) // (height * TILE))
+        self._compiled = tiles * height * TILE >= COMPILE_FROM
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def append(self, rows: Tensor) -> None:
+        """Fills the next columns with `rows`, float32 [height, columns]."""
+        rows = torch.cat([self._rest, rows], dim=1)
+        tiles, rest = divmod(rows.shape[1], TILE)
+        if self._filled * TILE + rows.shape[1] == self._total and rest:
+            rows = torch.nn.functional.pad(rows, (0, TILE - rest))
+            tiles += 1
+        self._rest = rows[:, tiles * TILE :].clone()
+        self._fill(rows[:, : tiles * TILE].unflatten(1, (tiles, TILE)).transpose(0, 1))
+
+    def _fill(self, rows: Tensor) -> None:
+        """Compresses `rows`, float32 [tiles, height, 256]."""
+        place = slice(self._filled, self._filled + len(rows))
+        self._filled += len(rows)
+        # The element furthest from zero takes the lowest level: there is one more below zero.
+        levels = {torch.float16: 2**14, torch.int8: 2**7, torch.uint8: 2**3}[self.values.dtype]
+        extreme = rows.gather(2, rows.abs().argmax(dim=2, keepdim=True))
+        scales = extreme / -levels
+        self.scales[place] = scales[:, :, 0]
+        values = rows / scales.where(scales != 0, 1)
+        if self.values.dtype == torch.float16:
+            self.values[place] = values
+            return
+        values = values.round_().clamp_(-levels, levels - 1)
+        if self.values.dtype == torch.uint8:
+            low, high = (values + 8).to(torch.uint8).chunk(2, dim=2)
+            values = low | high << 4
+        self.values[place] = values
+
+    def _lay_out(self, blocks: list[Blocks]) -> None:
+        """Finds which tiles lie in one block, and cuts the others into pieces of one block each.
+
+        Where most tiles are cut, since blocks are narrow, all are treated as pieces.
+        """
+        device = self.values.device
+        starts = torch.cat([b.start + b.width * torch.arange(b.count) for b in blocks])
+        cuts = torch.cat([starts, torch.arange(0, self._total, TILE)]).unique()
+        ends = torch.cat([cuts[1:], torch.tensor([self._total])])
+        tile = cuts // TILE
+        block = torch.searchsorted(starts, cuts, right=True) - 1
+        whole = ends - cuts == TILE
+        if 2 * int(whole.sum()) < len(self.values):
+            whole.zero_()
+        # Per block with whole tiles: its number, the first of them, and the one after the last.
+        numbers, counts = block[whole].unique_consecutive(return_counts=True)
+        last = tile[whole][counts.cumsum(0) - 1]
+        self._runs = list(
+            zip(numbers.tolist(), (last - counts + 1).tolist(), (last + 1).tolist(), strict=True)
+        )
+        self._block_of_tile = torch.zeros(len(self.values), dtype=torch.int64)
+        self._block_of_tile[tile[whole]] = block[whole]
+        self._block_of_tile = self._block_of_tile.to(device)
+        cut = ~whole
+        self._pieces = [
+            x[cut].to(device) for x in (tile, block, cuts - TILE * tile, ends - TILE * tile)
+        ]
+
+    def project(self, gradients: Tensor) -> Tensor:
+        """`P g` of every block, [blocks, height], from g [D]."""
+        products = gradients.new_zeros(self._count, self._height)
+        if self._runs:
+            whole = self._total // TILE
+            tiles = gradients[: whole * TILE].view(whole, TILE)
+            sums = gradients.new_empty(whole, self._height)
+            self._each_part("project", self.values[:whole], self.scales[:whole], tiles, sums)
+            for block, first, stop in self._runs:
+                products[block] = sums[first:stop].sum(0)
+        for tile, block, columns, outside in self._cut_tiles():
+            part = gradients[columns.clamp_max(self._total - 1)].masked_fill_(outside, 0)
+            sums = gradients.new_empty(len(tile), self._height)
+            _project(self.values[tile], self.scales[tile], part, sums)
+            products.index_add_(0, block, sums)
+        return products
+
+    def expand(self, coefficients: Tensor) -> Tensor:
+        """`Pᵀ β`, [D], from the coefficients β of every block, [blocks, height]."""
+        weights = coefficients.new_empty(len(self.values), TILE)
+        if self._runs:
+            tiles = coefficients[self._block_of_tile]
+            self._each_part("expand", self.values, self.scales, tiles, weights)
+        weights[self._pieces[0]] = 0
+        for tile, block, _, outside in self._cut_tiles():
+            part = coefficients.new_empty(len(tile), TILE)
+            _expand(self.values[tile], self.scales[tile], coefficients[block], part)
+            weights.index_add_(0, tile, part.masked_fill_(outside, 0))
+        return weights.flatten()[: self._total]
+
+    def _cut_tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The pieces of tiles, in parts: tile and block [pieces]; all columns of the tile, and
+        whether they are outside the piece, [pieces, 256]."""
+        inside = torch.arange(TILE, device=self.values.device)
+        for tile, block, first, stop in zip(
+            *(x.split(self._part) for x in self._pieces), strict=True
+        ):
+            outside = (inside < first[:, None]) | (inside >= stop[:, None])
+            yield tile, block, tile[:, None] * TILE + inside, outside
+
+    def _each_part(self, product: str, *tensors: Tensor) -> None:
+        """Runs a kernel on `tensors`, in parts along their first dimension, the tiles."""
+        if self._compiled:
+            try:
+                part = max(1, COMPILED_PART // (self._height * TILE))
+                for arguments in zip(*(x.split(part) for x in tensors), strict=True):
+                    _compiled(product)(*arguments)
+                return
+            except Exception as error:  # Whatever stops the compiler, the products need none.
+                reason = str(error).strip().partition("\n")[0]
+                _warn_once(f"the compressed basis runs uncompiled, and slower: {reason}")
+                self._compiled = False
+        kernel = {"project": _project, "expand": _expand}[product]
+        for arguments in zip(*(x.split(self._part) for x in tensors), strict=True):
+            kernel(*arguments)
+
+
+def _project(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
+    """`out` [tiles, height] ← each tile of P times its `gradients` [tiles, 256]."""
+    torch.mul(scales, (gradients[:, None] @ _float(values).mT)[:, 0], out=out)
+
+
+def _expand(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    """`out` [tiles, 256] ← `coefficients` [tiles, height] times each tile of P."""
+    torch.bmm((scales * coefficients)[:, None], _float(values), out=out[:, None])
+
+
+def _float(values: Tensor) -> Tensor:
+    """`values` as float32 [tiles, height, 256], not yet scaled."""
+    if values.dtype == torch.uint8:
+        return torch.cat([values & 15, values >> 4], dim=2).float().sub_(8)
+    return values.float()
+
+
+# The same products in the form that a compiler fuses. Two halves of a tile at a time: these are
+# the low and the high halves of bytes at 4 bits, and two sums to run side by side at any.
+
+
+def _project_fused(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
+    low, high = _halves(values)
+    left, right = gradients[:, None].chunk(2, dim=2)
+    out.copy_(scales * (low * left + high * right).sum(2))
+
+
+def _expand_fused(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    coefficients = (scales * coefficients)[:, :, None]
+    left, right = out.chunk(2, dim=1)
+    low, high = _halves(values)
+    left.copy_((low * coefficients).sum(1))
+    right.copy_((high * coefficients).sum(1))
+
+
+def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    if values.dtype == torch.uint8:
+        # A compiler for CPUs makes vector instructions of shifts in 32 bits, not in 8.
+        values = values.int()
+        return ((values & 15) - 8).float(), ((values >> 4) - 8).float()
+    low, high = values.chunk(2, dim=2)
+    return low.float(), high.float()
+
+
+@functools.cache
+def _compiled(product: str):
+    kernel = {"project": _project_fused, "expand": _expand_fused}[product]
+    return torch.compile(kernel, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
