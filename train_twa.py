@@ -33,7 +33,8 @@ def parse_arguments():
     parser = utils.Parser("trains the averaging coefficients over a window of checkpoints")
     utils.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
     add = parser.add_argument
-    add("--epochs", type=number(int, 0), default=100, help="epochs over the training set")
+    epochs_help = "epochs over the training set, or over its held-out part with --split"
+    add("--epochs", type=number(int, 0), default=100, help=epochs_help)
     add("--params_start", type=number(int, 0), default=0, help="first checkpoint of the window")
     add("--params_end", type=number(int, 0), default=51, help="one past the window's last")
     start = parser.add_mutually_exclusive_group()
@@ -109,7 +110,7 @@ def main():
     utils.set_seed(args.randomseed)
     save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
     window = window_paths(save_dir, args.params_start, args.params_end)
-    model, train, test = set_up(args)
+    model, train, test = set_up(args, on_held_out=True)
 
     # Batch norm is re-estimated for every solution: its statistics belong to the data.
     averages, start = averages_of(window, args)
@@ -148,6 +149,7 @@ def main():
         "epochs": args.epochs,
         "window": [args.params_start, args.params_end],
         "start": start,
+        "held_out": utils.held_out(args),
     }
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     done = utils.resume(args, utils.state_path(args, "twa_state.pt"), settings, **parts)
@@ -159,6 +161,11 @@ def main():
         f"rate {rate:.3g}, basis of {optimizer.subspace.nbytes / 2**20:.1f} MiB in "
         f"{build_seconds:.1f} s"
     )
+    if args.split and sgd.held_out != utils.held_out(args):
+        log.line(
+            f"note: the checkpoints' run held out {sgd.held_out or 'nothing'}, so its models know "
+            "images that the coefficients are trained on; give both the same --split"
+        )
     trainer = Trainer(
         model,
         train,
@@ -181,7 +188,7 @@ def main():
     save(model.state_dict(), save_dir / "twa.pt")
     seconds = build_seconds + sum(m["seconds"] for m in log.epochs)
     solutions["TWA"] = evaluate(model, test, args.amp) | {
-        "epochs": spent["epochs"] + args.epochs,
+        "epochs": spent["epochs"] + args.epochs * (args.val_ratio / 100 if args.split else 1),
         "seconds": spent["seconds"] + seconds,
     }
     alpha = optimizer.averaging_weights()

@@ -51,6 +51,7 @@ def parse_arguments():
         default=1,
         help="seed of all randomness",
     )
+    utils.add_data_arguments(parser)
     utils.add_run_arguments(parser)
     args = parser.parse_args()
     args.save_dir = str(Path(args.log_dir) / "checkpoints")
@@ -82,6 +83,7 @@ def main():
     scheduler = swa_schedule(optimizer, args, len(train))
 
     settings = {key: getattr(args, key) for key in ("arch", "datasets", "epochs", "swa")}
+    settings["held_out"] = utils.held_out(args)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
     done = utils.resume(args, utils.state_path(args, "state.pt"), settings, **parts)
     if done == 0:
