@@ -230,8 +230,13 @@ def evaluate(
     amp: bool = False,
 ) -> dict[str, float]:
     """The mean loss in nats and the accuracy in percent over `batches`, in evaluation mode."""
-    totals = Totals(device_of(model))
-    for outputs, labels in predict(model, batches, amp):
+    return score(predict(model, batches, amp), device_of(model))
+
+
+def score(predictions: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, float]:
+    """The mean loss in nats and the accuracy in percent of logits [B, classes] for labels [B]."""
+    totals = Totals(device)
+    for outputs, labels in predictions:
         totals.add(F.cross_entropy(outputs, labels), outputs, labels)
     return totals.read()
 

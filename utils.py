@@ -118,13 +118,38 @@ def held_out(args: argparse.Namespace) -> str | None:
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a training recipe, transformers' above all, beside rate and weight decay."""
     add = parser.add_argument
-    warmup_help = "epochs of a linear rise of the rate; the schedule takes the rest"
-    add("--warmup-epochs", type=number(float, 0), default=0.0, help=warmup_help)
+    add("--warmup-epochs", type=number(float, 0), default=0.0, help=WARMUP_HELP)
     add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="share spread evenly")
     add("--clip-grad", type=number(float, 0), metavar="NORM", help=CLIP_HELP)
 
 
+WARMUP_HELP = "epochs of a linear rise of the rate; the schedule takes the rest"
 CLIP_HELP = "largest norm of the gradient, all parameters together; left out, any"
+
+
+def add_soup_arguments(
+    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
+) -> None:
+    """The flags of both scripts of the fine-tune stage, which always hold out validation data."""
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--arch", "-a", default="PreResNet20", choices=architectures, help="architecture"
+    )
+    model.add_argument(
+        "--model-factory",
+        metavar="MODULE:FUNCTION",
+        help="a function of your own that returns the nn.Module; called without arguments",
+    )
+    add("--datasets", default="CIFAR10", choices=datasets, help="data set")
+    add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
+    add("--batch-size", "-b", type=number(int, 1), default=128, help="images a step")
+    ratio_help = "percent of the training set that is held out, drawn by --randomseed"
+    add("--val-ratio", type=percentage, default=10, help=ratio_help)
+    add("--randomseed", type=number(int, 0, 2**31 - 1), default=1, help="seed of all randomness")
+    add("--print-freq", "-p", type=number(int, 1), default=100, help="iterations between lines")
+    add_compute_arguments(parser)
+    parser.set_defaults(split=True)
 
 
 def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
