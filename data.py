@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
+from augment import OPERATIONS, rand_augment
 from utils import UserError
 
 
@@ -57,7 +58,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the test part of a data set."""
+    """A part of a data set: for training, for testing, or held out."""
 
     images: Tensor  # uint8 [N, C, H, W]
     labels: Tensor  # int64 [N]
@@ -75,6 +76,29 @@ class Split:
         """
         padded = F.pad(self.images, (self.spec.padding,) * 4)
         return padded.unfold(2, self.spec.size, 1).unfold(3, self.spec.size, 1)
+
+    def part(self, indices: Tensor | slice) -> Split:
+        """The images that `indices` names, in that order."""
+        return Split(self.images[indices], self.labels[indices], self.spec)
+
+    def hold_out(self, percent: float, seed: int) -> tuple[Split, Split]:
+        """What is left for training, and the `percent` of the images that are held out.
+
+        The same on every device for the same `seed`. Both come in random order, so that the first
+        images of either are a fair sample of it.
+
+        Raises:
+            UserError: one of the two would be empty.
+        """
+        count = round(len(self) * percent / 100)
+        if not 0 < count < len(self):
+            raise UserError(
+                f"--val-ratio {percent:g}: holds out {count} of {len(self)} images; "
+                "both parts need some"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = order.to(self.images.device)
+        return self.part(order[count:]), self.part(order[:count])
 
 
 def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, Split]:
@@ -115,6 +139,7 @@ class Loader:
             as it is and in order.
         seed: of all random draws.
         channels_last: whether images are laid out in memory with their channels last.
+        randaugment: strength of RandAugment, 1 to 30, for training; 0 for none.
     """
 
     def __init__(
@@ -125,11 +150,13 @@ class Loader:
         train: bool,
         seed: int = 0,
         channels_last: bool = False,
+        randaugment: int = 0,
     ):
         self.split = split
         self.batch_size = batch_size
         self.train = train
         self.seed = seed
+        self.randaugment = randaugment
         self.epoch = 0
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -152,6 +179,7 @@ class Loader:
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the epoch from batch `start` on."""
         draw = self.draw() if self.train else None
+        operations = self.draw_operations() if self.train and self.randaugment else None
         for first in range(start * self.batch_size, len(self.split), self.batch_size):
             part = slice(first, first + self.batch_size)
             if draw is None:
@@ -161,6 +189,8 @@ class Loader:
                 images = self.split.crops[order, :, top, left]
                 if self.split.spec.flip:
                     images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+                if operations is not None:
+                    images = rand_augment(images, operations[part], self.randaugment)
                 labels = self.split.labels[order]
             images = images.sub(self.mean).div_(self.std)
             yield images.contiguous(memory_format=self.memory_format), labels
@@ -173,14 +203,26 @@ class Loader:
             (int64), and whether they are mirrored (bool).
         """
         n, device = len(self.split), self.split.images.device
-        # Hashed together: neighbouring seeds share no epoch. 32 bits are what the CPU's takes in.
-        mixed = random.Random(f"{self.seed}/{self.epoch}").getrandbits(32)
-        generator = torch.Generator(device).manual_seed(mixed)
+        generator = self._generator(f"{self.seed}/{self.epoch}", device)
         order = torch.randperm(n, generator=generator, device=device)
         offsets = 2 * self.split.spec.padding + 1
         top, left = torch.randint(offsets, (2, n), generator=generator, device=device)
         flip = torch.randint(2, (n,), generator=generator, device=device).bool()
         return order, top, left, flip
+
+    def draw_operations(self) -> Tensor:
+        """RandAugment's draws of the epoch, int64 [N, 2] on the CPU, as the images come.
+
+        From a generator of their own, so that all else is drawn as without RandAugment; on the
+        CPU, because there it is decided which images go through an operation together.
+        """
+        generator = self._generator(f"{self.seed}/{self.epoch}/operations", torch.device("cpu"))
+        return torch.randint(2 * len(OPERATIONS), (len(self.split), 2), generator=generator)
+
+    @staticmethod
+    def _generator(name: str, device: torch.device) -> torch.Generator:
+        # Hashed together: neighbouring seeds share no epoch. 32 bits are what the CPU's takes in.
+        return torch.Generator(device).manual_seed(random.Random(name).getrandbits(32))
 
 
 _Arrays = list[tuple[Tensor, Tensor]]  # images uint8 [N, C, H, W] and labels int64 [N]; train, test

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,33 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def schedule_of(
-    factor: Callable[[float], float], optimizer: torch.optim.Optimizer, steps: int
+    factor: Callable[[float], float], optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A schedule to be stepped after each of `steps` optimizer steps, by a factor of progress."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / max(steps, 1)))
+    """A schedule to be stepped after each of `steps` optimizer steps, by a factor of progress.
+
+    The rate rises linearly over the first `warmup` steps; the progress is that of the rest.
+    """
+
+    def at(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return factor((step - warmup) / max(steps - warmup, 1))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, at)
+
+
+# By the names of --optimizer: called with (parameters, rate, weight decay, momentum).
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, lr, weight_decay, momentum: torch.optim.SGD(
+        parameters, lr, momentum=momentum, weight_decay=weight_decay
+    ),
+    "adam": lambda parameters, lr, weight_decay, momentum: torch.optim.Adam(
+        parameters, lr, weight_decay=weight_decay
+    ),
+    "adamw": lambda parameters, lr, weight_decay, momentum: torch.optim.AdamW(
+        parameters, lr, weight_decay=weight_decay
+    ),
+}
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
@@ -44,8 +68,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def set_up(args: argparse.Namespace) -> tuple[nn.Module, data.Loader, data.Loader]:
+def set_up(
+    args: argparse.Namespace, on_held_out: bool = False
+) -> tuple[nn.Module, data.Loader, data.Loader]:
     """The model and the loaders of the training and the test set that the arguments ask for.
+
+    With `--split` the training set is what the split leaves, or the held-out part if `on_held_out`.
 
     Raises:
         UserError: the device, the data set or a package is not to be had, or the architecture
@@ -55,16 +83,33 @@ def set_up(args: argparse.Namespace) -> tuple[nn.Module, data.Loader, data.Loade
         utils.import_wandb()  # what is missing is said before anything is written
     device = utils.choose_device(args.device)
     train_set, test_set = data.load(args.datasets, args.data_dir, device)
+    if args.split:
+        rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
+        train_set = held_out if on_held_out else rest
     train = data.Loader(
-        train_set, args.batch_size, train=True, seed=args.randomseed, channels_last=args.amp
+        train_set,
+        args.batch_size,
+        train=True,
+        seed=args.randomseed,
+        channels_last=args.amp,
+        randaugment=args.randaugment,
     )
     test = data.Loader(test_set, 1000, train=False, channels_last=args.amp)
-    spec = train_set.spec
-    model = models.build(args.arch, spec.classes, spec.channels, spec.size)
+    model = build(args.arch, train_set.spec, device, args)
+    return model, train, test
+
+
+def build(name: str, spec: data.Spec, device: torch.device, args: argparse.Namespace) -> nn.Module:
+    """The model of this name for a data set, on `device`, laid out and compiled as asked for.
+
+    Raises:
+        UserError: as `models.build`.
+    """
+    model = models.build(name, spec.classes, spec.channels, spec.size)
     model.to(device, memory_format=torch.channels_last if args.amp else torch.contiguous_format)
     if args.compile:
         model.compile()
-    return model, train, test
+    return model
 
 
 class Totals:
@@ -97,6 +142,8 @@ class Trainer:
         print_every: iterations between two lines (or updates of the bar, on a terminal).
         accumulate: batches whose mean gradient makes one step; the last step of an epoch takes
             those that are left.
+        label_smoothing: of the training loss, in [0, 1].
+        clip_grad: largest norm of the gradient, of all parameters together; None for no limit.
         name: what stands before "epoch 3/10" in the log.
     """
 
@@ -110,6 +157,8 @@ class Trainer:
     amp: bool = False
     print_every: int = 50
     accumulate: int = 1
+    label_smoothing: float = 0.0
+    clip_grad: float | None = None
     name: str = ""
 
     def epoch(self, epoch: int, after_step: Callable[[int], None] | None = None) -> dict:
@@ -148,7 +197,7 @@ class Trainer:
         for i, (images, labels) in enumerate(bar, start=1):
             with autocast(device, self.amp):
                 outputs = self.model(images)
-                loss = F.cross_entropy(outputs, labels)
+                loss = F.cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)
             totals.add(loss, outputs, labels)
             left = count - (i - 1) // self.accumulate * self.accumulate  # from this step's first on
             (loss / min(self.accumulate, left)).backward()
@@ -159,6 +208,8 @@ class Trainer:
                 if bar.disable and i < count:
                     self.line(f"{title} [{i}/{count}] {describe(so_far)}")
             if i % self.accumulate == 0 or i == count:
+                if self.clip_grad is not None:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.scheduler.step()
@@ -182,26 +233,45 @@ def evaluate(
     amp: bool = False,
 ) -> dict[str, float]:
     """The mean loss in nats and the accuracy in percent over `batches`, in evaluation mode."""
-    model.eval()
-    device = device_of(model)
+    return score(predict(model, batches, amp), device_of(model))
+
+
+def score(predictions: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, float]:
+    """The mean loss in nats and the accuracy in percent of logits [B, classes] for labels [B]."""
     totals = Totals(device)
-    for images, labels in batches:
-        with autocast(device, amp):
-            outputs = model(images)
-            loss = F.cross_entropy(outputs, labels)
-        totals.add(loss, outputs, labels)
+    for outputs, labels in predictions:
+        totals.add(F.cross_entropy(outputs, labels), outputs, labels)
     return totals.read()
 
 
-def reestimate_bn(model: nn.Module, train: data.Loader, amp: bool = False) -> None:
+@torch.no_grad()
+def predict(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], amp: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch, in evaluation mode: logits float32 [B, classes] and labels [B]."""
+    model.eval()
+    device = device_of(model)
+    for images, labels in batches:
+        with autocast(device, amp):
+            outputs = model(images)
+        yield outputs.float(), labels
+
+
+def reestimate_bn(
+    model: nn.Module, train: data.Loader, amp: bool = False, images: int | None = None
+) -> None:
     """Batch norm's running statistics, made anew for the weights that `model` holds.
 
     Always over the draws of epoch 0, which no training uses: the same weights get the same
     statistics whatever was trained before.
+
+    Args:
+        images: how many to take, in whole batches; all of them if None.
     """
     train.set_epoch(0)
+    batches = None if images is None else math.ceil(images / train.batch_size)
     with autocast(device_of(model), amp):
-        update_bn(train, model)
+        update_bn(islice(train, batches), model)
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class SGDRun:
 
     metrics: list[dict]
     saves_per_epoch: int
+    held_out: str | None  # as `utils.held_out` says it
 
     @classmethod
     def read(cls, log_dir: Path) -> SGDRun:
@@ -40,7 +42,9 @@ class SGDRun:
         description = log_dir / "run.json"
         arguments = json.loads(description.read_text())["arguments"] if description.exists() else {}
         return cls(
-            utils.read_metrics(log_dir / "metrics.jsonl"), arguments.get("saves_per_epoch", 1)
+            utils.read_metrics(log_dir / "metrics.jsonl"),
+            arguments.get("saves_per_epoch", 1),
+            utils.held_out(argparse.Namespace(**{"split": False} | arguments)),
         )
 
     def spent(self, checkpoint: int) -> dict[str, float]:
@@ -81,16 +85,26 @@ class SGDRun:
         return {"accuracy": last["SWA_accuracy"], "loss": last["SWA_loss"]}
 
 
-def table(solutions: Mapping[str, Mapping[str, float]]) -> str:
-    """The solutions as aligned text: test accuracy, test loss, epochs and seconds spent."""
-    width = max(len("solution"), *map(len, solutions))
-    lines = [f"{'solution':<{width}}  accuracy    loss  epochs  seconds"]
-    for name, s in solutions.items():
-        lines.append(
-            f"{name:<{width}}  {s['accuracy']:6.2f} %  {s['loss']:6.4f}  "
-            f"{s['epochs']:6.4g}  {s['seconds']:7.1f}"
-        )
-    return "\n".join(lines)
+# The columns of a table of test results: the key of a value and how it is written.
+COLUMNS = {"accuracy": "{:.2f} %", "loss": "{:.4f}", "epochs": "{:.4g}", "seconds": "{:.1f}"}
+
+
+def table(
+    solutions: Mapping[str, Mapping[str, float]], columns: Mapping[str, str] = COLUMNS
+) -> str:
+    """The solutions as aligned text.
+
+    Args:
+        solutions: name to the values of its row; epochs and seconds are those spent.
+        columns: key of a value to its format.
+    """
+    rows = [["solution", *columns]]
+    for name, values in solutions.items():
+        rows.append([name, *(form.format(values[key]) for key, form in columns.items())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
 
 
 def figure(
@@ -143,6 +157,41 @@ def figure(
         right.set(xlabel="checkpoint", ylabel="coefficient α", title="averaging coefficients")
         right.legend()
         right.grid(axis="y", alpha=0.3)
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def scatter(
+    path: Path,
+    title: str,
+    models: Iterable[tuple[float, float]],
+    soups: Mapping[str, tuple[float, float]],
+) -> None:
+    """Validation accuracy against test accuracy, as Model Soups shows it (Wortsman et al., 2022).
+
+    Args:
+        path: the image to write, by its suffix (`.png`).
+        models: (validation, test) accuracies in percent of the individual models.
+        soups: name to the same of a soup; those of TWA become stars.
+    """
+    fig, axes = plt.subplots(figsize=(6, 4.5))
+    axes.plot(
+        *zip(*models, strict=True), "d", color=COLOURS["SGD"], alpha=0.6, label="individual models"
+    )
+    for i, (name, (validation, test)) in enumerate(soups.items()):
+        star = name.startswith("TWA")
+        axes.plot(
+            validation,
+            test,
+            "*" if star else "o",
+            markersize=14 if star else 8,
+            color=f"C{i}",
+            label=f"{name}: {test:.2f} %",
+        )
+    axes.set(xlabel="validation accuracy (%)", ylabel="test accuracy (%)", title=title)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
     fig.tight_layout()
     fig.savefig(path, dpi=150)
     plt.close(fig)

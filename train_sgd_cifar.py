@@ -9,14 +9,28 @@ Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resum
 import math
 from pathlib import Path
 
-import torch
-
 import data
 import models
 import utils
-from engine import SCHEDULES, Trainer, describe, evaluate, schedule_of, set_up
+from engine import OPTIMIZERS, SCHEDULES, Trainer, describe, evaluate, schedule_of, set_up
 from twa.checkpoints import save
 from utils import UserError
+
+
+# What has to be the same when a run is resumed: it would not be that run otherwise.
+RESUME_WITH = (
+    "arch",
+    "datasets",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "schedule",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "saves_per_epoch",
+    "randomseed",
+)
 
 
 def parse_arguments():
@@ -24,7 +38,7 @@ def parse_arguments():
     utils.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
     add = parser.add_argument
     add("--epochs", type=utils.number(int, 0), default=200, help="epochs in all")
-    add("--optimizer", default="sgd", choices=("sgd", "adam"), help="optimizer")
+    add("--optimizer", default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
     add(
         "--schedule",
         default="step",
@@ -34,7 +48,12 @@ def parse_arguments():
     add("--lr", "--learning-rate", type=utils.number(float, 0), default=0.1, help="learning rate")
     add("--weight-decay", "--wd", type=utils.number(float, 0), default=1e-4, help="weight decay")
     add("--saves-per-epoch", type=utils.number(int, 1), default=1, help="checkpoints an epoch")
-    return parser.parse_args()
+    add("--overwrite", action="store_true", help=utils.OVERWRITE_HELP)
+    utils.add_recipe_arguments(parser)
+    args = parser.parse_args()
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
+    return args
 
 
 def main():
@@ -45,20 +64,14 @@ def main():
     model, train, test = set_up(args)
     if args.saves_per_epoch > len(train):
         raise UserError(f"--saves-per-epoch: an epoch has only {len(train)} iterations")
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-        )
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, args.epochs * len(train))
+    optimizer = OPTIMIZERS[args.optimizer](
+        model.parameters(), args.lr, args.weight_decay, args.momentum
+    )
+    steps, warmup = args.epochs * len(train), round(args.warmup_epochs * len(train))
+    scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, steps, warmup)
 
-    settings = {
-        "arch": args.arch,
-        "datasets": args.datasets,
-        "epochs": args.epochs,
-        "saves_per_epoch": args.saves_per_epoch,
-    }
+    settings = {key: getattr(args, key) for key in RESUME_WITH}
+    settings["held_out"] = utils.held_out(args)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     state = utils.state_path(args, "state.pt")
     done = utils.resume(args, state, settings, **parts)
@@ -83,6 +96,8 @@ def main():
         args.epochs,
         amp=args.amp,
         print_every=args.print_freq,
+        label_smoothing=args.label_smoothing,
+        clip_grad=args.clip_grad,
     )
 
     # The iterations of an epoch after which a checkpoint is saved, evenly spaced.

@@ -23,6 +23,26 @@ from twa import TWA
 from twa.checkpoints import average, load_into, save
 from utils import UserError, number
 
+# What has to be the same when a run is resumed: it would not be that run otherwise.
+RESUME_WITH = (
+    "arch",
+    "datasets",
+    "epochs",
+    "params_start",
+    "params_end",
+    "extract",
+    "components",
+    "bits",
+    "granularity",
+    "batch_size",
+    "accumulate",
+    "opt",
+    "schedule",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "randomseed",
+)
 RATE_HELP = (
     "2e-3 · (1 - momentum) · ‖w‖² for SGD and 0.01 · ‖w‖ / sqrt(coefficients) for AdamW, with ‖w‖ "
     "the norm of the start point's trainable weights"
@@ -33,7 +53,8 @@ def parse_arguments():
     parser = utils.Parser("trains the averaging coefficients over a window of checkpoints")
     utils.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
     add = parser.add_argument
-    add("--epochs", type=number(int, 0), default=100, help="epochs over the training set")
+    epochs_help = "epochs over the training set, or over its held-out part with --split"
+    add("--epochs", type=number(int, 0), default=100, help=epochs_help)
     add("--params_start", type=number(int, 0), default=0, help="first checkpoint of the window")
     add("--params_end", type=number(int, 0), default=51, help="one past the window's last")
     start = parser.add_mutually_exclusive_group()
@@ -128,7 +149,7 @@ def main():
     utils.set_seed(args.randomseed)
     save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
     window = window_paths(save_dir, args.params_start, args.params_end)
-    model, train, test = set_up(args)
+    model, train, test = set_up(args, on_held_out=True)
 
     # Batch norm is re-estimated for every solution: its statistics belong to the data.
     averages, start = averages_of(window, args, model)
@@ -164,14 +185,8 @@ def main():
     build_seconds = time.perf_counter() - started
     steps = args.epochs * math.ceil(len(train) / args.accumulate)
     scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, steps)
-    settings = {
-        "arch": args.arch,
-        "datasets": args.datasets,
-        "epochs": args.epochs,
-        "window": [args.params_start, args.params_end],
-        "start": start,
-        "basis": [args.extract, args.components, args.bits, args.granularity],
-    }
+    settings = {key: getattr(args, key) for key in RESUME_WITH}
+    settings |= {"start": start, "held_out": utils.held_out(args)}
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     done = utils.resume(args, utils.state_path(args, "twa_state.pt"), settings, **parts) or 0
 
@@ -182,6 +197,11 @@ def main():
         f"rate {rate:.3g}, basis of {optimizer.subspace.nbytes / 2**20:.1f} MiB in "
         f"{build_seconds:.1f} s"
     )
+    if args.split and sgd.held_out != utils.held_out(args):
+        log.line(
+            f"note: the checkpoints' run held out {sgd.held_out or 'nothing'}, so its models know "
+            "images that the coefficients are trained on; give both the same --split"
+        )
     trainer = Trainer(
         model,
         train,
@@ -204,7 +224,7 @@ def main():
     save(model.state_dict(), save_dir / "twa.pt")
     seconds = build_seconds + sum(m["seconds"] for m in log.epochs)
     solutions["TWA"] = evaluate(model, test, args.amp) | {
-        "epochs": spent["epochs"] + args.epochs,
+        "epochs": spent["epochs"] + args.epochs * (args.val_ratio / 100 if args.split else 1),
         "seconds": spent["seconds"] + seconds,
     }
     alpha = optimizer.averaging_weights()

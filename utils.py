@@ -61,6 +61,14 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
+def percentage(text: str) -> float:
+    """An argument type: a share in percent that leaves something on both sides."""
+    value = float(text)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100, both excluded")
+    return value
+
+
 def add_common_arguments(
     parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
 ) -> None:
@@ -76,6 +84,7 @@ def add_common_arguments(
     add("--save-dir", default="save_temp", help="where checkpoints are saved")
     add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
     add("--evaluate", "-e", action="store_true", help="test what there is and end")
+    add_data_arguments(parser)
     add_run_arguments(parser)
 
 
@@ -85,13 +94,77 @@ WORKERS_HELP = (
 )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every trainer: where and how a run computes, what it logs, resuming."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every trainer that say on what it trains."""
+    add = parser.add_argument
+    add(
+        "--split",
+        action="store_true",
+        help="hold out a part of the training set, drawn by --randomseed: SGD does not train on "
+        "it, TWA trains the coefficients on it alone",
+    )
+    add("--val-ratio", type=percentage, default=10, help="percent that --split holds out")
+    add("--randaugment", type=number(int, 0, 30), default=0, help=RANDAUGMENT_HELP)
+
+
+RANDAUGMENT_HELP = "strength of RandAugment, two operations an image; 0: none"
+
+
+def held_out(args: argparse.Namespace) -> str | None:
+    """Which images `--split` holds out: runs that say the same hold out the same."""
+    return f"{args.val_ratio:g} % by seed {args.randomseed}" if args.split else None
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a training recipe, transformers' above all, beside rate and weight decay."""
+    add = parser.add_argument
+    add("--warmup-epochs", type=number(float, 0), default=0.0, help=WARMUP_HELP)
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="share spread evenly")
+    add("--clip-grad", type=number(float, 0), metavar="NORM", help=CLIP_HELP)
+
+
+WARMUP_HELP = "epochs of a linear rise of the rate; the schedule takes the rest"
+CLIP_HELP = "largest norm of the gradient, all parameters together; left out, any"
+
+
+def add_soup_arguments(
+    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
+) -> None:
+    """The flags of both scripts of the fine-tune stage, which always hold out validation data."""
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--arch", "-a", default="PreResNet20", choices=architectures, help="architecture"
+    )
+    model.add_argument(
+        "--model-factory",
+        metavar="MODULE:FUNCTION",
+        help="a function of your own that returns the nn.Module; called without arguments",
+    )
+    add("--datasets", default="CIFAR10", choices=datasets, help="data set")
+    add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
+    add("--batch-size", "-b", type=number(int, 1), default=128, help="images a step")
+    ratio_help = "percent of the training set that is held out, drawn by --randomseed"
+    add("--val-ratio", type=percentage, default=10, help=ratio_help)
+    add("--randomseed", type=number(int, 0, 2**31 - 1), default=1, help="seed of all randomness")
+    add("--print-freq", "-p", type=number(int, 1), default=100, help="iterations between lines")
+    add_compute_arguments(parser)
+    parser.set_defaults(split=True)
+
+
+def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where and how a script computes."""
     add = parser.add_argument
     add("--device", help="torch device; left out, the accelerator if there is one, else cpu")
     amp_help = "bfloat16 autocast and channels_last memory format"
     add("--amp", "--half", action="store_true", help=amp_help)
     add("--compile", action="store_true", help="compile the model with torch.compile")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every trainer: where and how a run computes, what it logs, resuming."""
+    add_compute_arguments(parser)
+    add = parser.add_argument
     add("--print-freq", "-p", type=number(int, 1), default=50, help="iterations between lines")
     add("--log-name", default="log", help="name of the log file")
     add("--wandb", action="store_true", help="send the metrics to Weights & Biases as well")
@@ -104,7 +177,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from STATE; without a value from the state that the run saved, or from the "
         "start if there is none yet",
     )
-    add("--overwrite", action="store_true", help="replace the checkpoints of an earlier run")
+
+
+OVERWRITE_HELP = "replace the checkpoints of an earlier run"
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -3,13 +3,17 @@
 The names of their modules, and so the keys of a `state_dict`, are those of the paper's release.
 """
 
+import importlib
 from functools import partial
 
+import torch
 from torch import nn
 
+from models import imagenet
 from models.preresnet import PreResNet
 from models.resnet import ResNet
 from models.vgg import VGG
+from models.vit import ViT
 from models.wide_resnet import WideResNet
 from utils import UserError
 
@@ -19,6 +23,7 @@ _SIZED = {
     "VGG16BN": partial(VGG, 16, True),
     "VGG19": partial(VGG, 19, False),
     "VGG19BN": partial(VGG, 19, True),
+    "ViT": ViT,
 }
 
 # Fully convolutional up to a global average, so any size will do: (num_classes, in_channels).
@@ -34,19 +39,48 @@ _ANY_SIZE = {
     "WideResNet28x10": partial(WideResNet, 28, 10),
 }
 
-ARCHITECTURES = (*_SIZED, *_ANY_SIZE)
+ARCHITECTURES = (*_SIZED, *_ANY_SIZE, *imagenet.NAMES)
 
 
 def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
-    """A freshly initialised classifier.
+    """A freshly initialised classifier, by its name or as `module:function` of the user's own.
 
     It maps images, float [B, in_channels, image_size, image_size], to logits [B, num_classes].
 
     Raises:
-        UserError: no architecture has this name, or it cannot take images of this size.
+        UserError: no architecture has this name, it cannot take images of this size, or the user's
+            function is not there or makes something else.
     """
+    if ":" in name:
+        return _of_factory(name, num_classes, in_channels, image_size)
     if name in _SIZED:
         return _SIZED[name](num_classes, in_channels, image_size)
     if name in _ANY_SIZE:
         return _ANY_SIZE[name](num_classes, in_channels)
+    if name in imagenet.NAMES:
+        return imagenet.torchvision_model(name, num_classes)
     raise UserError(f"unknown architecture {name!r}: choose from {', '.join(ARCHITECTURES)}")
+
+
+def _of_factory(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """The module that `module:function` returns, called without arguments and tried once."""
+    module, _, function = name.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: cannot be imported and called ({error})") from None
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name}: returns a {type(model).__name__}, not an nn.Module")
+    shape = (2, in_channels, image_size, image_size)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(shape))
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: does not take images of shape {shape} ({reason})") from None
+    if logits.shape != (2, num_classes):
+        raise UserError(
+            f"{name}: gives logits of shape {list(logits.shape)} for two images, and the data set "
+            f"has {num_classes} classes"
+        )
+    return model

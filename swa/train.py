@@ -51,6 +51,8 @@ def parse_arguments():
         default=1,
         help="seed of all randomness",
     )
+    utils.add_data_arguments(parser)
+    add("--overwrite", action="store_true", help=utils.OVERWRITE_HELP)
     utils.add_run_arguments(parser)
     args = parser.parse_args()
     if args.swa and args.swa_start > args.epochs:
@@ -84,6 +86,7 @@ def main():
     scheduler = swa_schedule(optimizer, args, len(train))
 
     settings = {key: getattr(args, key) for key in ("arch", "datasets", "epochs", "swa")}
+    settings["held_out"] = utils.held_out(args)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
     state = utils.state_path(args, "state.pt")
     done = utils.resume(args, state, settings, **parts)

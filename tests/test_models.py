@@ -178,3 +178,31 @@ def test_wide_resnet_shortcut_carries_the_activated_input_only_where_a_stage_ope
     assert torch.equal(opening(x), opening.downsample(activated))
     x = torch.randn(2, 128, 8, 8)
     assert torch.equal(following(x), x)
+
+
+@pytest.mark.parametrize("size, channels", [(8, 1), (28, 1), (32, 3)])
+def test_vit_takes_images_of_any_multiple_of_its_patch(size, channels):
+    model = models.build("ViT", 10, channels, size).eval()
+    assert model.encoder.pos_embedding.shape == (1, (size // 4) ** 2 + 1, 512)
+    with torch.no_grad():
+        logits = model(torch.randn(2, channels, size, size))
+    assert logits.shape == (2, 10)
+    fan_in = channels * 4 * 4
+    assert model.conv_proj.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.1)
+
+
+def test_vit_refuses_images_that_its_patches_do_not_cover():
+    with pytest.raises(UserError, match="30x30"):
+        models.build("ViT", 10, 3, 30)
+
+
+def test_torchvision_models_take_small_grey_images_and_pretrained_weights(monkeypatch):
+    model = models.build("resnet18", 10).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 1, 28, 28)).shape == (1, 10)
+    pretrained = models.imagenet.get_model("resnet18")  # 1000 classes, other random weights
+    monkeypatch.setattr(models.imagenet, "get_model", lambda name, weights: pretrained)
+    head = model.fc.weight.clone()
+    models.imagenet.load_pretrained(model, "resnet18")
+    assert torch.equal(model.fc.weight, head)
+    assert torch.equal(model.layer4[1].conv2.weight, pretrained.layer4[1].conv2.weight)

@@ -1,0 +1,214 @@
+"""Fine-tunes one base model many times, each time with other settings: what a soup is made of.
+
+    python finetune.py --datasets CIFAR100 --arch ViT --base ../results/base.pt --models 12 \\
+        --optimizer adamw --lr 1e-5 1e-3 --epochs 4 8 --label-smoothing 0 0.1 --randaugment 0 9 \\
+        --save-dir ../results/soup/models
+
+The flags that take several values span a grid, which is run whole, or from which `--models N` draws
+N runs. Each leaves a `state_dict` (`001.pt`, `002.pt`, …) and a line of `runs.jsonl` in --save-dir:
+its settings and its validation accuracy. Runs that already stand are not run again.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import data
+import models
+import utils
+from engine import OPTIMIZERS, SCHEDULES, Trainer, build, describe, schedule_of
+from twa.checkpoints import CheckpointError, check, load_into, load_state_dict, replacing, save
+from utils import UserError, number
+
+
+def parse_arguments():
+    parser = utils.Parser("fine-tunes one base model many times, each time with other settings")
+    utils.add_soup_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    add = parser.add_argument
+    base = parser.add_mutually_exclusive_group(required=True)
+    base.add_argument("--base", metavar="FILE", help="state_dict that every run starts from")
+    base.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="start from torchvision's weights of --arch, with a new head",
+    )
+    add("--save-dir", required=True, help="where models and runs.jsonl go")
+    add("--models", type=number(int, 1), metavar="N", help="draw N runs; left out, the whole grid")
+    add("--images", type=number(int, 1), help="of the training part to use; left out, all")
+    add("--optimizer", default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
+    add("--schedule", default="cosine", choices=tuple(SCHEDULES), help="of the rate")
+    add("--warmup-epochs", type=number(float, 0), default=0.0, help=utils.WARMUP_HELP)
+    add("--clip-grad", type=number(float, 0), metavar="NORM", help=utils.CLIP_HELP)
+
+    grid = parser.add_argument_group("settings that vary, one value or more each")
+    lr_help = "rates; a draw is log-uniform between the lowest and the highest"
+    share, natural = number(float, 0, 1), number(int, 1)
+    grid.add_argument("--lr", nargs="+", type=number(float, 1e-12), default=[0.01], help=lr_help)
+    grid.add_argument(
+        "--weight-decay", "--wd", nargs="+", type=number(float, 0), default=[1e-4], help="decays"
+    )
+    grid.add_argument("--epochs", nargs="+", type=natural, default=[5], help="lengths of the runs")
+    grid.add_argument("--label-smoothing", nargs="+", type=share, default=[0.0], help="shares")
+    grid.add_argument(
+        "--randaugment",
+        nargs="+",
+        type=number(int, 0, 30),
+        default=[0],
+        help=utils.RANDAUGMENT_HELP,
+    )
+    args = parser.parse_args()
+    if args.warmup_epochs > min(args.epochs):
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than the least of --epochs")
+    if args.pretrained and (args.model_factory or args.arch not in models.imagenet.NAMES):
+        parser.error(f"--pretrained: only with --arch {', '.join(models.imagenet.NAMES)}")
+    return args
+
+
+VARIED = ("lr", "weight_decay", "epochs", "label_smoothing", "randaugment")
+
+
+def settings_of_runs(args) -> list[dict]:
+    """What varies, run by run, with a seed for each; the first runs of N + 1 are those of N."""
+    values = {key: getattr(args, key) for key in VARIED}
+    if args.models is None:
+        runs = [dict(zip(VARIED, v, strict=True)) for v in itertools.product(*values.values())]
+    else:
+        runs = []
+        for run in range(1, args.models + 1):
+            draw = random.Random(f"{args.randomseed}/{run}")
+            runs.append({key: draw.choice(choices) for key, choices in values.items()})
+            lowest, highest = math.log(min(args.lr)), math.log(max(args.lr))
+            runs[-1]["lr"] = math.exp(draw.uniform(lowest, highest))
+    return [settings | {"seed": run} for run, settings in enumerate(runs, start=1)]
+
+
+def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
+    """The `state_dict` that every run starts from, and what tells it from another."""
+    if args.pretrained:
+        models.imagenet.load_pretrained(model, args.arch)
+        origin = "torchvision"
+    else:
+        load_into(model, args.base)
+        origin = hashlib.sha256(Path(args.base).read_bytes()).hexdigest()[:16]
+    return {key: value.clone() for key, value in model.state_dict().items()}, origin
+
+
+def stands(record: dict | None, settings: dict, path: Path, expected: dict) -> bool:
+    """Whether the run is done: its line is there, and so is its model, whole (or it diverged).
+
+    Raises:
+        UserError: a run of other settings stands in its place.
+    """
+    if record is None:
+        return False
+    for key, value in settings.items():
+        if record["settings"].get(key) != value:
+            raise UserError(
+                f"{path}: stands already, with {key} {record['settings'].get(key)} instead of "
+                f"{value}; give another --save-dir, or remove this one"
+            )
+    if record["validation"] is None:
+        return True
+    try:
+        check(load_state_dict(path), expected, str(path))
+    except CheckpointError:
+        return False
+    return True
+
+
+def main():
+    args = parse_arguments()
+    utils.set_seed(args.randomseed)
+    device = utils.choose_device(args.device)
+    training, _ = data.load(args.datasets, args.data_dir, device)
+    training, held_out = training.hold_out(args.val_ratio, args.randomseed)
+    training = training.part(slice(args.images))
+    validation = data.Loader(held_out, 1000, train=False, channels_last=args.amp)
+    model = build(args.model_factory or args.arch, training.spec, device, args)
+    base, origin = start_point(args, model)
+
+    save_dir = Path(args.save_dir)
+    utils.make_directory(save_dir)
+    utils.write_json({"arguments": vars(args), **utils.provenance()}, save_dir / "run.json")
+    fixed = {
+        "model": args.model_factory or args.arch,
+        "datasets": args.datasets,
+        "held_out": utils.held_out(args),
+        "base": origin,
+        "images": len(training),
+        "batch_size": args.batch_size,
+        **{key: getattr(args, key) for key in ("optimizer", "momentum", "schedule", "amp")},
+        **{key: getattr(args, key) for key in ("warmup_epochs", "clip_grad")},
+    }
+    runs = save_dir / "runs.jsonl"
+    records = {record["file"]: record for record in utils.read_metrics(runs)}
+    for varied in settings_of_runs(args):
+        settings = varied | fixed
+        path = save_dir / f"{varied['seed']:03}.pt"
+        if stands(records.get(path.name), settings, path, base):
+            continue
+        started = time.perf_counter()
+        utils.set_seed(varied["seed"])
+        model.load_state_dict(base)
+        train = data.Loader(
+            training,
+            args.batch_size,
+            train=True,
+            seed=varied["seed"],
+            channels_last=args.amp,
+            randaugment=varied["randaugment"],
+        )
+        optimizer = OPTIMIZERS[args.optimizer](
+            model.parameters(), varied["lr"], varied["weight_decay"], args.momentum
+        )
+        steps, warmup = varied["epochs"] * len(train), round(args.warmup_epochs * len(train))
+        trainer = Trainer(
+            model,
+            train,
+            validation,
+            optimizer,
+            schedule_of(SCHEDULES[args.schedule], optimizer, steps, warmup),
+            print,
+            varied["epochs"],
+            amp=args.amp,
+            print_every=args.print_freq,
+            label_smoothing=varied["label_smoothing"],
+            clip_grad=args.clip_grad,
+            name=f"{path.name} ",
+        )
+        try:
+            for epoch in range(1, varied["epochs"] + 1):
+                metrics = trainer.epoch(epoch)
+            # What the trainer tests on is the validation part here.
+            scores = {key: metrics[f"test_{key}"] for key in ("loss", "accuracy")}
+            save(model.state_dict(), path)
+        except UserError as diverged:
+            print(f"{path.name} is left out: {diverged}")
+            scores = None
+        records[path.name] = {
+            "file": path.name,
+            "settings": settings,
+            "validation": scores,
+            "seconds": time.perf_counter() - started,
+        }
+        with replacing(runs) as temporary:
+            lines = (json.dumps(records[file]) + "\n" for file in sorted(records))
+            temporary.write_text("".join(lines))
+        if scores:
+            told = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
+            print(f"{path.name}: validation {describe(scores)} ({told})")
+    print(f"written: {save_dir}")
+
+
+if __name__ == "__main__":
+    utils.run(main)
