@@ -187,6 +187,7 @@ def scatter(
             "*" if star else "o",
             markersize=14 if star else 8,
             color=f"C{i}",
+            alpha=0.8,
             label=f"{name}: {test:.2f} %",
         )
     axes.set(xlabel="validation accuracy (%)", ylabel="test accuracy (%)", title=title)

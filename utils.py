@@ -127,6 +127,13 @@ WARMUP_HELP = "epochs of a linear rise of the rate; the schedule takes the rest"
 CLIP_HELP = "largest norm of the gradient, all parameters together; left out, any"
 
 
+def factory(text: str) -> str:
+    """An argument type: `module:function`, which `models.build` imports and calls."""
+    if not all(text.partition(":")):
+        raise argparse.ArgumentTypeError(f"{text} is not MODULE:FUNCTION")
+    return text
+
+
 def add_soup_arguments(
     parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
 ) -> None:
@@ -138,6 +145,7 @@ def add_soup_arguments(
     )
     model.add_argument(
         "--model-factory",
+        type=factory,
         metavar="MODULE:FUNCTION",
         help="a function of your own that returns the nn.Module; called without arguments",
     )

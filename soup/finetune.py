@@ -160,6 +160,7 @@ def main():
         started = time.perf_counter()
         utils.set_seed(varied["seed"])
         model.load_state_dict(base)
+        model.zero_grad()  # a run that diverged leaves its gradients
         train = data.Loader(
             training,
             args.batch_size,

@@ -51,6 +51,6 @@ common="--datasets $dataset --arch $model --data-dir $data_dir --batch-size $bat
 "$PYTHON" -u finetune.py $common --base "$dir/checkpoints/$base_epochs.pt" --models 12 $finetune \
     --save-dir "$dir/models"
 
-"$PYTHON" -u soup.py $common --checkpoints "$dir/models/*.pt" $soup --log-dir "$dir"
-"$PYTHON" -u soup.py $common --checkpoints "$dir/models/*.pt" $soup --log-dir "$dir" \
-    --twa v --granularity layer
+for kind in "t v" "v --granularity layer" "v --granularity layer --bits 4"; do
+    "$PYTHON" -u soup.py $common --checkpoints "$dir/models/*.pt" $soup --log-dir "$dir" --twa $kind
+done
