@@ -16,7 +16,6 @@ from engine import OPTIMIZERS, SCHEDULES, Trainer, describe, evaluate, schedule_
 from twa.checkpoints import save
 from utils import UserError
 
-
 # What has to be the same when a run is resumed: it would not be that run otherwise.
 RESUME_WITH = (
     "arch",

@@ -255,7 +255,9 @@ def train_coefficients(
         **base_arguments,
     )
     if args.lr is None:
-        optimizer.param_groups[0]["lr"] = safe_rate(optimizer, base_arguments.get("momentum"))
+        optimizer.param_groups[0]["lr"] = safe_rate(
+            optimizer, args.granularity, base_arguments.get("momentum")
+        )
     print(
         f"{name}: {len(optimizer.subspace)} coefficients, rate "
         f"{optimizer.param_groups[0]['lr']:.3g}, basis of "

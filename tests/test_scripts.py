@@ -488,7 +488,8 @@ def test_a_finished_run_that_is_resumed_does_nothing_more(head, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(head / "DST", run)
     before = snapshot(run)
-    for script, flags in ((SGD, ["--epochs", 4]), (TWA, ["--epochs", 2, "--params_end", 5])):
+    twa = ["--epochs", 2, "--params_end", 5, "--lr", 2]
+    for script, flags in ((SGD, ["--epochs", 4]), (TWA, twa)):
         succeed(call(script, *where(run), *flags, "--resume"))
     after = snapshot(run)
     numbered = [f"checkpoints/{n}.pt" for n in range(5)]

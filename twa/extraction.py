@@ -18,16 +18,19 @@ from torch import Tensor
 # A checkpoint is dependent if its part outside the span of the ones before it is no larger than
 # this, relative to its norm: the rounding of float32 weights alone is 6e-8.
 DEPENDENT = 1e-6
-# Rounding errors of the inner products, 1e-16, enter the basis by the square of their
-# amplification; where it is larger than this, the products are taken once more, of the basis.
+# Rounding errors of the inner products, 1e-16 if they are taken in float64, enter the basis by the
+# square of their amplification; where it is larger than this, the products are taken once more, of
+# the basis.
 AMPLIFICATION = 3e3
+# Up to this much of it, float32 is enough; the checkpoints of one run amplify by one to three.
+SMALL_AMPLIFICATION = 4
 
-# products(None) is `X Xᵀ`, products(T) is `(T X)(T X)ᵀ` computed from the rows `T X` themselves;
-# both float64 [blocks, rows, rows].
-Products = Callable[[Tensor | None], Tensor]
+# products(None, dtype) is `X Xᵀ`, products(T, dtype) is `(T X)(T X)ᵀ` computed from the rows `T X`
+# themselves, with factors in dtype and sums in float64; float64 [blocks, rows, rows].
+Products = Callable[[Tensor | None, torch.dtype], Tensor]
 
 
-def gram_schmidt(products: Products) -> tuple[Tensor, Tensor]:
+def gram_schmidt(products: Products) -> tuple[Tensor, Tensor, torch.dtype]:
     """Gram–Schmidt in the order of the checkpoints (Li et al., ICLR 2023, Section 3).
 
     With the Cholesky factor `X Xᵀ = L Lᵀ` the basis is `P = L⁻¹ X`. Where X is too close to
@@ -37,24 +40,29 @@ def gram_schmidt(products: Products) -> tuple[Tensor, Tensor]:
 
     Returns:
         T with `P = T X`, float64 [blocks, n, n]: the rows of the basis, then zero rows for the
-        checkpoints that depend on the ones before them; and which ones do not, bool [blocks, n].
+        checkpoints that depend on the ones before them; which ones do not, bool [blocks, n]; and
+        the precision that computing `T X` takes.
     """
-    gram = products(None)
-    squares, norms = gram.diagonal(dim1=1, dim2=2), _norms(gram)
-    transform, regular = _cholesky(gram, DEPENDENT * norms)
-    regular &= _amplifications(transform, gram) < AMPLIFICATION
-    if regular.all():
-        return transform, torch.ones_like(norms, dtype=torch.bool)
+    for dtype, limit in (
+        (torch.float32, SMALL_AMPLIFICATION),
+        (torch.float64, AMPLIFICATION),
+    ):
+        gram = products(None, dtype)
+        norms = _norms(gram)
+        transform, regular = _cholesky(gram, DEPENDENT * norms)
+        if regular.all() and _amplifications(transform, gram).max() < limit:
+            return transform, torch.ones_like(norms, dtype=torch.bool), dtype
 
+    squares = gram.diagonal(dim1=1, dim2=2)
     shift = DEPENDENT**2 * (norms.square() + gram.shape[1] * squares)
     factor = torch.linalg.cholesky(gram + torch.diag_embed(shift.where(shift > 0, 1)))
     transform = _inverse(factor)
-    gram = products(transform)
+    gram = products(transform, torch.float64)
     correction, kept = _gram_schmidt_dropping(gram, factor, DEPENDENT * norms)
     transform = correction @ transform
     if _amplifications(correction, gram).max() > AMPLIFICATION:
-        transform = _reorthonormalise(transform, products(transform))
-    return transform, kept
+        transform = _reorthonormalise(transform, products(transform, torch.float64))
+    return transform, kept, torch.float64
 
 
 def principal_directions(products: Products, components: int) -> Tensor:
@@ -70,7 +78,7 @@ def principal_directions(products: Products, components: int) -> Tensor:
         T with `P = T X`, float64 [blocks, min(components + 1, n), n]; zero rows where a block has
         fewer directions.
     """
-    gram = products(None)
+    gram = products(None, torch.float64)
     n = gram.shape[1]
     identity = torch.eye(n, dtype=gram.dtype, device=gram.device)
     centring = (identity - 1 / n).flip(1).cumsum(1).flip(1)  # From differences to W less its mean,
@@ -90,7 +98,7 @@ def principal_directions(products: Products, components: int) -> Tensor:
     transform = torch.cat([directions, mean], dim=1)
     transform = _zero_rows_last(transform, (transform != 0).any(dim=2))[:, :n]
     if _amplifications(transform, gram).max() > AMPLIFICATION:
-        transform = _reorthonormalise(transform, products(transform))
+        transform = _reorthonormalise(transform, products(transform, torch.float64))
     return transform
 
 

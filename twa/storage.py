@@ -23,11 +23,11 @@ PIECE = 2**16
 TILE = 256
 # Compressed matrices with fewer elements are not worth the seconds that a compiler takes.
 COMPILE_FROM = 2**27
-# Elements that a compiled kernel takes at a time.
-COMPILED_PART = 2**26
-# Elements decompressed at a time where no kernel is compiled: a share of the cache on a CPU, enough
-# to fill a GPU.
-PART = {"cpu": 2**19, "cuda": 2**26}
+# Elements that a compiled kernel takes at a time: always as many, so that it is compiled once.
+COMPILED_PART = 2**24
+# Elements decompressed at a time where no kernel is compiled: they fit the cache of a CPU, and fill
+# a GPU.
+PART = {"cpu": 2**19, "cuda": 2**24}
 
 
 class Dense:
@@ -118,8 +118,10 @@ class Compressed:
         self._filled = 0
         self._rest = torch.empty(height, 0, device=device)
         self._lay_out(blocks)
-        self._part = max(1, PART.get(device.type, 2**19) // (height * TILE))
-        self._compiled = tiles * height * TILE >= COMPILE_FROM
+        self._compiled = self.values[..., :1].numel() * TILE >= COMPILE_FROM
+        self._compiled_part = max(1, COMPILED_PART // (height * TILE))
+        self._part = max(1, PART.get(device.type, PART["cpu"]) // (height * TILE))
+        self._room = torch.empty(self._part, height, TILE, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +143,8 @@ class Compressed:
         self._filled += len(rows)
         # The element furthest from zero takes the lowest level: there is one more below zero.
         levels = {torch.float16: 2**14, torch.int8: 2**7, torch.uint8: 2**3}[self.values.dtype]
-        extreme = rows.gather(2, rows.abs().argmax(dim=2, keepdim=True))
+        low, high = rows.amin(dim=2, keepdim=True), rows.amax(dim=2, keepdim=True)
+        extreme = torch.where(high > -low, high, low)
         scales = extreme / -levels
         self.scales[place] = scales[:, :, 0]
         values = rows / scales.where(scales != 0, 1)
@@ -157,121 +160,126 @@ class Compressed:
     def _lay_out(self, blocks: list[Blocks]) -> None:
         """Finds which tiles lie in one block, and cuts the others into pieces of one block each.
 
-        Where most tiles are cut, since blocks are narrow, all are treated as pieces.
+        Where many tiles are cut, since blocks are narrow, all are treated as pieces.
         """
-        device = self.values.device
         starts = torch.cat([b.start + b.width * torch.arange(b.count) for b in blocks])
         cuts = torch.cat([starts, torch.arange(0, self._total, TILE)]).unique()
         ends = torch.cat([cuts[1:], torch.tensor([self._total])])
         tile = cuts // TILE
         block = torch.searchsorted(starts, cuts, right=True) - 1
         whole = ends - cuts == TILE
-        if 2 * int(whole.sum()) < len(self.values):
+        if int(whole.sum()) < 0.8 * len(self.values):
             whole.zero_()
-        # Per block with whole tiles: its number, the first of them, and the one after the last.
-        numbers, counts = block[whole].unique_consecutive(return_counts=True)
-        last = tile[whole][counts.cumsum(0) - 1]
-        self._runs = list(
-            zip(numbers.tolist(), (last - counts + 1).tolist(), (last + 1).tolist(), strict=True)
-        )
-        self._block_of_tile = torch.zeros(len(self.values), dtype=torch.int64)
-        self._block_of_tile[tile[whole]] = block[whole]
-        self._block_of_tile = self._block_of_tile.to(device)
-        cut = ~whole
-        self._pieces = [
-            x[cut].to(device) for x in (tile, block, cuts - TILE * tile, ends - TILE * tile)
-        ]
+        # Tiles that are cut belong, as a whole, to a block that there is not.
+        block_of_tile = torch.full([len(self.values)], self._count)
+        block_of_tile[tile[whole]] = block[whole]
+        # The tiles up to here, the last that are whole, are multiplied without a look at pieces.
+        self._whole = int(tile[whole].max()) + 1 if whole.any() else 0
+        device, cut = self.values.device, ~whole
+        self._block_of_tile = block_of_tile.to(device)
+        pieces = tile, block, cuts - TILE * tile, ends - TILE * tile
+        self._pieces = [numbers[cut].to(device) for numbers in pieces]
 
     def project(self, gradients: Tensor) -> Tensor:
         """`P g` of every block, [blocks, height], from g [D]."""
-        products = gradients.new_zeros(self._count, self._height)
-        if self._runs:
-            whole = self._total // TILE
-            tiles = gradients[: whole * TILE].view(whole, TILE)
-            sums = gradients.new_empty(whole, self._height)
-            self._each_part("project", self.values[:whole], self.scales[:whole], tiles, sums)
-            for block, first, stop in self._runs:
-                products[block] = sums[first:stop].sum(0)
+        products = gradients.new_zeros(self._count + 1, self._height, dtype=torch.float64)
+        tiles = gradients[: self._whole * TILE].view(-1, TILE)
+        for part in self._parts():
+            sums = gradients.new_empty(part.stop - part.start, self._height)
+            self._run("project", self.values[part], self.scales[part], tiles[part], sums)
+            products.index_add_(0, self._block_of_tile[part], sums.double())
         for tile, block, columns, outside in self._cut_tiles():
             part = gradients[columns.clamp_max(self._total - 1)].masked_fill_(outside, 0)
             sums = gradients.new_empty(len(tile), self._height)
-            _project(self.values[tile], self.scales[tile], part, sums)
-            products.index_add_(0, block, sums)
-        return products
+            self._run("project", *self._of(tile), part, sums)
+            products.index_add_(0, block, sums.double())
+        return products[:-1].to(gradients.dtype)
 
     def expand(self, coefficients: Tensor) -> Tensor:
         """`Pᵀ β`, [D], from the coefficients β of every block, [blocks, height]."""
         weights = coefficients.new_empty(len(self.values), TILE)
-        if self._runs:
-            tiles = coefficients[self._block_of_tile]
-            self._each_part("expand", self.values, self.scales, tiles, weights)
-        weights[self._pieces[0]] = 0
+        weights[self._whole :] = 0
+        coefficients = torch.cat([coefficients, coefficients.new_zeros(1, self._height)])
+        for part in self._parts():
+            of_tiles = coefficients[self._block_of_tile[part]]
+            self._run("expand", self.values[part], self.scales[part], of_tiles, weights[part])
         for tile, block, _, outside in self._cut_tiles():
             part = coefficients.new_empty(len(tile), TILE)
-            _expand(self.values[tile], self.scales[tile], coefficients[block], part)
+            self._run("expand", *self._of(tile), coefficients[block], part)
             weights.index_add_(0, tile, part.masked_fill_(outside, 0))
         return weights.flatten()[: self._total]
 
+    def _parts(self) -> Iterator[slice]:
+        """The tiles that are multiplied as a whole, in parts."""
+        step = self._compiled_part if self._compiled else self._part
+        for start in range(0, self._whole, step):
+            yield slice(start, min(start + step, self._whole))
+
     def _cut_tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The pieces of tiles, in parts: tile and block [pieces]; all columns of the tile, and
-        whether they are outside the piece, [pieces, 256]."""
+        """The pieces of tiles, in parts: tile and block [pieces]; and of all columns of the tile,
+        numbers and whether they are outside the piece, [pieces, 256]."""
         inside = torch.arange(TILE, device=self.values.device)
-        for tile, block, first, stop in zip(
-            *(x.split(self._part) for x in self._pieces), strict=True
-        ):
+        parts = (numbers.split(self._part) for numbers in self._pieces)
+        for tile, block, first, stop in zip(*parts, strict=True):
             outside = (inside < first[:, None]) | (inside >= stop[:, None])
             yield tile, block, tile[:, None] * TILE + inside, outside
 
-    def _each_part(self, product: str, *tensors: Tensor) -> None:
-        """Runs a kernel on `tensors`, in parts along their first dimension, the tiles."""
-        if self._compiled:
+    def _of(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and scales of the numbered `tiles`."""
+        return self.values.index_select(0, tiles), self.scales.index_select(0, tiles)
+
+    def _run(self, product: str, *tensors: Tensor) -> None:
+        """Runs the kernel of `product` on `tensors`, whose first dimension is the tiles."""
+        if self._compiled and len(tensors[0]) == self._compiled_part:
             try:
-                part = max(1, COMPILED_PART // (self._height * TILE))
-                for arguments in zip(*(x.split(part) for x in tensors), strict=True):
-                    _compiled(product)(*arguments)
-                return
-            except Exception as error:  # Whatever stops the compiler, the products need none.
+                return _compiled(product)(*tensors)
+            except Exception as error:  # Whatever stops the compiler, the product needs none.
                 reason = str(error).strip().partition("\n")[0]
                 _warn_once(f"the compressed basis runs uncompiled, and slower: {reason}")
                 self._compiled = False
         kernel = {"project": _project, "expand": _expand}[product]
-        for arguments in zip(*(x.split(self._part) for x in tensors), strict=True):
-            kernel(*arguments)
+        for part in zip(*(tensor.split(self._part) for tensor in tensors), strict=True):
+            kernel(*part, self._room)
 
 
-def _project(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
+def _project(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor, room: Tensor) -> None:
     """`out` [tiles, height] ← each tile of P times its `gradients` [tiles, 256]."""
-    torch.mul(scales, (gradients[:, None] @ _float(values).mT)[:, 0], out=out)
+    torch.mul(scales, (gradients[:, None] @ _float(values, room).mT)[:, 0], out=out)
 
 
-def _expand(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
+def _expand(
+    values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor, room: Tensor
+) -> None:
     """`out` [tiles, 256] ← `coefficients` [tiles, height] times each tile of P."""
-    torch.bmm((scales * coefficients)[:, None], _float(values), out=out[:, None])
+    torch.bmm((scales * coefficients)[:, None], _float(values, room), out=out[:, None])
 
 
-def _float(values: Tensor) -> Tensor:
-    """`values` as float32 [tiles, height, 256], not yet scaled."""
+def _float(values: Tensor, room: Tensor) -> Tensor:
+    """`values` as float32 [tiles, height, 256], not yet scaled, in `room`."""
+    room = room[: len(values)]
     if values.dtype == torch.uint8:
-        return torch.cat([values & 15, values >> 4], dim=2).float().sub_(8)
-    return values.float()
+        low, high = room.chunk(2, dim=2)
+        low.copy_(values & 15)
+        high.copy_(values >> 4)
+        return room.sub_(8)
+    return room.copy_(values)
 
 
-# The same products in the form that a compiler fuses. Two halves of a tile at a time: these are
-# the low and the high halves of bytes at 4 bits, and two sums to run side by side at any.
+# The same products in the form that a compiler fuses. Two halves of a tile at a time: at 4 bits
+# these are the low and the high halves of bytes, and at any two sums run side by side.
 
 
 def _project_fused(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
     low, high = _halves(values)
-    left, right = gradients[:, None].chunk(2, dim=2)
+    left, right = gradients[:, None, : TILE // 2], gradients[:, None, TILE // 2 :]
     out.copy_(scales * (low * left + high * right).sum(2))
 
 
 def _expand_fused(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
     coefficients = (scales * coefficients)[:, :, None]
-    left, right = out.chunk(2, dim=1)
     low, high = _halves(values)
-    left.copy_((low * coefficients).sum(1))
-    right.copy_((high * coefficients).sum(1))
+    out[:, : TILE // 2] = (low * coefficients).sum(1)
+    out[:, TILE // 2 :] = (high * coefficients).sum(1)
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,14 +287,13 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
         # A compiler for CPUs makes vector instructions of shifts in 32 bits, not in 8.
         values = values.int()
         return ((values & 15) - 8).float(), ((values >> 4) - 8).float()
-    low, high = values.chunk(2, dim=2)
-    return low.float(), high.float()
+    return values[:, :, : TILE // 2].float(), values[:, :, TILE // 2 :].float()
 
 
 @functools.cache
 def _compiled(product: str):
     kernel = {"project": _project_fused, "expand": _expand_fused}[product]
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+    return torch.compile(kernel, dynamic=False, fullgraph=True)
 
 
 @functools.cache

@@ -28,8 +28,10 @@ GRANULARITIES = ("model", "layer", "channel")
 
 # Elements worked on at a time: in float64 they stay in the cache of a CPU; a GPU wants more.
 CHUNK = {"cpu": 2**19, "cuda": 2**25}
-# A basis that cannot be built in place is built from one of this many parts of W at a time.
+# A basis that cannot be built in place is built from one of this many parts of W at a time, or from
+# as many elements as this (256 MB), whichever is more: opening files takes its time as well.
 PARTS = 8
+SMALL = 2**26
 
 
 class Subspace:
@@ -88,7 +90,7 @@ class Subspace:
         height = _height(n, components)
         chunk = max(1, CHUNK.get(device.type, CHUNK["cpu"]) // n)
         in_place = _in_place(bits, components)
-        window = _Window(self._columns, checkpoints, total if in_place else _width(total, chunk))
+        window = _Window(self._columns, checkpoints, total if in_place else _width(n, total, chunk))
         if bits < 32:
             self._storage = Compressed(bits, height, blocks, device)
         else:
@@ -125,14 +127,14 @@ class Subspace:
             the transform from checkpoints to basis, float64 [blocks, height, n], and which
             checkpoints are in it, bool [n], both on the CPU.
         """
-        n = len(window.rows)
+        device, n = window.rows.device, len(window.rows)
 
-        def products(transform: Tensor | None) -> Tensor:
+        def products(transform: Tensor | None, dtype: torch.dtype) -> Tensor:
             total = 0
-            for rows in window.differences(batch, chunk):
+            for rows in window.differences(batch, chunk, _precise(dtype, device)):
                 if transform is not None:
                     rows = transform @ rows
-                total = total + rows @ rows.mT
+                total = total + (rows @ rows.mT).double()
                 bar.update(batch.count * rows.shape[2])
             finite = total.diagonal(dim1=1, dim2=2).isfinite().all(dim=0)
             if not finite.all():
@@ -141,12 +143,13 @@ class Subspace:
             return total
 
         if components is None:
-            transform, kept = extraction.gram_schmidt(products)
+            transform, kept, dtype = extraction.gram_schmidt(products)
         else:
-            transform = extraction.principal_directions(products, components)
-            kept = torch.ones(1, n, dtype=torch.bool, device=transform.device)
-        for differences in window.differences(batch, chunk):
-            rows = transform @ differences
+            transform, dtype = extraction.principal_directions(products, components), torch.float64
+            kept = torch.ones(1, n, dtype=torch.bool, device=device)
+        dtype = _precise(dtype, device)
+        for differences in window.differences(batch, chunk, dtype):
+            rows = transform.to(dtype) @ differences
             self._storage.append(rows.transpose(0, 1).flatten(1).float())
             bar.update(batch.count * rows.shape[2])
         weights = extraction.of_checkpoints(transform).masked_fill_(~kept[:, None], 0)
@@ -263,11 +266,11 @@ class _Window:
         self._columns, self._checkpoints = columns, checkpoints
         self._start = self._stop = 0
 
-    def differences(self, batch: Blocks, chunk: int) -> Iterator[Tensor]:
+    def differences(self, batch: Blocks, chunk: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """The first checkpoint and the differences of each from the one before it.
 
         Yields the columns of `batch` in chunks of up to `chunk`, or all at once if they are of
-        more than one block: float64 [blocks, n, columns].
+        more than one block, as [blocks, n, columns].
         """
         if batch.stop - batch.start <= self.rows.shape[1]:
             self._hold(batch.start, batch.stop)
@@ -277,7 +280,7 @@ class _Window:
             self._hold(start, stop)
             rows = self.rows[:, start - self._start : stop - self._start]
             rows = rows.unflatten(1, (batch.count, -1)).transpose(0, 1)
-            differences = rows.double()
+            differences = rows.to(dtype, copy=True)
             differences[:, 1:] -= rows[:, :-1]
             yield differences
 
@@ -311,6 +314,15 @@ def _check_arguments(checkpoints, extract, components, bits, granularity) -> Non
         raise ValueError(f"components belongs to extract 'SVD', not to {extract!r}")
 
 
+def _precise(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float64 where products in float32 may be computed in less."""
+    try:
+        exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # Set for one backend alone, by PyTorch's newer interface.
+        exact = False
+    return dtype if exact else torch.float64
+
+
 def _height(n: int, components: int | None) -> int:
     """The most rows that a block of the basis has."""
     return n if components is None else min(components + 1, n)
@@ -321,9 +333,9 @@ def _in_place(bits: int, components: int | None) -> bool:
     return bits == 32 and components is None
 
 
-def _width(total: int, chunk: int) -> int:
+def _width(n: int, total: int, chunk: int) -> int:
     """The columns in memory at a time where the basis is not built in place."""
-    return min(total, max(chunk, math.ceil(total / PARTS)))
+    return min(total, max(chunk, math.ceil(total / PARTS), SMALL // n))
 
 
 def _check_memory(
@@ -339,7 +351,7 @@ def _check_memory(
         basis = _height(n, components) * total * bits // 8
         if bits < 32:
             basis += _height(n, components) * total // TILE * 4
-        rows = 0 if _in_place(bits, components) else n * _width(total, 1) * 4
+        rows = 0 if _in_place(bits, components) else n * _width(n, total, 1) * 4
         return basis + rows + 2 * total * 4  # and a gradient, and the weights
 
     if free is None or size(n, bits) <= free:

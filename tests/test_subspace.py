@@ -1,0 +1,490 @@
+"""The basis against plain float64 references: exact, complete, small, at every precision."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from twa import CheckpointError, Subspace, memory, storage, subspace
+from twa.storage import Compressed
+
+BITS = (32, 16, 8, 4)
+# Half a step between neighbouring values of a tile, relative to its largest element: the error of
+# an element cannot be larger (float16 has steps of 2^-11, relative to the element itself).
+ROUNDING = {32: 1e-7, 16: 2**-11, 8: 2**-7, 4: 2**-3}
+
+
+def make_model() -> nn.Module:
+    """Uneven sizes, batch norm, an integer buffer; 3 * 7 = 21 columns are no multiple of a tile."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.Flatten(),
+        nn.Linear(16, 7),
+    )
+
+
+def walk(model: nn.Module, n: int, step: float = 0.1, seed: int = 0) -> list[dict]:
+    """`n` state_dicts, each a random step of `step` of the norm away from the one before."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(t):
+        return torch.randn(t.shape, generator=generator) if t.is_floating_point() else 0 * t
+
+    state = {key: noise(t) for key, t in model.state_dict().items()}
+    states = [state]
+    for _ in range(n - 1):
+        states.append({k: t + (step * noise(t)).to(t.dtype) for k, t in states[-1].items()})
+    return states
+
+
+def rows(model: nn.Module, states: list[dict]) -> torch.Tensor:
+    """W: the trainable parameters of each checkpoint as a row, float64 [n, D]."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return torch.stack([torch.cat([s[n].double().flatten() for n in names]) for s in states])
+
+
+def gram_schmidt(w: torch.Tensor) -> torch.Tensor:
+    """Row by row in float64, every row orthogonalised twice."""
+    basis = []
+    for row in w:
+        for _ in range(2):
+            for direction in basis:
+                row = row - (row @ direction) * direction
+        basis.append(row / row.norm())
+    return torch.stack(basis)
+
+
+def dense(basis: Subspace) -> torch.Tensor:
+    """P of all blocks, float64 [coefficients, D]: what `expand` makes of unit vectors."""
+    return torch.stack([basis.expand(unit) for unit in torch.eye(len(basis))]).double()
+
+
+def orthogonality_error(p: torch.Tensor) -> float:
+    return float((p @ p.mT - torch.eye(len(p), dtype=p.dtype)).abs().max())
+
+
+def worst_reconstruction(basis: Subspace, w: torch.Tensor) -> float:
+    """The largest relative error of `expand(project(w_i))`."""
+    back = torch.stack([basis.expand(basis.project(row.float())) for row in w]).double()
+    return float(((back - w).norm(dim=1) / w.norm(dim=1)).max())
+
+
+# --- exact ---
+
+
+def test_the_basis_is_that_of_row_by_row_gram_schmidt_in_float64():
+    model = make_model()
+    states = walk(model, 9)
+    expected = gram_schmidt(rows(model, states))
+    torch.testing.assert_close(dense(Subspace(model, states)), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("step", [1.0, 1e-2, 1e-3])
+def test_checkpoints_close_together_get_an_orthonormal_basis_that_holds_them(step):
+    model = make_model()
+    states = walk(model, 40, step)
+    basis = Subspace(model, states)
+    assert orthogonality_error(dense(basis)) <= 1e-5
+    assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+
+
+@pytest.mark.parametrize("exponent", [2, 4, 5])
+def test_a_condition_number_up_to_1e5_leaves_the_basis_orthonormal(exponent):
+    torch.manual_seed(0)
+    model = nn.Linear(30, 40, bias=False)
+    left, right = torch.linalg.qr(torch.randn(20, 20).double())[0], torch.randn(1200, 20).double()
+    singular = torch.logspace(0, -exponent, 20, dtype=torch.float64)
+    w = (left * singular) @ torch.linalg.qr(right)[0].mT
+    states = [{"weight": row.view(40, 30).float()} for row in w]
+    basis = Subspace(model, states)
+    assert len(basis) == 20
+    assert orthogonality_error(dense(basis)) <= 1e-5
+    assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+
+
+def test_averaging_weights_combine_the_checkpoints_into_the_weights():
+    model = make_model()
+    states = walk(model, 12, 1e-2)
+    basis = Subspace(model, states)
+    coefficients = basis.project(rows(model, states)[3:8].mean(0).float())
+    alpha = basis.averaging_weights(coefficients)
+    assert alpha.shape == (12,) and alpha.dtype == torch.float64
+    combined = alpha @ rows(model, states)
+    expanded = basis.expand(coefficients).double()
+    torch.testing.assert_close(combined, expanded, atol=1e-5, rtol=0)
+    expected = torch.tensor([0, 0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0, 0, 0]).double()
+    torch.testing.assert_close(alpha, expected, atol=1e-3, rtol=0)
+
+
+# --- windows that are hard ---
+
+
+def test_one_checkpoint_is_its_own_direction():
+    model = make_model()
+    states = walk(model, 1)
+    basis = Subspace(model, states)
+    assert len(basis) == 1 and basis.dropped == []
+    w = rows(model, states)
+    torch.testing.assert_close(dense(basis), w / w.norm(), atol=1e-6, rtol=0)
+
+
+def test_more_checkpoints_than_weights_leaves_as_many_directions_as_weights():
+    model = nn.Linear(2, 2)
+    states = walk(model, 10)
+    with pytest.warns(UserWarning, match=r"4 of 10 checkpoints .*: 6, 7, 8, 9"):
+        basis = Subspace(model, states)
+    assert len(basis) == 6 and basis.dropped == ["6", "7", "8", "9"]
+    assert orthogonality_error(dense(basis)) <= 1e-5
+    assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_duplicates_and_combinations_are_dropped_and_named(bits, tmp_path):
+    model = make_model()
+    first, second, third = walk(model, 3)
+    between = {
+        k: (first[k] + second[k]) / 2 if v.is_floating_point() else v for k, v in first.items()
+    }
+    window = []
+    for i, state in enumerate([first, first, second, between, third, third]):
+        window.append(tmp_path / f"{i}.pt")
+        torch.save(state, window[-1])
+    with pytest.warns(UserWarning, match=r"3 of 6 checkpoints"):
+        basis = Subspace(model, window, bits=bits)
+    assert basis.dropped == [os.fspath(window[i]) for i in (1, 3, 5)]
+    assert len(basis) == 3
+    alpha = basis.averaging_weights(torch.ones(3))
+    assert alpha.isfinite().all() and (alpha[[1, 3, 5]] == 0).all()
+
+
+def test_frozen_and_tied_parameters_and_counters_are_no_columns():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(11, 5)
+            self.norm = nn.BatchNorm1d(5)
+            self.head = nn.Linear(5, 11, bias=False)
+            self.head.weight = self.embedding.weight
+            self.norm.bias.requires_grad_(False)
+
+    model = Tied()
+    states = walk(model, 4)
+    for state in states:
+        state["head.weight"] = state["embedding.weight"]
+    basis = Subspace(model, states)
+    assert [tuple(p.shape) for p in basis.parameters] == [(11, 5), (5,)]
+    assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_checkpoints_of_another_float_type_are_read(dtype):
+    model = make_model()
+    states = [
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        for state in walk(model, 6)
+    ]
+    basis = Subspace(model, states)
+    assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+
+
+def test_memory_format_does_not_change_the_columns():
+    model = make_model()
+    states = walk(model, 5)
+    expected = dense(Subspace(model, states))
+    model.to(memory_format=torch.channels_last)
+    last = [
+        {k: v.to(memory_format=torch.channels_last) if v.dim() == 4 else v for k, v in s.items()}
+        for s in states
+    ]
+    basis = Subspace(model, last)
+    torch.testing.assert_close(dense(basis), expected)
+    model.load_state_dict(states[2])
+    flat = basis.flatten(basis.parameters)
+    torch.testing.assert_close(flat.double(), rows(model, states)[2])
+    basis.assign(flat + 1)
+    torch.testing.assert_close(basis.flatten(basis.parameters), flat + 1)
+
+
+def test_files_of_both_formats_and_wrapped_models_give_the_same_basis(tmp_path):
+    model = make_model()
+    states = walk(model, 3)
+    paths = [tmp_path / "0.pt", tmp_path / "1.safetensors", tmp_path / "2.pt"]
+    torch.save(states[0], paths[0])
+    save_file(states[1], paths[1])
+    torch.save({f"module.{k}": v for k, v in states[2].items()}, paths[2])
+    torch.testing.assert_close(dense(Subspace(model, paths)), dense(Subspace(model, states)))
+
+
+# --- small ---
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
+def test_both_products_use_the_same_values(bits, granularity):
+    """<Pᵀβ, g> = <β, P g>, and an element is off by no more than the rounding of its tile."""
+    torch.manual_seed(0)
+    model = make_model()
+    states = walk(model, 10)
+    exact = Subspace(model, states, granularity=granularity)
+    basis = Subspace(model, states, bits=bits, granularity=granularity)
+    p, full = dense(basis), dense(exact)
+    limit = ROUNDING[bits] * float(full.abs().max())
+    assert float((p - full).abs().max()) <= limit
+    gradient, coefficients = torch.randn(p.shape[1]), torch.randn(len(basis))
+    torch.testing.assert_close(
+        basis.project(gradient).double(), p @ gradient.double(), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        basis.expand(coefficients).double(), coefficients.double() @ p, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_memory_is_what_the_bits_say(bits):
+    model = nn.Linear(512, 512, bias=False)
+    states = walk(model, 8)
+    full = Subspace(model, states).nbytes
+    assert full == 8 * 512 * 512 * 4
+    ideal = full * bits / 32
+    assert ideal <= Subspace(model, states, bits=bits).nbytes <= 1.05 * ideal
+
+
+def compile_small(monkeypatch, height: int) -> None:
+    """Has compiled kernels take over for a basis of any size, four tiles of `height` at a time."""
+    monkeypatch.setattr(storage, "COMPILE_FROM", 0)
+    monkeypatch.setattr(storage, "COMPILED_PART", 4 * height * storage.TILE)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_compiled_kernels_equal_the_plain_ones(bits, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Linear(64, 65)
+    states = walk(model, 7)
+    plain = Subspace(model, states, bits=bits, granularity="layer")
+    compile_small(monkeypatch, 7)
+    used, compiled_kernel = [], storage._compiled
+    monkeypatch.setattr(storage, "_compiled", lambda k: used.append(k) or compiled_kernel(k))
+    compiled = Subspace(model, states, bits=bits, granularity="layer")
+    gradient, coefficients = torch.randn(65 * 65), torch.randn(len(plain))
+    torch.testing.assert_close(compiled.project(gradient), plain.project(gradient))
+    torch.testing.assert_close(compiled.expand(coefficients), plain.expand(coefficients))
+    assert set(used) == {"project", "expand"}
+
+
+def test_without_a_compiler_one_warning_and_the_same_products(monkeypatch):
+    model = nn.Linear(64, 65)
+    states = walk(model, 7)
+    plain = Subspace(model, states, bits=8)
+    compile_small(monkeypatch, 7)
+
+    def no_compiler(product):
+        raise RuntimeError("no compiler was found")
+
+    monkeypatch.setattr(storage, "_compiled", no_compiler)
+    storage._warn_once.cache_clear()
+    basis = Subspace(model, states, bits=8)
+    coefficients = torch.randn(7)
+    with pytest.warns(UserWarning, match="no compiler was found") as caught:
+        first = basis.expand(coefficients)
+        again = basis.expand(coefficients)
+    assert len(caught) == 1
+    torch.testing.assert_close(first, plain.expand(coefficients))
+    torch.testing.assert_close(again, first)
+
+
+# --- granularity ---
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_every_block_has_an_orthonormal_basis_of_its_own(granularity):
+    model = make_model()
+    states = walk(model, 12, 1e-2)
+    basis = Subspace(model, states, granularity=granularity)
+    p = dense(basis)
+    assert orthogonality_error(p) <= 1e-5
+    assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+    # The columns that a direction touches lie in one block.
+    conv1, bn1, conv2, rest2, linear = 8 * 27, 16, 16 * 72, 16 + 32, 16 * 7 + 7
+    if granularity == "layer":
+        widths = [conv1 + bn1, conv2 + rest2, linear]
+    else:
+        widths = [27] * 8 + [bn1] + [72] * 16 + [rest2] + [16] * 7 + [7]
+    edges = torch.tensor([0, *widths]).cumsum(0)
+    block_of = torch.bucketize(torch.arange(p.shape[1]), edges[1:], right=True)
+    for direction in p:
+        assert len(block_of[direction != 0].unique()) == 1
+    assert len(basis) == sum(min(12, width) for width in widths)
+    alpha = basis.averaging_weights(basis.project(rows(model, states)[4].float()))
+    assert alpha.shape == (len(widths), 12)
+
+
+# --- truncation ---
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_svd_keeps_the_leading_principal_directions_and_the_mean(bits):
+    model = make_model()
+    states = walk(model, 15, 0.3)
+    w = rows(model, states)
+    basis = Subspace(model, states, extract="SVD", components=4, bits=bits)
+    assert len(basis) == 5
+    expected = torch.linalg.svd(w - w.mean(0), full_matrices=False)[2][:4]
+    p = dense(basis)
+    overlap = (p[:4] @ expected.mT).abs()
+    torch.testing.assert_close(
+        overlap, torch.eye(4, dtype=torch.float64), atol=1e-5 if bits == 32 else 2e-2, rtol=0
+    )
+    if bits == 32:
+        assert orthogonality_error(p) <= 1e-5
+        mean = w.mean(0)
+        back = basis.expand(basis.project(mean.float())).double()
+        assert float((back - mean).norm() / mean.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
+def test_svd_with_all_components_spans_the_window(granularity):
+    model = make_model()
+    states = walk(model, 6)
+    basis = Subspace(model, states, extract="SVD", components=10, granularity=granularity)
+    assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+    assert orthogonality_error(dense(basis)) <= 1e-5
+
+
+# --- any shape ---
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=5),
+    n=st.integers(1, 8),
+    bits=st.sampled_from(BITS),
+    granularity=st.sampled_from(["model", "layer", "channel"]),
+    extract=st.sampled_from([("Schmidt", None), ("SVD", 1), ("SVD", 3)]),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.filterwarnings("ignore:.*depend linearly")
+def test_any_shapes_give_adjoint_products_and_coefficients_that_count(
+    shapes, n, bits, granularity, extract, seed
+):
+    model = nn.Module()
+    for i, shape in enumerate(shapes):
+        layer = nn.Module()
+        layer.weight = nn.Parameter(torch.zeros(shape))
+        model.add_module(f"layer{i}", layer)
+    states = walk(model, n, 0.5, seed)
+    basis = Subspace(
+        model,
+        states,
+        extract=extract[0],
+        components=extract[1],
+        bits=bits,
+        granularity=granularity,
+    )
+    p = dense(basis)
+    assert p.isfinite().all() and (p != 0).any(dim=1).all()
+    gradient = torch.randn(p.shape[1], generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(
+        basis.project(gradient).double(), p @ gradient.double(), atol=1e-5, rtol=1e-4
+    )
+    if bits == 32:
+        assert orthogonality_error(p) <= 1e-5
+        if extract[0] == "Schmidt":
+            assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"extract": "PCA"},
+        {"bits": 2},
+        {"granularity": "neuron"},
+        {"extract": "SVD"},
+        {"extract": "SVD", "components": 0},
+        {"components": 3},
+    ],
+)
+def test_an_argument_out_of_its_range_is_refused(arguments):
+    model = make_model()
+    with pytest.raises(ValueError, match=next(iter(arguments)) if len(arguments) == 1 else "comp"):
+        Subspace(model, walk(model, 3), **arguments)
+
+
+def test_no_checkpoints_are_refused():
+    with pytest.raises(ValueError, match="no checkpoints"):
+        Subspace(make_model(), [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_nan_and_infinity_are_refused_by_name(value, bits, tmp_path):
+    model = make_model()
+    paths = []
+    for i, state in enumerate(walk(model, 4)):
+        if i == 2:
+            state["2.weight"][3, 1, 0, 2] = value
+        paths.append(tmp_path / f"{i}.pt")
+        torch.save(state, paths[-1])
+    with pytest.raises(CheckpointError, match=r"2\.pt.*NaN or infinity"):
+        Subspace(model, paths, bits=bits)
+
+
+def test_another_architecture_is_refused_with_key_and_shapes():
+    model = make_model()
+    states = walk(model, 2)
+    states[1]["2.weight"] = torch.zeros(16, 8, 5, 5)
+    shapes = r"1: .* 2\.weight is \[16, 8, 5, 5\] there and \[16, 8, 3, 3\]"
+    with pytest.raises(CheckpointError, match=shapes):
+        Subspace(model, states)
+
+
+def test_too_little_memory_is_refused_before_anything_is_read_and_says_what_fits(monkeypatch):
+    model = nn.Linear(1000, 100, bias=False)
+    states = walk(model, 1) * 60
+    monkeypatch.setattr(memory, "available", lambda device: 10_000_000)
+    monkeypatch.setattr(subspace._Window, "_hold", lambda *a: pytest.fail("read a checkpoint"))
+    with pytest.raises(MemoryError) as error:
+        Subspace(model, states)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in ("60 checkpoints of 100,000 weights", "0.0 GB are free", "checkpoints or", "ranks"):
+        assert part in message
+
+
+# --- an accelerator, where there is one ---
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
+def test_cuda_equals_the_cpu(bits, granularity, monkeypatch):
+    torch.manual_seed(0)
+    states = walk(make_model(), 10)
+    compile_small(monkeypatch, 10)
+    on_cpu = Subspace(make_model(), states, bits=bits, granularity=granularity)
+    on_gpu = Subspace(make_model().to("cuda"), states, bits=bits, granularity=granularity)
+    assert isinstance(on_gpu._storage, Compressed) == (bits < 32)
+    gradient = torch.randn(sum(p.numel() for p in on_cpu.parameters))
+    coefficients = torch.randn(len(on_cpu))
+    torch.testing.assert_close(
+        on_gpu.project(gradient.to("cuda")).cpu(), on_cpu.project(gradient), atol=1e-3, rtol=1e-3
+    )
+    torch.testing.assert_close(
+        on_gpu.expand(coefficients.to("cuda")).cpu(),
+        on_cpu.expand(coefficients),
+        atol=1e-3,
+        rtol=1e-3,
+    )
