@@ -27,7 +27,7 @@ COMPILE_FROM = 2**27
 COMPILED_PART = 2**24
 # Elements decompressed at a time where no kernel is compiled: they fit the cache of a CPU, and fill
 # a GPU.
-PART = {"cpu": 2**19, "cuda": 2**24}
+PART = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Dense:
@@ -238,6 +238,8 @@ class Compressed:
                 _warn_once(f"the compressed basis runs uncompiled, and slower: {reason}")
                 self._compiled = False
         kernel = {"project": _project, "expand": _expand}[product]
+        if len(tensors[0]) <= self._part:
+            return kernel(*tensors, self._room)
         for part in zip(*(tensor.split(self._part) for tensor in tensors), strict=True):
             kernel(*part, self._room)
 

@@ -27,7 +27,7 @@ BITS = (32, 16, 8, 4)
 GRANULARITIES = ("model", "layer", "channel")
 
 # Elements worked on at a time: in float64 they stay in the cache of a CPU; a GPU wants more.
-CHUNK = {"cpu": 2**19, "cuda": 2**25}
+CHUNK = {"cpu": 2**19, "cuda": 2**24}
 # A basis that cannot be built in place is built from one of this many parts of W at a time, or from
 # as many elements as this (256 MB), whichever is more: opening files takes its time as well.
 PARTS = 8
