@@ -22,7 +22,7 @@ ROWS = {
 
 def main():
     folder = Path(__file__).parent / "results"
-    seeds = sorted({path.name.split(".")[-2] for path in folder.glob("sgd.*.json")})
+    seeds = sorted({path.name.split(".")[-2] for path in folder.glob("*[0-9].json")})
     print("| solution | test accuracy (%) | test loss | epochs |")
     print("| --- | --- | --- | --- |")
     rows = [
