@@ -124,7 +124,7 @@ def release_basis(folder: str, args) -> Tensor:
     model = make_model(args)
     rows = []
     for path in checkpoints(folder, args):
-        model.load_state_dict(torch.load(path))
+        model.load_state_dict(torch.load(path, weights_only=True))
         rows.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     basis = torch.stack(rows)
     for i in range(len(basis)):
