@@ -69,10 +69,11 @@ class TWA(torch.optim.Optimizer):
         )
         load_into(model, average(checkpoints) if start is None else start)
         self._start = self.subspace.flatten(self.subspace.parameters)
+        self._flat = self.subspace.empty()  # For gradients and weights in turn.
         # Once more on what is left, against the rounding of a sum as long as the model.
         self._start_coefficients = self.subspace.project(self._start)
-        rest = self._start - self.subspace.expand(self._start_coefficients)
-        self._start_coefficients += self.subspace.project(rest)
+        back = self.subspace.expand(self._start_coefficients, out=self._flat)
+        self._start_coefficients += self.subspace.project(self._start - back)
         self.coefficients = torch.nn.Parameter(self._start_coefficients.clone())
         self.base = base([self.coefficients], **base_arguments)
         super().__init__(self.base.param_groups, self.base.defaults)
@@ -150,10 +151,12 @@ class TWA(torch.optim.Optimizer):
         self._write_weights()
 
     def _project_gradients(self) -> None:
-        gradients = self.subspace.flatten(p.grad for p in self.subspace.parameters)
+        gradients = self.subspace.flatten(
+            (p.grad for p in self.subspace.parameters), out=self._flat
+        )
         self.coefficients.grad = self.subspace.project(gradients)
 
     @torch.no_grad()
     def _write_weights(self) -> None:
-        weights = self.subspace.expand(self.coefficients - self._start_coefficients)
-        self.subspace.assign(weights.add_(self._start))
+        moved = self.coefficients - self._start_coefficients
+        self.subspace.assign(self.subspace.expand(moved, out=self._flat).add_(self._start))

@@ -75,18 +75,16 @@ class Dense:
             products[pieces.first] += torch.bmm(part, pieces.of(self.rows).mT).sum(0)
         return products.squeeze(1)
 
-    def expand(self, coefficients: Tensor) -> Tensor:
-        """`Pᵀ β`, [D], from the coefficients β of every block, [blocks, height]."""
-        weights = coefficients.new_empty(self.rows.shape[1])
+    def expand(self, coefficients: Tensor, out: Tensor) -> None:
+        """`out` [D] ← `Pᵀ β`, from the coefficients β of every block, [blocks, height]."""
         coefficients = coefficients[:, None]
         for blocks in self._narrow:
-            out = weights[blocks.start : blocks.stop].view(blocks.count, 1, blocks.width)
-            torch.bmm(coefficients[blocks.numbers], blocks.of(self.rows), out=out)
+            part = out[blocks.start : blocks.stop].view(blocks.count, 1, blocks.width)
+            torch.bmm(coefficients[blocks.numbers], blocks.of(self.rows), out=part)
         for pieces in self._pieces:
-            out = weights[pieces.start : pieces.stop].view(pieces.count, 1, pieces.width)
+            part = out[pieces.start : pieces.stop].view(pieces.count, 1, pieces.width)
             same = coefficients[pieces.first].expand(pieces.count, 1, -1)
-            torch.bmm(same, pieces.of(self.rows), out=out)
-        return weights
+            torch.bmm(same, pieces.of(self.rows), out=part)
 
 
 class Compressed:
@@ -117,11 +115,11 @@ class Compressed:
         self.scales = torch.empty(tiles, height, device=device)
         self._filled = 0
         self._rest = torch.empty(height, 0, device=device)
-        self._lay_out(blocks)
         self._compiled = self.values[..., :1].numel() * TILE >= COMPILE_FROM
         self._compiled_part = max(1, COMPILED_PART // (height * TILE))
         self._part = max(1, PART.get(device.type, PART["cpu"]) // (height * TILE))
         self._room = torch.empty(self._part, height, TILE, device=device)
+        self._lay_out(blocks)
 
     @property
     def nbytes(self) -> int:
@@ -177,37 +175,50 @@ class Compressed:
         self._whole = int(tile[whole].max()) + 1 if whole.any() else 0
         device, cut = self.values.device, ~whole
         self._block_of_tile = block_of_tile.to(device)
-        pieces = tile, block, cuts - TILE * tile, ends - TILE * tile
-        self._pieces = [numbers[cut].to(device) for numbers in pieces]
+        # The pieces of tiles in parts, those of an incomplete last tile in parts of their own.
+        last = tile == self._total // TILE
+        pieces = torch.stack([tile, block, cuts - TILE * tile, ends - TILE * tile]).to(device)
+        self._pieces = pieces[:, cut & ~last].split(self._part, dim=1)
+        self._last_pieces = pieces[:, last].split(self._part, dim=1)
 
     def project(self, gradients: Tensor) -> Tensor:
         """`P g` of every block, [blocks, height], from g [D]."""
-        products = gradients.new_zeros(self._count + 1, self._height, dtype=torch.float64)
+        exact = torch.float32 if gradients.device.type == "mps" else torch.float64
+        products = gradients.new_zeros(self._count + 1, self._height, dtype=exact)
         tiles = gradients[: self._whole * TILE].view(-1, TILE)
         for part in self._parts():
             sums = gradients.new_empty(part.stop - part.start, self._height)
             self._run("project", self.values[part], self.scales[part], tiles[part], sums)
-            products.index_add_(0, self._block_of_tile[part], sums.double())
-        for tile, block, columns, outside in self._cut_tiles():
+            products.index_add_(0, self._block_of_tile[part], sums.to(exact))
+        for tile, block, columns, outside in self._cut_tiles(self._pieces + self._last_pieces):
             part = gradients[columns.clamp_max(self._total - 1)].masked_fill_(outside, 0)
             sums = gradients.new_empty(len(tile), self._height)
             self._run("project", *self._of(tile), part, sums)
-            products.index_add_(0, block, sums.double())
+            products.index_add_(0, block, sums.to(exact))
         return products[:-1].to(gradients.dtype)
 
-    def expand(self, coefficients: Tensor) -> Tensor:
-        """`Pᵀ β`, [D], from the coefficients β of every block, [blocks, height]."""
-        weights = coefficients.new_empty(len(self.values), TILE)
-        weights[self._whole :] = 0
+    def expand(self, coefficients: Tensor, out: Tensor) -> None:
+        """`out` [D] ← `Pᵀ β`, from the coefficients β of every block, [blocks, height]."""
+        out[self._whole * TILE :] = 0
+        end = self._total // TILE * TILE  # What is beyond is no whole tile.
+        tiles, last = out[:end].view(-1, TILE), out[end:]
         coefficients = torch.cat([coefficients, coefficients.new_zeros(1, self._height)])
         for part in self._parts():
             of_tiles = coefficients[self._block_of_tile[part]]
-            self._run("expand", self.values[part], self.scales[part], of_tiles, weights[part])
-        for tile, block, _, outside in self._cut_tiles():
+            self._run("expand", self.values[part], self.scales[part], of_tiles, tiles[part])
+        for tile, part in self._expand_cut(self._pieces, coefficients):
+            tiles.index_add_(0, tile, part)
+        for _, part in self._expand_cut(self._last_pieces, coefficients):
+            last += part.sum(0)[: len(last)]
+
+    def _expand_cut(
+        self, pieces: tuple[Tensor, ...], coefficients: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The tiles of `pieces` [pieces] and what these add to them, [pieces, 256]; in parts."""
+        for tile, block, _, outside in self._cut_tiles(pieces):
             part = coefficients.new_empty(len(tile), TILE)
             self._run("expand", *self._of(tile), coefficients[block], part)
-            weights.index_add_(0, tile, part.masked_fill_(outside, 0))
-        return weights.flatten()[: self._total]
+            yield tile, part.masked_fill_(outside, 0)
 
     def _parts(self) -> Iterator[slice]:
         """The tiles that are multiplied as a whole, in parts."""
@@ -215,12 +226,13 @@ class Compressed:
         for start in range(0, self._whole, step):
             yield slice(start, min(start + step, self._whole))
 
-    def _cut_tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def _cut_tiles(
+        self, pieces: tuple[Tensor, ...]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The pieces of tiles, in parts: tile and block [pieces]; and of all columns of the tile,
         numbers and whether they are outside the piece, [pieces, 256]."""
         inside = torch.arange(TILE, device=self.values.device)
-        parts = (numbers.split(self._part) for numbers in self._pieces)
-        for tile, block, first, stop in zip(*parts, strict=True):
+        for tile, block, first, stop in pieces:
             outside = (inside < first[:, None]) | (inside >= stop[:, None])
             yield tile, block, tile[:, None] * TILE + inside, outside
 

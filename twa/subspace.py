@@ -89,8 +89,9 @@ class Subspace:
 
         height = _height(n, components)
         chunk = max(1, CHUNK.get(device.type, CHUNK["cpu"]) // n)
-        in_place = _in_place(bits, components)
-        window = _Window(self._columns, checkpoints, total if in_place else _width(n, total, chunk))
+        in_place = _in_place(bits, components, device)
+        width = total if in_place else _width(n, total, chunk)
+        window = _Window(self._columns, checkpoints, width, _workplace(device))
         if bits < 32:
             self._storage = Compressed(bits, height, blocks, device)
         else:
@@ -150,8 +151,9 @@ class Subspace:
         dtype = _precise(dtype, device)
         for differences in window.differences(batch, chunk, dtype):
             rows = transform.to(dtype) @ differences
-            self._storage.append(rows.transpose(0, 1).flatten(1).float())
-            bar.update(batch.count * rows.shape[2])
+            rows = rows.transpose(0, 1).flatten(1).float()
+            self._storage.append(rows.to(self.parameters[0].device))
+            bar.update(rows.shape[1])
         weights = extraction.of_checkpoints(transform).masked_fill_(~kept[:, None], 0)
         return weights.cpu(), kept.any(dim=0).cpu()
 
@@ -186,16 +188,20 @@ class Subspace:
         return products if self._index is None else products[self._index]
 
     @torch.no_grad()
-    def expand(self, coefficients: Tensor) -> Tensor:
+    def expand(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """`Pᵀ β`: weights from coefficients.
 
         Args:
             coefficients: float32 [len(self)].
+            out: float32 [D] to write to. Fresh memory for every result can take longer than the
+                product itself, so a loop should have one vector and use it again.
 
         Returns:
-            float32 [D], in the order of the columns.
+            float32 [D], in the order of the columns; `out` if given.
         """
-        return self._storage.expand(self._by_block(coefficients))
+        out = self.empty() if out is None else out
+        self._storage.expand(self._by_block(coefficients), out)
+        return out
 
     @torch.no_grad()
     def averaging_weights(self, coefficients: Tensor) -> Tensor:
@@ -212,23 +218,28 @@ class Subspace:
         weights = (coefficients[:, None] @ self._transforms)[:, 0].double()
         return weights[0] if self._granularity == "model" else weights
 
+    def empty(self) -> Tensor:
+        """A vector for the columns, float32 [D], not filled."""
+        return torch.empty(self._columns.total, device=self.parameters[0].device)
+
     @torch.no_grad()
-    def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
+    def flatten(self, tensors: Iterable[Tensor | None], out: Tensor | None = None) -> Tensor:
         """`tensors`, one for each parameter, as one vector in the order of the columns.
 
         Args:
             tensors: in the shapes of `self.parameters`, any dtype; None stands for zeros.
+            out: float32 [D] to write to, as for `expand`.
 
         Returns:
-            float32 [D].
+            float32 [D]; `out` if given.
         """
-        flat = torch.empty(self._columns.total, device=self.parameters[0].device)
-        for part, tensor in zip(self._columns.split(flat), tensors, strict=True):
+        out = self.empty() if out is None else out
+        for part, tensor in zip(self._columns.split(out), tensors, strict=True):
             if tensor is None:
                 part.zero_()
             else:
                 part.copy_(tensor)
-        return flat
+        return out
 
     @torch.no_grad()
     def assign(self, flat: Tensor) -> None:
@@ -251,18 +262,25 @@ class _Window:
 
     Args:
         width: how many columns that is.
+        device: where they are.
 
     Attributes:
         rows: float32 [n, width].
         names: what to call the checkpoints.
     """
 
-    def __init__(self, columns: Columns, checkpoints: Sequence[Checkpoint], width: int):
+    def __init__(
+        self,
+        columns: Columns,
+        checkpoints: Sequence[Checkpoint],
+        width: int,
+        device: torch.device,
+    ):
         self.names = [
             str(index) if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
             for index, checkpoint in enumerate(checkpoints)
         ]
-        self.rows = torch.empty(len(checkpoints), width, device=columns.parameters[0].device)
+        self.rows = torch.empty(len(checkpoints), width, device=device)
         self._columns, self._checkpoints = columns, checkpoints
         self._start = self._stop = 0
 
@@ -328,9 +346,14 @@ def _height(n: int, components: int | None) -> int:
     return n if components is None else min(components + 1, n)
 
 
-def _in_place(bits: int, components: int | None) -> bool:
+def _workplace(device: torch.device) -> torch.device:
+    """Where a basis for `device` is made: there, but for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _in_place(bits: int, components: int | None, device: torch.device) -> bool:
     """Whether the rows that are read become the basis."""
-    return bits == 32 and components is None
+    return bits == 32 and components is None and _workplace(device) == device
 
 
 def _width(n: int, total: int, chunk: int) -> int:
@@ -351,7 +374,7 @@ def _check_memory(
         basis = _height(n, components) * total * bits // 8
         if bits < 32:
             basis += _height(n, components) * total // TILE * 4
-        rows = 0 if _in_place(bits, components) else n * _width(n, total, 1) * 4
+        rows = 0 if _in_place(bits, components, device) else n * _width(n, total, 1) * 4
         return basis + rows + 2 * total * 4  # and a gradient, and the weights
 
     if free is None or size(n, bits) <= free:
