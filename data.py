@@ -130,16 +130,19 @@ class Loader:
     """Iterates over a split in batches: (images float32 [B, C, H, W], labels int64 [B]).
 
     Images are normalised by the mean and standard deviation of their data set. The last batch may
-    be smaller. Batch k of an epoch depends on nothing but the seed, the epoch and k.
+    be smaller. Batch k of an epoch depends on nothing but the seed, the epoch and k. Of several
+    ranks each gets its share of every batch; the shares are disjoint.
 
     Args:
         split: what to iterate over; batches are on its device.
-        batch_size: images a batch.
+        batch_size: images a batch, all ranks together.
         train: shuffle, crop and flip at random, each image for itself; otherwise every image comes
             as it is and in order.
         seed: of all random draws.
         channels_last: whether images are laid out in memory with their channels last.
         randaugment: strength of RandAugment, 1 to 30, for training; 0 for none.
+        rank: this process among the `world` that share each batch.
+        world: how many there are.
     """
 
     def __init__(
@@ -151,12 +154,15 @@ class Loader:
         seed: int = 0,
         channels_last: bool = False,
         randaugment: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.split = split
         self.batch_size = batch_size
         self.train = train
         self.seed = seed
         self.randaugment = randaugment
+        self.rank, self.world = rank, world
         self.epoch = 0
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -176,24 +182,54 @@ class Loader:
         """Choose the epoch that the next iteration draws."""
         self.epoch = epoch
 
+    def images_in(self, batch: int) -> int:
+        """How many images the batch of this number has, all ranks together."""
+        return min(self.batch_size, len(self.split) - batch * self.batch_size)
+
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the epoch from batch `start` on."""
+        """Iterate over this rank's shares of the epoch's batches, from batch `start` on.
+
+        A share that would be empty is one image with the label -100, which is no class and which
+        `cross_entropy` leaves out, so that all ranks go through the model equally often.
+        """
+        draws = self._draws()
+        for batch in range(start, len(self)):
+            first, size = batch * self.batch_size, self.images_in(batch)
+            low, high = (size * rank // self.world for rank in (self.rank, self.rank + 1))
+            images, labels = self._batch(draws, slice(first + low, first + max(high, low + 1)))
+            yield images, labels if high > low else labels.fill_(-100)
+
+    def whole_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over this rank's part of the first `count` batches, each of which is whole.
+
+        For batch norm's statistics, which do not depend on the number of ranks that way. All ranks
+        get as many: where these do not come out even, the first batches are given out again.
+        """
+        draws = self._draws()
+        for turn in range(self.rank, math.ceil(count / self.world) * self.world, self.world):
+            first = turn % count * self.batch_size
+            yield self._batch(draws, slice(first, first + self.batch_size))
+
+    def _draws(self) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
+        """The epoch's random numbers: of `draw` and of `draw_operations`, where there are any."""
         draw = self.draw() if self.train else None
-        operations = self.draw_operations() if self.train and self.randaugment else None
-        for first in range(start * self.batch_size, len(self.split), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            if draw is None:
-                images, labels = self.split.images[part], self.split.labels[part]
-            else:
-                order, top, left, flip = (numbers[part] for numbers in draw)
-                images = self.split.crops[order, :, top, left]
-                if self.split.spec.flip:
-                    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
-                if operations is not None:
-                    images = rand_augment(images, operations[part], self.randaugment)
-                labels = self.split.labels[order]
-            images = images.sub(self.mean).div_(self.std)
-            yield images.contiguous(memory_format=self.memory_format), labels
+        return draw, self.draw_operations() if self.train and self.randaugment else None
+
+    def _batch(self, draws, part: slice) -> tuple[Tensor, Tensor]:
+        """The images and labels of the epoch from `part.start` to `part.stop`."""
+        draw, operations = draws
+        if draw is None:
+            images, labels = self.split.images[part], self.split.labels[part].clone()
+        else:
+            order, top, left, flip = (numbers[part] for numbers in draw)
+            images = self.split.crops[order, :, top, left]
+            if self.split.spec.flip:
+                images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+            if operations is not None:
+                images = rand_augment(images, operations[part], self.randaugment)
+            labels = self.split.labels[order]
+        images = images.sub(self.mean).div_(self.std)
+        return images.contiguous(memory_format=self.memory_format), labels
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All random numbers of the epoch, each [N], in the order in which the images come.

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 import data
 import models
+import parallel
 import utils
 from utils import UserError
 
@@ -69,20 +69,33 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def set_up(
-    args: argparse.Namespace, on_held_out: bool = False
+    args: argparse.Namespace, on_held_out: bool = False, shard: bool = False
 ) -> tuple[nn.Module, data.Loader, data.Loader]:
     """The model and the loaders of the training and the test set that the arguments ask for.
 
-    With `--split` the training set is what the split leaves, or the held-out part if `on_held_out`.
+    Under `torchrun` the ranks meet here, and each has its share of every batch.
+
+    Args:
+        on_held_out: with `--split`, whether the training set is the part that is held out, and not
+            the rest.
+        shard: whether the ranks hold the model together (`parallel.shard`) or each a whole one.
 
     Raises:
-        UserError: the device, the data set or a package is not to be had, or the architecture
-            cannot take images of this size.
+        UserError: the device, the data set or a package is not to be had, the architecture cannot
+            take images of this size, or the batch does not divide among the ranks.
     """
     if args.wandb:
         utils.import_wandb()  # what is missing is said before anything is written
     device = utils.choose_device(args.device)
-    train_set, test_set = data.load(args.datasets, args.data_dir, device)
+    parallel.start(device)
+    ranks = {"rank": parallel.rank(), "world": parallel.world()}
+    if args.batch_size % ranks["world"]:
+        raise UserError(
+            f"--batch-size {args.batch_size}: does not divide among {ranks['world']} ranks; "
+            f"give a multiple of {ranks['world']}"
+        )
+    with parallel.first_rank_first():
+        train_set, test_set = data.load(args.datasets, args.data_dir, device)
     if args.split:
         rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
         train_set = held_out if on_held_out else rest
@@ -93,20 +106,30 @@ def set_up(
         seed=args.randomseed,
         channels_last=args.amp,
         randaugment=args.randaugment,
+        **ranks,
     )
-    test = data.Loader(test_set, 1000, train=False, channels_last=args.amp)
-    model = build(args.arch, train_set.spec, device, args)
+    test = data.Loader(test_set, 1000, train=False, channels_last=args.amp, **ranks)
+    model = build(args.arch, train_set.spec, device, args, shard)
     return model, train, test
 
 
-def build(name: str, spec: data.Spec, device: torch.device, args: argparse.Namespace) -> nn.Module:
+def build(
+    name: str,
+    spec: data.Spec,
+    device: torch.device,
+    args: argparse.Namespace,
+    shard: bool = False,
+) -> nn.Module:
     """The model of this name for a data set, on `device`, laid out and compiled as asked for.
 
     Raises:
         UserError: as `models.build`.
     """
     model = models.build(name, spec.classes, spec.channels, spec.size)
-    model.to(device, memory_format=torch.channels_last if args.amp else torch.contiguous_format)
+    if shard and parallel.world() > 1:  # FSDP2 takes contiguous weights only.
+        parallel.shard(model, device, args.reshard_after_forward)
+    else:
+        model.to(device, memory_format=torch.channels_last if args.amp else torch.contiguous_format)
     if args.compile:
         model.compile()
     return model
@@ -116,27 +139,28 @@ class Totals:
     """Loss and hits, summed on the device and read only when asked: no sync in an iteration."""
 
     def __init__(self, device: torch.device):
-        self._sums = torch.zeros(2, device=device)
-        self._count = 0
+        self._sums = torch.zeros(3, device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
-        """Adds a batch: `loss` its mean, `outputs` [B, classes], `labels` [B]."""
-        hits = (outputs.argmax(1) == labels).sum()
-        self._sums += torch.stack([loss.float() * len(labels), hits.float()])
-        self._count += len(labels)
+        """Adds a batch: `loss` its sum, `outputs` [B, classes], `labels` [B]; -100 is no label."""
+        hits, count = (outputs.argmax(1) == labels).sum(), (labels >= 0).sum()
+        self._sums += torch.stack([loss.float(), hits.float(), count.float()])
 
     def read(self) -> dict[str, float]:
-        """The mean loss in nats and the accuracy in percent of all that was added."""
-        loss, hits = (self._sums / max(self._count, 1)).tolist()
-        return {"loss": loss, "accuracy": 100.0 * hits}
+        """The mean loss in nats and the accuracy in percent of all that was added on any rank."""
+        loss, hits, count = parallel.sum_over_ranks(self._sums.clone()).tolist()
+        return {"loss": loss / max(count, 1), "accuracy": 100.0 * hits / max(count, 1)}
 
 
 @dataclass
 class Trainer:
     """One epoch after the other: train, then test. SGD, SWA and TWA differ in `optimizer` alone.
 
+    On several ranks the gradient is that of the whole batch, of which each computes its share.
+
     Args:
+        model: whole, and the same on all ranks, or sharded by `parallel.shard`.
         scheduler: stepped after each optimizer step.
         line: takes the lines of the log.
         print_every: iterations between two lines (or updates of the bar, on a terminal).
@@ -161,6 +185,9 @@ class Trainer:
     clip_grad: float | None = None
     name: str = ""
 
+    def __post_init__(self):
+        self._forward = parallel.replicate(self.model)
+
     def epoch(self, epoch: int, after_step: Callable[[int], None] | None = None) -> dict:
         """Trains epoch `epoch` (from 1 on) and tests; returns rate, losses, accuracies, seconds.
 
@@ -176,6 +203,7 @@ class Trainer:
         self.train.set_epoch(epoch)
         trained = self._train(title, after_step)
         seconds = time.perf_counter() - started
+        parallel.average_buffers(self.model)
         tested = evaluate(self.model, self.test, self.amp)
         self._refuse_divergence(tested["loss"], f"{title}, test")
         return {
@@ -193,14 +221,19 @@ class Trainer:
         device = device_of(self.model)
         totals = Totals(device)
         count = len(self.train)
-        bar = tqdm(self.train, desc=title, leave=False, disable=None)
+        silent = None if parallel.rank() == 0 else True  # None: silent unless on a terminal
+        bar = tqdm(self.train, desc=title, leave=False, disable=silent)
         for i, (images, labels) in enumerate(bar, start=1):
             with autocast(device, self.amp):
-                outputs = self.model(images)
-                loss = F.cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)
+                outputs = self._forward(images)
+                loss = F.cross_entropy(
+                    outputs, labels, label_smoothing=self.label_smoothing, reduction="sum"
+                )
             totals.add(loss, outputs, labels)
             left = count - (i - 1) // self.accumulate * self.accumulate  # from this step's first on
-            (loss / min(self.accumulate, left)).backward()
+            # The mean over the batch; gradients are averaged over the ranks, hence their number.
+            share = parallel.world() / self.train.images_in(i - 1)
+            (loss * share / min(self.accumulate, left)).backward()
             if i % self.print_every == 0 or i == count:  # before a step whose weights are saved
                 so_far = totals.read()
                 self._refuse_divergence(so_far["loss"], f"{title}, iteration {i}")
@@ -240,7 +273,7 @@ def score(predictions: Iterable[tuple[Tensor, Tensor]], device: torch.device) ->
     """The mean loss in nats and the accuracy in percent of logits [B, classes] for labels [B]."""
     totals = Totals(device)
     for outputs, labels in predictions:
-        totals.add(F.cross_entropy(outputs, labels), outputs, labels)
+        totals.add(F.cross_entropy(outputs, labels, reduction="sum"), outputs, labels)
     return totals.read()
 
 
@@ -263,15 +296,18 @@ def reestimate_bn(
     """Batch norm's running statistics, made anew for the weights that `model` holds.
 
     Always over the draws of epoch 0, which no training uses: the same weights get the same
-    statistics whatever was trained before.
+    statistics whatever was trained before, and on however many ranks.
 
     Args:
         images: how many to take, in whole batches; all of them if None.
     """
     train.set_epoch(0)
-    batches = None if images is None else math.ceil(images / train.batch_size)
+    count = len(train)
+    if images is not None:
+        count = min(count, math.ceil(images / train.batch_size))
     with autocast(device_of(model), amp):
-        update_bn(islice(train, batches), model)
+        update_bn(train.whole_batches(count), model)
+    parallel.average_buffers(model)
 
 
 def describe(metrics: dict[str, float]) -> str:

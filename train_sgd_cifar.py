@@ -11,9 +11,9 @@ from pathlib import Path
 
 import data
 import models
+import parallel
 import utils
 from engine import OPTIMIZERS, SCHEDULES, Trainer, describe, evaluate, schedule_of, set_up
-from twa.checkpoints import save
 from utils import UserError
 
 # What has to be the same when a run is resumed: it would not be that run otherwise.
@@ -75,14 +75,16 @@ def main():
     state = utils.state_path(args, "state.pt")
     done = utils.resume(args, state, settings, **parts)
     if args.evaluate:
-        print("test", describe(evaluate(model, test, args.amp)))
+        tested = evaluate(model, test, args.amp)
+        if parallel.rank() == 0:
+            print("test", describe(tested))
         return
     if done is None or state.resolve().parent != save_dir.resolve():
         utils.clear(save_dir, args.overwrite)
     if not done:
         done = 0
         utils.save_state(save_dir / "state.pt", 0, settings, **parts)
-        save(model.state_dict(), save_dir / "0.pt")
+        parallel.save_model(model, save_dir / "0.pt")
     log = utils.RunLog(args, resumed_epoch=done)
     log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
     trainer = Trainer(
@@ -108,7 +110,7 @@ def main():
         def save_checkpoint(iteration: int, saved: int = (epoch - 1) * args.saves_per_epoch):
             if iteration in save_after:
                 number = saved + save_after.index(iteration) + 1
-                save(model.state_dict(), save_dir / f"{number}.pt")
+                parallel.save_model(model, save_dir / f"{number}.pt")
 
         log.epoch(trainer.epoch(epoch, after_step=save_checkpoint))
         utils.save_state(save_dir / "state.pt", epoch, settings, **parts)

@@ -6,6 +6,8 @@
 
 Reads `N.pt` from --save-dir and writes `twa.pt`, an ordinary state_dict, there; `twa.json` (the
 results) and `twa.png` go to --log-dir. Test data choose nothing: the end of training is reported.
+
+Under `torchrun` the ranks hold model and basis together, a shard each, and all else is the same.
 """
 
 import math
@@ -16,11 +18,12 @@ import torch
 
 import data
 import models
+import parallel
 import report
 import utils
 from engine import SCHEDULES, Trainer, evaluate, reestimate_bn, schedule_of, set_up
 from twa import TWA
-from twa.checkpoints import average, load_into, save
+from twa.checkpoints import average, load_into
 from utils import UserError, number
 
 # What has to be the same when a run is resumed: it would not be that run otherwise.
@@ -45,7 +48,7 @@ RESUME_WITH = (
 )
 RATE_HELP = (
     "2e-3 (4e-4 at finer granularity) · (1 - momentum) · ‖w‖² for SGD and "
-    "0.01 · ‖w‖ / sqrt(coefficients) for AdamW, with ‖w‖ the norm of the start point's weights"
+    "0.01 · ‖w‖ / sqrt(coefficients) for AdamW, with ‖w‖ the norm of the start point's coefficients"
 )
 
 
@@ -89,6 +92,12 @@ def parse_arguments():
     add("--lr", type=number(float, 0), help="rate of the coefficients; left out: " + RATE_HELP)
     add("--weight-decay", "--wd", type=number(float, 0), default=1e-5, help="weight decay")
     add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches a projected step")
+    add(
+        "--reshard-after-forward",
+        action="store_true",
+        help="under torchrun, gather the weights of a block once more for its backward pass: for "
+        "models that one device cannot hold",
+    )
     args = parser.parse_args()
     if (args.extract == "SVD") != (args.components is not None):
         parser.error("--extract SVD and --components belong together")
@@ -98,17 +107,18 @@ def parse_arguments():
 def safe_rate(optimizer: TWA, granularity: str, momentum: float | None) -> float:
     """A rate for the coefficients from the norm of the start point (see RATE_HELP).
 
+    The norm is that of its coefficients, which is that of its weights if they lie in the span.
     Weights before batch norm are scale-invariant: their gradient shrinks as 1/‖w‖, so that what
     SGD's rate does depends on rate/‖w‖² alone, and what Adam's does on rate·√n/‖w‖, the angle by
     which a step of length rate·√n turns the weights. The factors give about 0.5 for PreResNet20,
     where 2 diverges, and about 2 for VGG16BN, the paper's value. With coefficients for every layer
     or channel, SGD on them comes near to SGD on the weights and needs a rate nearer to its 0.1.
     """
-    norm = sum(p.detach().double().square().sum() for p in optimizer.subspace.parameters).sqrt()
+    norm = optimizer.coefficients.detach().norm().item()
     if momentum is None:
-        return 0.01 * norm.item() / math.sqrt(len(optimizer.subspace))
+        return 0.01 * norm / math.sqrt(len(optimizer.subspace))
     factor = 2e-3 if granularity == "model" else 4e-4
-    return factor * (1 - momentum) * norm.item() ** 2
+    return factor * (1 - momentum) * norm**2
 
 
 def window_paths(save_dir: Path, start: int, end: int) -> list[Path]:
@@ -151,7 +161,7 @@ def main():
     utils.set_seed(args.randomseed)
     save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
     window = window_paths(save_dir, args.params_start, args.params_end)
-    model, train, test = set_up(args, on_held_out=True)
+    model, train, test = set_up(args, on_held_out=True, shard=True)
 
     # Batch norm is re-estimated for every solution: its statistics belong to the data.
     averages, start = averages_of(window, args, model)
@@ -163,7 +173,8 @@ def main():
         reestimate_bn(model, train, args.amp)
         solutions[name] = evaluate(model, test, args.amp) | spent
     if args.evaluate:
-        print(report.table(solutions))
+        if parallel.rank() == 0:
+            print(report.table(solutions))
         return
 
     started = time.perf_counter()
@@ -225,13 +236,15 @@ def main():
 
     # The end of training is what is reported: test data choose nothing.
     reestimate_bn(model, train, args.amp)
-    save(model.state_dict(), save_dir / "twa.pt")
+    parallel.save_model(model, save_dir / "twa.pt")
     seconds = build_seconds + sum(m["seconds"] for m in log.epochs)
     solutions["TWA"] = evaluate(model, test, args.amp) | {
         "epochs": spent["epochs"] + args.epochs * (args.val_ratio / 100 if args.split else 1),
         "seconds": spent["seconds"] + seconds,
     }
     alpha = optimizer.averaging_weights()
+    if parallel.rank() > 0:
+        return
     alpha = alpha.mean(0) if alpha.dim() == 2 else alpha  # at finer granularity the blocks' mean
     averaging_weights = {path.name: a for path, a in zip(window, alpha.tolist(), strict=True)}
     utils.write_json(

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twa.checkpoints import CheckpointError, check, load, replacing, save
+import parallel
+from twa.checkpoints import CheckpointError, load, load_into, replacing, save
 
 
 class UserError(Exception):
@@ -28,8 +29,10 @@ def run(main: Callable[[], None]) -> None:
     """Calls `main`; errors that the user can mend end in one line on stderr, exit status 2."""
     try:
         main()
+        parallel.stop()
     except (UserError, CheckpointError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        who = f"rank {parallel.rank()}: " if parallel.world() > 1 else ""
+        print(f"{who}error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -191,13 +194,17 @@ OVERWRITE_HELP = "replace the checkpoints of an earlier run"
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that `--device` names, or the accelerator if there is one, else the CPU."""
+    """The device that `--device` names, or the accelerator if there is one, else the CPU.
+
+    Of several accelerators in a machine, each rank there takes its own.
+    """
     if name is None:
-        if torch.accelerator.is_available():
-            return torch.accelerator.current_accelerator()
-        return torch.device("cpu")
+        there = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if there else "cpu"
     try:
         device = torch.device(name)
+        if parallel.launched() and device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, parallel.local_rank())
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -246,7 +253,8 @@ class RunLog:
     """The log of a run: lines for people, one JSON object an epoch for programs.
 
     Lines go to stdout and to `<log_dir>/<log_name>`. `<log_dir>/<prefix>run.json` keeps the
-    arguments, the versions and the git commit; `<log_dir>/<prefix>metrics.jsonl` the epochs.
+    arguments, the versions and the git commit; `<log_dir>/<prefix>metrics.jsonl` the epochs. All
+    this on the first rank; on the others nothing is printed or written.
 
     Args:
         resumed_epoch: epochs that stand already; later lines of an earlier run are dropped.
@@ -256,10 +264,16 @@ class RunLog:
     """
 
     def __init__(self, args: argparse.Namespace, prefix: str = "", resumed_epoch: int = 0):
-        directory = Path(args.log_dir)
-        make_directory(directory)
+        self.epochs: list[dict] = []
+        self._wandb = None
         self._has_header = False
         self._logger = logging.Logger("run")
+        self._writes = parallel.rank() == 0
+        if not self._writes:
+            self._logger.addHandler(logging.NullHandler())
+            return
+        directory = Path(args.log_dir)
+        make_directory(directory)
         self._logger.addHandler(logging.StreamHandler(sys.stdout))
         self._logger.addHandler(logging.FileHandler(directory / args.log_name))
         self._metrics = directory / f"{prefix}metrics.jsonl"
@@ -267,7 +281,8 @@ class RunLog:
         with replacing(self._metrics) as temporary:
             temporary.write_text("".join(json.dumps(m) + "\n" for m in self.epochs))
         write_json({"arguments": vars(args), **provenance()}, directory / f"{prefix}run.json")
-        self._wandb = start_wandb(args) if args.wandb else None
+        if args.wandb:
+            self._wandb = start_wandb(args)
 
     def line(self, text: str) -> None:
         self._logger.info(text)
@@ -284,8 +299,9 @@ class RunLog:
             self._has_header = True
         self.line("  ".join(cell(key, value) for key, value in metrics.items()))
         self.epochs.append(metrics)
-        with open(self._metrics, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        if self._writes:
+            with open(self._metrics, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
         if self._wandb:
             self._wandb.log(metrics)
 
@@ -313,9 +329,13 @@ def read_metrics(path: Path) -> list[dict]:
 def clear(save_dir: Path, overwrite: bool) -> None:
     """Makes `save_dir`, empty of checkpoints; those of an earlier run go only if `overwrite`.
 
+    The first rank does so; the others leave it to that.
+
     Raises:
         UserError: the directory cannot be made, or holds checkpoints that must not go.
     """
+    if parallel.rank() > 0:
+        return
     make_directory(save_dir)
     earlier = [path for path in save_dir.glob("*.pt") if path.stem.isdecimal()]
     if earlier and not overwrite:
@@ -331,6 +351,12 @@ def write_json(content: dict, path: Path) -> None:
     """Writes `content` as JSON, all or nothing."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def refuse_ranks() -> None:
+    """Raises a `UserError` where `torchrun` started a script that runs in one process."""
+    if parallel.launched():
+        raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
 
 
 def make_directory(directory: Path) -> None:
@@ -389,22 +415,26 @@ def state_path(args: argparse.Namespace, name: str) -> Path:
 def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:
     """Saves all that a run needs to go on after `epoch` epochs as if it had not stopped.
 
+    Called on every rank; the first one writes. Another number of ranks can go on from it.
+
     Args:
         settings: plain values that must be the same when the run goes on.
-        parts: what has a `state_dict()`: model, optimizer, schedule, …
+        parts: "model", and what else has a `state_dict()`: optimizer, schedule, …
     """
     state = {
         "format": STATE_FORMAT,
         "epoch": epoch,
         "settings": settings,
         "random": random_states(),
-        **{name: part.state_dict() for name, part in parts.items()},
+        **{name: part.state_dict() for name, part in parts.items() if name != "model"},
+        "model": parallel.state_dict_of(parts["model"]),
     }
-    save(state, path)
+    if parallel.rank() == 0:
+        save(state, path)
 
 
 def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int | None:
-    """Puts back what `save_state` saved if `--resume` is given.
+    """Puts back what `save_state` saved, if `--resume` is given or `torchrun` restarts the run.
 
     Returns:
         The epochs that are done; None if there is nothing to go on from.
@@ -413,7 +443,8 @@ def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int
         UserError: the file is no such state, or one of another format or setting.
         CheckpointError: the file cannot be read, or belongs to another architecture.
     """
-    if args.resume is None or not (args.resume or path.exists()):
+    wanted = args.resume is not None or parallel.restarted()
+    if not wanted or not (args.resume or path.exists()):
         return None
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
@@ -428,7 +459,7 @@ def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int
                 f"{path}: was saved with {key} {state['settings'].get(key)}, "
                 f"but this run has {key} {value}"
             )
-    check(state["model"], parts["model"].state_dict(), str(path))
+    load_into(parts.pop("model"), state["model"], name=str(path))
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])

@@ -128,6 +128,7 @@ def stands(record: dict | None, settings: dict, path: Path, expected: dict) -> b
 
 def main():
     args = parse_arguments()
+    utils.refuse_ranks()
     utils.set_seed(args.randomseed)
     device = utils.choose_device(args.device)
     training, _ = data.load(args.datasets, args.data_dir, device)

@@ -289,6 +289,7 @@ def train_coefficients(
 
 def main():
     args = parse_arguments()
+    utils.refuse_ranks()
     utils.set_seed(args.randomseed)
     log_dir = Path(args.log_dir)
     paths = expand(args.checkpoints)

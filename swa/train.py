@@ -18,10 +18,10 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 
 import data
 import models
+import parallel
 import report
 import utils
 from engine import Trainer, evaluate, reestimate_bn, set_up
-from twa.checkpoints import save
 from utils import number
 
 
@@ -95,7 +95,7 @@ def main():
     if not done:
         done = 0
         utils.save_state(save_dir / "state.pt", 0, settings, **parts)
-        save(model.state_dict(), save_dir / "0.pt")
+        parallel.save_model(model, save_dir / "0.pt")
     log = utils.RunLog(args, resumed_epoch=done)
     log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
     trainer = Trainer(
@@ -123,14 +123,17 @@ def main():
             metrics |= {f"SWA_{key}": value for key, value in averaged.items()}
             metrics["seconds"] = metrics.pop("seconds")  # stays the last column
         log.epoch(metrics)
-        save(model.state_dict(), save_dir / f"{epoch}.pt")
+        parallel.save_model(model, save_dir / f"{epoch}.pt")
         if epoch % args.save_freq == 0 or epoch == args.epochs:
             utils.save_state(save_dir / "state.pt", epoch, settings, **parts)
 
+    if args.swa:
+        parallel.save_model(average.module, save_dir / "swa.pt")
+    if parallel.rank() > 0:
+        return
     run = report.SGDRun.read(log_dir)
     results = {"SGD": run.end}
     if args.swa:
-        save(average.module.state_dict(), save_dir / "swa.pt")
         results["SWA"] = run.end | run.swa_end
     utils.write_json({"results": results}, log_dir / "swa.json")
     report.figure(

@@ -8,11 +8,15 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from twa import sharding
+
+Value = TypeVar("Value")
 Checkpoint = str | os.PathLike | Mapping[str, Tensor]
 
 
@@ -54,8 +58,7 @@ def load(path: str | os.PathLike):
 def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The `state_dict` behind `checkpoint`: a path is read, a mapping is taken as it is.
 
-    The prefix that `DataParallel` and `DistributedDataParallel` put before every key
-    (`module.`) is taken off, so that checkpoints of wrapped models load as they are.
+    Its keys are plain names, so that checkpoints of wrapped models load as they are.
 
     Raises:
         CheckpointError: as `load`, or the file holds something other than a `state_dict`.
@@ -65,8 +68,18 @@ def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
         raise CheckpointError(f"{name_of(checkpoint)}: is not a state_dict (names to tensors)")
-    if state and all(key.startswith("module.") for key in state):
-        return {key.removeprefix("module."): value for key, value in state.items()}
+    return unwrapped(state)
+
+
+def unwrapped(state: Mapping[str, Value]) -> dict[str, Value]:
+    """`state` without what wrappers put before every key.
+
+    That is `module.` for `DataParallel` and `DistributedDataParallel` and `_orig_mod.` for
+    `torch.compile`. A module that is called so among others keeps its name.
+    """
+    for prefix in ("module.", "_orig_mod.") * 2:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)
 
 
@@ -79,8 +92,10 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str
     """Raises `CheckpointError` unless `state` fits a model whose `state_dict` is `expected`.
 
     The message names the first key, in the model's order, that is missing or of another shape;
-    then keys that the model does not have; then tensors that hold NaN or infinity.
+    then keys that the model does not have; then tensors that hold NaN or infinity (of a sharded
+    model, in this rank's part).
     """
+    expected = unwrapped(expected)
     for key, tensor in expected.items():
         if key not in state:
             raise CheckpointError(f"{name}: of another architecture: {key} is missing")
@@ -93,19 +108,25 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str
         if key not in expected:
             raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
     for key, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not sharding.part(tensor, expected[key]).isfinite().all():
             raise CheckpointError(f"{name}: {key} holds NaN or infinity")
 
 
-def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+def load_into(model: torch.nn.Module, checkpoint: Checkpoint, name: str | None = None) -> None:
     """Loads `checkpoint` into `model`; refuses one that does not fit before anything is changed.
+
+    Of a sharded model, each rank reads its own part.
+
+    Args:
+        name: how messages call the checkpoint, if it did not come as a path.
 
     Raises:
         CheckpointError: as `load_state_dict` and `check`.
     """
-    state = load_state_dict(checkpoint)
-    check(state, model.state_dict(), name_of(checkpoint))
-    model.load_state_dict(state)
+    state, own = load_state_dict(checkpoint), model.state_dict()
+    check(state, own, name or name_of(checkpoint))
+    plain = unwrapped({key: key for key in own})
+    model.load_state_dict({k: sharding.shard(state[name], own[k]) for name, k in plain.items()})
 
 
 def average(
@@ -117,23 +138,26 @@ def average(
     counters of batch norm) is taken from the last.
 
     Args:
-        expected: the `state_dict` that each has to fit; the first checkpoint's if None.
+        expected: the `state_dict` that each has to fit; the first checkpoint's if None. Where it
+            is sharded, so is the mean, and each rank reads its own part.
 
     Raises:
         CheckpointError: one of them cannot be read, does not fit, or holds NaN or infinity.
     """
     first = load_state_dict(checkpoints[0])
-    expected = first if expected is None else expected
-    check(first, expected, name_of(checkpoints[0]))
-    total = {key: v.to(torch.float64) for key, v in first.items() if v.is_floating_point()}
-    last = first
-    for checkpoint in checkpoints[1:]:
-        last = load_state_dict(checkpoint)
-        check(last, expected, name_of(checkpoint))
-        for key, tensor in total.items():
-            tensor += last[key]
-    mean = {key: (t / len(checkpoints)).to(first[key].dtype) for key, t in total.items()}
-    return {key: mean[key] if key in mean else last[key].clone() for key in first}
+    like = unwrapped(first if expected is None else expected)
+    total: dict[str, Tensor] = {}
+    for checkpoint in checkpoints:
+        state = load_state_dict(checkpoint)
+        check(state, like, name_of(checkpoint))
+        for key, value in state.items():
+            if value.is_floating_point() and key in total:
+                total[key] += sharding.part(value, like[key])
+            else:
+                exact = torch.float64 if value.is_floating_point() else value.dtype
+                total[key] = sharding.part(value, like[key]).to(exact, copy=True)
+    mean = {k: t / len(checkpoints) if t.is_floating_point() else t for k, t in total.items()}
+    return {k: sharding.shard(mean[k].to(v.dtype), like[k]) for k, v in first.items()}
 
 
 def save(obj, path: str | os.PathLike) -> None:

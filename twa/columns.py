@@ -1,32 +1,35 @@
 """Which weights are the columns of the basis, and which of them belong together.
 
-The columns are the model's trainable parameters, one after the other. They fall into blocks (the
-whole model, a layer, or an output channel), each of which gets a basis of its own.
+The columns are the model's trainable parameters, one after the other; of a sharded model, this
+rank's shards of them. They fall into blocks (the whole model, a layer, or an output channel), each
+of which gets a basis of its own.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 from torch import Tensor, nn
 
-from twa.checkpoints import Checkpoint, CheckpointError, load_state_dict
+from twa.checkpoints import Checkpoint, CheckpointError, load_state_dict, unwrapped
+from twa.sharding import Ranks, first_row, local, part
 
 
 @dataclass(frozen=True)
 class Blocks:
     """`count` blocks of `width` columns each, side by side from column `start`.
 
-    `first` is the number of the first of them among all blocks.
+    `first` is the number of the first of them among all blocks of the model. A block that is
+    `shared` goes on in the columns of other ranks; one that is not lies on this rank alone.
     """
 
     first: int
     start: int
     count: int
     width: int
+    shared: bool = False
 
     @property
     def numbers(self) -> slice:
@@ -43,12 +46,17 @@ class Blocks:
         part = rows[:, self.start : self.stop]
         return part.unflatten(1, (self.count, self.width)).transpose(0, 1)
 
+    def follows(self, other: Blocks) -> bool:
+        """Whether these and the `other` before them can be one item."""
+        shared = self.shared or other.shared
+        return not shared and (other.numbers.stop, other.width) == (self.first, self.width)
+
     def split(self, columns: int) -> Iterator[Blocks]:
         """These blocks in parts of as many as fit in `columns`, of one where none does."""
-        step = max(1, columns // self.width)
+        step = max(1, columns // max(1, self.width))
         for skip in range(0, self.count, step):
-            count = min(step, self.count - skip)
-            yield Blocks(self.first + skip, self.start + skip * self.width, count, self.width)
+            count, start = min(step, self.count - skip), self.start + skip * self.width
+            yield Blocks(self.first + skip, start, count, self.width, self.shared)
 
 
 class Columns:
@@ -56,22 +64,28 @@ class Columns:
 
     Each trainable parameter of `model` once, in the order of `named_parameters`, flattened in
     logical row-major order whatever its memory format.
+
+    Attributes:
+        ranks: those that hold the columns together.
+        total: columns on this rank.
     """
 
     def __init__(self, model: nn.Module):
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.names = [_plain(name) for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        self.known = {_plain(name) for name in model.state_dict()}
-        self.widths = [p.numel() for p in self.parameters]
+        self.ranks = Ranks(model)
+        named = dict(model.named_parameters())
+        self.known = unwrapped({key: key for key in model.state_dict()})
+        trained = {name: named[key] for name, key in self.known.items() if key in named}
+        trained = {name: p for name, p in trained.items() if p.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
+        self.widths = [local(p).numel() for p in self.parameters]
         self.total = sum(self.widths)
-        if not self.total:
+        if not sum(p.numel() for p in self.parameters):
             raise ValueError("the model has no trainable parameters")
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
-        """`flat` [D] as views in the shapes of the parameters."""
-        for part, parameter in zip(flat.split(self.widths), self.parameters, strict=True):
-            yield part.view(parameter.shape)
+        """`flat` [D] as views in the shapes of the parameters, or of their shards."""
+        for columns, parameter in zip(flat.split(self.widths), self.parameters, strict=True):
+            yield columns.view(local(parameter).shape)
 
     def read(self, checkpoint: Checkpoint, name: str, start: int, row: Tensor) -> None:
         """Writes the columns of `checkpoint` from `start` on into `row`, as many as it holds.
@@ -80,15 +94,17 @@ class Columns:
             CheckpointError: it cannot be read or does not fit the model; `name` is what to call
                 it.
         """
-        state = {_plain(key): value for key, value in load_state_dict(checkpoint).items()}
+        state = load_state_dict(checkpoint)
         self._check(state, name)
         begin = 0
-        for key, width in zip(self.names, self.widths, strict=True):
+        for key, parameter, width in zip(self.names, self.parameters, self.widths, strict=True):
             low, high = max(begin, start), min(begin + width, start + len(row))
-            if high - low == width:
-                row[low - start : high - start].view(state[key].shape).copy_(state[key])
-            elif high > low:
-                row[low - start : high - start] = state[key].flatten()[low - begin : high - begin]
+            if high > low:
+                value, columns = part(state[key], parameter), row[low - start : high - start]
+                if len(columns) == width:
+                    columns.view(value.shape).copy_(value)
+                else:
+                    columns.copy_(value.flatten()[low - begin : high - begin])
             begin += width
 
     def _check(self, state: dict[str, Tensor], name: str) -> None:
@@ -105,22 +121,47 @@ class Columns:
             if key not in self.known and value.is_floating_point():
                 raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
 
-    def blocks(self, granularity: str) -> list[Blocks]:
-        """The blocks at `granularity`; those of equal width that follow each other are one item."""
+    def blocks(self, granularity: str) -> tuple[list[Blocks], int]:
+        """The blocks at `granularity` that have columns here, and how many the model has.
+
+        Those of equal width that follow each other are one item, but for shared ones, which are
+        the same items on every rank.
+        """
+        blocks: list[Blocks] = []
+        count = start = 0
+        for number, parameters in self._parts(granularity):
+            if not sum(p.numel() for p in parameters):
+                continue
+            if number > 1:  # A weight's channels, each whole on one rank.
+                (weight,) = parameters
+                first, held = count + first_row(weight), len(local(weight))
+                new = Blocks(first, start, held, weight.numel() // number)
+            else:
+                width = sum(local(p).numel() for p in parameters)
+                new = Blocks(count, start, 1, width, shared=self.ranks.count > 1)
+            count += number
+            if not new.count:
+                continue
+            start = new.stop
+            if blocks and new.follows(blocks[-1]):
+                last = blocks.pop()
+                new = Blocks(last.first, last.start, last.count + new.count, last.width)
+            blocks.append(new)
+        return blocks, count
+
+    def _parts(self, granularity: str) -> Iterator[tuple[int, list[nn.Parameter]]]:
+        """Parameters in order, and into how many blocks each of these groups falls."""
         if granularity == "model":
-            parts = [(1, self.total)]
+            yield 1, self.parameters
         elif granularity == "layer":
-            parts = [(1, sum(p.numel() for p in layer)) for layer in self._layers()]
+            yield from ((1, layer) for layer in self._layers())
         else:
-            parts = [part for layer in self._layers() for part in _channels(layer)]
-        blocks = []
-        first = start = 0
-        for width, same in groupby(parts, key=lambda part: part[1]):
-            count = sum(count for count, _ in same)
-            if width:
-                blocks.append(Blocks(first, start, count, width))
-                first, start = first + count, start + count * width
-        return blocks
+            for layer in self._layers():
+                for vectors, parameters in groupby(layer, key=lambda p: p.dim() < 2):
+                    if vectors:
+                        yield 1, list(parameters)
+                    else:
+                        yield from ((len(p), [p]) for p in parameters)
 
     def _layers(self) -> list[list[nn.Parameter]]:
         """The parameters by the module that owns them.
@@ -140,17 +181,3 @@ class Columns:
                 layers.append(parameters)
             leading = leading and small
         return layers
-
-
-def _channels(layer: list[nn.Parameter]) -> Iterator[tuple[int, int]]:
-    """(count, width) of a layer's blocks at granularity "channel"."""
-    for vectors, parameters in groupby(layer, key=lambda p: p.dim() < 2):
-        if vectors:
-            yield 1, sum(p.numel() for p in parameters)
-        else:
-            yield from ((len(p), p.numel() // max(1, len(p))) for p in parameters)
-
-
-def _plain(name: str) -> str:
-    """`name` without what DataParallel and torch.compile put before it."""
-    return re.sub(r"^((module|_orig_mod)\.)+", "", name)

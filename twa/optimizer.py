@@ -30,8 +30,9 @@ class TWA(torch.optim.Optimizer):
     Learning rate schedules, `state_dict()` and `load_state_dict()` work as with any optimizer.
 
     Args:
-        model: the module to train. Its trainable parameters are set to the start point, and so
-            are its buffers and frozen parameters. Batch norm's running statistics belong to the
+        model: the module to train, whole or sharded by FSDP2 (`fully_shard`, called before). Its
+            trainable parameters are set to the start point, and so are its buffers and frozen
+            parameters. Batch norm's running statistics belong to the
             data, not to the average: re-estimate them (`torch.optim.swa_utils.update_bn`) before
             you evaluate.
         checkpoints: paths (`.pt`, `.safetensors`) or `state_dict`s, in the order of training.
@@ -67,7 +68,7 @@ class TWA(torch.optim.Optimizer):
             bits=bits,
             granularity=granularity,
         )
-        load_into(model, average(checkpoints) if start is None else start)
+        load_into(model, average(checkpoints, model.state_dict()) if start is None else start)
         self._start = self.subspace.flatten(self.subspace.parameters)
         self._flat = self.subspace.empty()  # For gradients and weights in turn.
         # Once more on what is left, against the rounding of a sum as long as the model.

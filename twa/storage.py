@@ -36,11 +36,12 @@ class Dense:
     Args:
         rows: float32 [height, D], kept and not copied.
         blocks: of the columns.
+        count: how many blocks the model has.
     """
 
-    def __init__(self, rows: Tensor, blocks: list[Blocks]):
+    def __init__(self, rows: Tensor, blocks: list[Blocks], count: int):
         self.rows = rows
-        self._count = blocks[-1].numbers.stop
+        self._count = count
         self._filled = 0
         # Products are batched: over many narrow blocks, or over the pieces of one wide block.
         self._narrow, self._pieces = [], []
@@ -48,7 +49,7 @@ class Dense:
             if group.count > 1 and group.width < PIECE:
                 self._narrow.append(group)
                 continue
-            for block in group.split(group.width):
+            for block in group.split(1):
                 pieces, rest = divmod(block.width, PIECE)
                 if pieces:
                     self._pieces.append(Blocks(block.first, block.start, pieces, PIECE))
@@ -103,11 +104,21 @@ class Compressed:
         bits: 16, 8 or 4.
         height: number of rows.
         blocks: of the columns.
+        count: how many blocks the model has.
+        total: number of columns, D.
         device: where to keep it.
     """
 
-    def __init__(self, bits: int, height: int, blocks: list[Blocks], device: torch.device):
-        self._height, self._total, self._count = height, blocks[-1].stop, blocks[-1].numbers.stop
+    def __init__(
+        self,
+        bits: int,
+        height: int,
+        blocks: list[Blocks],
+        count: int,
+        total: int,
+        device: torch.device,
+    ):
+        self._height, self._total, self._count = height, total, count
         tiles = -(-self._total // TILE)
         dtype = {16: torch.float16, 8: torch.int8, 4: torch.uint8}[bits]
         width = TILE // 2 if bits == 4 else TILE
@@ -160,11 +171,14 @@ class Compressed:
 
         Where many tiles are cut, since blocks are narrow, all are treated as pieces.
         """
-        starts = torch.cat([b.start + b.width * torch.arange(b.count) for b in blocks])
+        none = torch.arange(0)
+        blocks = [b for b in blocks if b.width]
+        starts = torch.cat([none, *(b.start + b.width * torch.arange(b.count) for b in blocks)])
+        numbers = torch.cat([none, *(b.first + torch.arange(b.count) for b in blocks)])
         cuts = torch.cat([starts, torch.arange(0, self._total, TILE)]).unique()
-        ends = torch.cat([cuts[1:], torch.tensor([self._total])])
+        ends = torch.cat([cuts, torch.tensor([self._total])])[1:]
         tile = cuts // TILE
-        block = torch.searchsorted(starts, cuts, right=True) - 1
+        block = numbers[torch.searchsorted(starts, cuts, right=True) - 1]
         whole = ends - cuts == TILE
         if int(whole.sum()) < 0.8 * len(self.values):
             whole.zero_()

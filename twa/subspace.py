@@ -20,6 +20,7 @@ from tqdm import tqdm
 from twa import extraction, memory
 from twa.checkpoints import Checkpoint, CheckpointError
 from twa.columns import Blocks, Columns
+from twa.sharding import Ranks, local
 from twa.storage import TILE, Compressed, Dense
 
 EXTRACTS = ("Schmidt", "SVD")
@@ -38,7 +39,9 @@ class Subspace:
     """An orthonormal basis of the span of checkpoints, and products with it.
 
     Args:
-        model: its trainable parameters are the columns, and their device is the basis's.
+        model: its trainable parameters are the columns, and their device is the basis's. Where
+            FSDP2 (`fully_shard`) has sharded them, the shards of a rank are its columns, and D
+            below is their number; what is called here is then called on every rank.
         checkpoints: n paths or `state_dict`s, in the order of training; what is not a trainable
             parameter of `model` is ignored. They are read one at a time, and once where the basis
             is built in place ("Schmidt" at 32 bits); else in eight parts, and blocks larger than
@@ -83,9 +86,10 @@ class Subspace:
         self._columns = Columns(model)
         self.parameters = self._columns.parameters
         device, total = self.parameters[0].device, self._columns.total
-        blocks = self._columns.blocks(granularity)
-        n, count = len(checkpoints), blocks[-1].numbers.stop
-        _check_memory(n, total, bits, components, device)
+        self._ranks = self._columns.ranks
+        blocks, self._count = self._columns.blocks(granularity)
+        n = len(checkpoints)
+        _check_memory(n, total, bits, components, device, self._ranks)
 
         height = _height(n, components)
         chunk = max(1, CHUNK.get(device.type, CHUNK["cpu"]) // n)
@@ -93,26 +97,31 @@ class Subspace:
         width = total if in_place else _width(n, total, chunk)
         window = _Window(self._columns, checkpoints, width, _workplace(device))
         if bits < 32:
-            self._storage = Compressed(bits, height, blocks, device)
+            self._storage = Compressed(bits, height, blocks, self._count, total, device)
         else:
             rows = window.rows if in_place else torch.empty(height, total, device=device)
-            self._storage = Dense(rows, blocks)
-        # The transforms of many channels are kept in float32, to stay small beside the basis.
+            self._storage = Dense(rows, blocks, self._count)
+        # From checkpoints to basis, [blocks, height, n]; float32 where there are many channels.
+        self._transforms: list[tuple[Blocks, Tensor]] = []
         dtype = torch.float32 if granularity == "channel" else torch.float64
-        self._transforms = torch.empty(count, height, n, dtype=dtype)
-        used = torch.zeros(n, dtype=torch.bool)
+        used = torch.zeros(n)
+        real = torch.zeros(self._count, height)
         with tqdm(
-            desc="building the basis", total=2 * total, unit_scale=True, leave=False, disable=None
+            desc="building the basis",
+            total=2 * total,
+            unit_scale=True,
+            leave=False,
+            disable=None if self._ranks.first else True,
         ) as bar:
             for batch in (part for group in blocks for part in group.split(chunk)):
                 weights, kept = self._extract(batch, window, chunk, components, bar)
-                self._transforms[batch.numbers] = weights
-                used |= kept
-        self._number_coefficients()
-        self.dropped = [
-            name for name, use in zip(window.names, used.tolist(), strict=True) if not use
-        ]
-        if self.dropped:
+                self._transforms.append((batch, weights.to(dtype)))
+                used += kept
+                real[batch.numbers] = (weights != 0).any(dim=2).float()
+        self._number_coefficients(real)
+        used = self._ranks.sum(used.to(device)).tolist()
+        self.dropped = [name for name, use in zip(window.names, used, strict=True) if not use]
+        if self.dropped and self._ranks.first:
             warnings.warn(
                 f"{len(self.dropped)} of {n} checkpoints depend linearly on the ones before them "
                 f"and were dropped from the basis: {', '.join(self.dropped)}",
@@ -131,12 +140,15 @@ class Subspace:
         device, n = window.rows.device, len(window.rows)
 
         def products(transform: Tensor | None, dtype: torch.dtype) -> Tensor:
-            total = 0
+            height = n if transform is None else transform.shape[1]
+            total = torch.zeros(batch.count, height, height, dtype=torch.float64, device=device)
             for rows in window.differences(batch, chunk, _precise(dtype, device)):
                 if transform is not None:
                     rows = transform @ rows
-                total = total + (rows @ rows.mT).double()
+                total += rows @ rows.mT
                 bar.update(batch.count * rows.shape[2])
+            if batch.shared:
+                self._ranks.sum(total)
             finite = total.diagonal(dim1=1, dim2=2).isfinite().all(dim=0)
             if not finite.all():
                 name = window.names[finite.int().argmin()]
@@ -157,13 +169,16 @@ class Subspace:
         weights = extraction.of_checkpoints(transform).masked_fill_(~kept[:, None], 0)
         return weights.cpu(), kept.any(dim=0).cpu()
 
-    def _number_coefficients(self) -> None:
-        """Finds the rows that are there: in a block, those beyond its rank are zero."""
-        real = (self._transforms != 0).any(dim=2).flatten()
+    def _number_coefficients(self, real: Tensor) -> None:
+        """Numbers the rows that are there: in a block, those beyond its rank are zero.
+
+        Args:
+            real: [blocks, height], larger than 0 for the rows of this rank's blocks that are there.
+        """
+        self._shape = real.shape
+        real = self._ranks.sum(real.to(self.parameters[0].device)).flatten() > 0
         self._length = int(real.sum())
-        self._index = None
-        if self._length < len(real):
-            self._index = real.nonzero()[:, 0].to(self.parameters[0].device)
+        self._index = real.nonzero()[:, 0] if self._length < len(real) else None
 
     def __len__(self) -> int:
         """The number of coefficients, all blocks together."""
@@ -171,7 +186,7 @@ class Subspace:
 
     @property
     def nbytes(self) -> int:
-        """The memory of the stored basis in bytes, scales included."""
+        """The memory of the stored basis in bytes, scales included; on this rank."""
         return self._storage.nbytes
 
     @torch.no_grad()
@@ -184,7 +199,7 @@ class Subspace:
         Returns:
             float32 [len(self)], the coefficients of all blocks one after the other.
         """
-        products = self._storage.project(gradients).flatten()
+        products = self._ranks.sum(self._storage.project(gradients)).flatten()
         return products if self._index is None else products[self._index]
 
     @torch.no_grad()
@@ -214,8 +229,14 @@ class Subspace:
             float64 on the CPU, [checkpoints] at granularity "model", else [blocks, checkpoints].
             Zero where a checkpoint was dropped.
         """
-        coefficients = self._by_block(coefficients).to(self._transforms)
-        weights = (coefficients[:, None] @ self._transforms)[:, 0].double()
+        coefficients = self._by_block(coefficients).cpu()
+        weights = torch.zeros(self._count, self._transforms[0][1].shape[2], dtype=torch.float64)
+        for batch, transform in self._transforms:
+            if self._ranks.first or not batch.shared:  # What all ranks know counts once.
+                weights[batch.numbers] = (
+                    coefficients[batch.numbers, None].to(transform) @ transform
+                )[:, 0].double()
+        weights = self._ranks.sum(weights.to(self.parameters[0].device)).cpu()
         return weights[0] if self._granularity == "model" else weights
 
     def empty(self) -> Tensor:
@@ -238,23 +259,23 @@ class Subspace:
             if tensor is None:
                 part.zero_()
             else:
-                part.copy_(tensor)
+                part.copy_(local(tensor))
         return out
 
     @torch.no_grad()
     def assign(self, flat: Tensor) -> None:
         """Writes `flat` [D] into the model's parameters."""
-        for parameter, part in zip(self.parameters, self._columns.split(flat), strict=True):
-            parameter.copy_(part)
+        self._ranks.reshard()
+        for parameter, columns in zip(self.parameters, self._columns.split(flat), strict=True):
+            local(parameter).copy_(columns)
 
     def _by_block(self, coefficients: Tensor) -> Tensor:
         """`coefficients` as [blocks, height], zero where a block has no such row."""
-        shape = self._transforms.shape[:2]
         if self._index is None:
-            return coefficients.view(shape)
-        padded = coefficients.new_zeros(shape.numel())
+            return coefficients.view(self._shape)
+        padded = coefficients.new_zeros(self._shape.numel())
         padded[self._index] = coefficients
-        return padded.view(shape)
+        return padded.view(self._shape)
 
 
 class _Window:
@@ -362,13 +383,18 @@ def _width(n: int, total: int, chunk: int) -> int:
 
 
 def _check_memory(
-    n: int, total: int, bits: int, components: int | None, device: torch.device
+    n: int,
+    total: int,
+    bits: int,
+    components: int | None,
+    device: torch.device,
+    ranks: Ranks,
 ) -> None:
     """Raises `MemoryError` if the basis and what building it takes are larger than what is free.
 
     The message says what would fit.
     """
-    free = memory.available(device)
+    free = ranks.share(memory.available(device), device)
 
     def size(n: int, bits: int) -> int:
         basis = _height(n, components) * total * bits // 8
@@ -386,9 +412,11 @@ def _check_memory(
     smaller = [b for b in BITS if b < bits and size(n, b) <= free]
     if smaller:
         remedies.append(f"bits={smaller[0]}")
-    remedies.append(f"{math.ceil(size(n, bits) / max(1, free))} ranks with as much memory each")
+    more = math.ceil(ranks.count * size(n, bits) / max(1, free))
+    remedies.append(f"{more} ranks with as much memory each")
+    share = f" (one of {ranks.count} shards)" if ranks.count > 1 else ""
     raise MemoryError(
-        f"a basis of {n} checkpoints of {total:,} weights at {bits} bits takes "
+        f"a basis of {n} checkpoints of {total:,} weights{share} at {bits} bits takes "
         f"{size(n, bits) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}; "
         f"{' or '.join(remedies)} would fit"
     )

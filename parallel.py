@@ -1,0 +1,143 @@
+"""Many processes: the ranks that `torchrun` starts, what they share, and what the first one writes.
+
+Without `torchrun` there is one rank, and each function does what one process would do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from twa.checkpoints import save
+
+
+def launched() -> bool:
+    """Whether `torchrun`, or what sets the same variables, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarted() -> bool:
+    """Whether `torchrun` started the ranks anew because one of them had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def local_rank() -> int:
+    """The number of this process among those on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def start(device: torch.device) -> None:
+    """Joins the other ranks, by NCCL on CUDA and by gloo on the CPU."""
+    if launched() and not dist.is_initialized():
+        if device.type != "cpu":
+            torch.get_device_module(device).set_device(device)
+        dist.init_process_group(dist.get_default_backend_for_device(device))
+
+
+def stop() -> None:
+    """Leaves the other ranks, once all of them are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The first rank of a machine goes through the block before the others do.
+
+    What it makes there (a data set, a cleared directory) they find.
+    """
+    if dist.is_initialized() and local_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and local_rank() == 0:
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """`tensor` summed over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def shard(model: nn.Module, device: torch.device, reshard: bool = False) -> nn.Module:
+    """`model` on `device`; where there are ranks, sharded among them by FSDP2.
+
+    The elements of its lists of modules (residual blocks, transformer layers) are shard groups, and
+    what is left over is one more.
+
+    Args:
+        reshard: free the gathered weights of a block after its forward pass. Backward gathers them
+            again, and no rank ever holds the whole model.
+    """
+    if not dist.is_initialized():
+        return model.to(device)
+    mesh = init_device_mesh(device.type, (world(),))
+    lists = [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
+    for block in (child for modules in lists for child in modules):
+        if any(True for _ in block.children()) and any(True for _ in block.parameters()):
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False).to(device)
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """What to call in place of `model` while training, so that gradients are the mean of all ranks.
+
+    A model that is sharded, or the only one there is, is called itself.
+    """
+    if world() == 1 or isinstance(model, FSDPModule):
+        return model
+    with (
+        warnings.catch_warnings()
+    ):  # The argument has a new name, which older versions do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Makes batch norm's running statistics the mean of those that the ranks gathered."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world()
+
+
+def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
+    """The whole `state_dict`, on the CPU, on the first rank; empty on the others.
+
+    Called on every rank. Batch norm's statistics are averaged over the ranks first.
+    """
+    if not dist.is_initialized():
+        return model.state_dict()
+    average_buffers(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+def save_model(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes the whole `state_dict` to `path`, once; called on every rank."""
+    state = state_dict_of(model)
+    if rank() == 0:
+        save(state, Path(path))

@@ -1,0 +1,254 @@
+"""The scripts under torchrun: the results of one process, written once, and ranks that die.
+
+ViT has no batch norm, so that several ranks compute what one does; PreResNet20 has.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import models
+from engine import evaluate
+from twa.checkpoints import load_into
+
+ROOT = Path(__file__).resolve().parents[1]
+SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+BATCH = 120  # divides by 1, 2, 3 and 4
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
+
+
+def command(ranks: int, script: str, *args, restarts: int = 0) -> list[str]:
+    """Without torchrun if `ranks` is 0."""
+    launch = [sys.executable]
+    if ranks:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        launch += ["--max-restarts", str(restarts)]
+    return [*launch, str(ROOT / script), *map(str, args)]
+
+
+def run(ranks: int, script: str, *args) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(ranks, script, *args), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+def succeed(ranks: int, script: str, *args) -> str:
+    """What it printed."""
+    done = run(ranks, script, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def flags(folder: Path, arch: str) -> list:
+    common = ["--datasets", "Digits", "--arch", arch, "--batch-size", BATCH, "-p", 1000]
+    return [*common, "--save-dir", folder, "--log-dir", folder]
+
+
+def sgd_flags(folder: Path, arch: str = "ViT") -> list:
+    return [*flags(folder, arch), "--epochs", 1, "--lr", 0.01, "--saves-per-epoch", 4]
+
+
+def twa_flags(folder: Path, arch: str = "ViT") -> list:
+    rate = ["--lr", 0.01, "--schedule", "linear"]
+    return [*flags(folder, arch), "--epochs", 2, "--params_start", 1, "--params_end", 5, *rate]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """SGD and TWA in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    succeed(0, SGD, *sgd_flags(folder))
+    succeed(0, TWA, *twa_flags(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(alone, tmp_path) -> Path:
+    """The checkpoints of `alone`."""
+    for path in (*alone.glob("[0-9].pt"), alone / "run.json", alone / "metrics.jsonl"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def difference(actual: Path, expected: Path) -> float:
+    """Of two state_dicts, relative to the second."""
+    flat = [torch.cat([v.flatten() for v in torch.load(p).values()]) for p in (actual, expected)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def results(folder: Path, name: str = "twa.json") -> dict:
+    return json.loads((folder / name).read_text())["results"]
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def accuracy_of(arch: str, path: Path) -> float:
+    """The test accuracy of a checkpoint, in one process."""
+    _, test = data.load("Digits", ".", torch.device("cpu"))
+    model = models.build(arch, 10, 1, 8)
+    load_into(model, path)
+    return evaluate(model, data.Loader(test, 1000, train=False))["accuracy"]
+
+
+def test_sgd_on_two_ranks_is_sgd_in_one_process(alone, tmp_path):
+    printed = succeed(2, SGD, *sgd_flags(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *(f"{i}.pt" for i in range(5)),
+        *("state.pt", "log", "run.json", "metrics.jsonl"),
+    }
+    assert difference(tmp_path / "0.pt", alone / "0.pt") == 0
+    assert difference(tmp_path / "4.pt", alone / "4.pt") < 1e-4
+    (actual,), (expected,) = (lines(folder, "metrics.jsonl") for folder in (tmp_path, alone))
+    for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        assert actual[key] == pytest.approx(expected[key], rel=1e-4)
+    assert printed == (tmp_path / "log").read_text()  # once, by the first rank
+
+
+@pytest.mark.parametrize(
+    ("ranks", "basis"),
+    [
+        (1, []),
+        (3, []),
+        (2, ["--granularity", "layer", "--bits", 8]),
+        (2, ["--reshard-after-forward"]),
+    ],
+)
+def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks, basis):
+    expected = alone
+    if "--bits" in basis:
+        expected = tmp_path_factory.mktemp("alone")
+        shutil.copytree(copy, expected, dirs_exist_ok=True)
+        succeed(0, TWA, *twa_flags(expected), *basis)
+    printed = succeed(ranks, TWA, *twa_flags(copy), *basis)
+    assert difference(copy / "twa.pt", expected / "twa.pt") < 1e-4
+    for name, values in results(expected).items():
+        for key in ("accuracy", "loss"):
+            assert results(copy)[name][key] == pytest.approx(values[key], rel=1e-4), name
+    assert printed == (copy / "log").read_text()
+    assert results(copy)["TWA"]["accuracy"] == accuracy_of("ViT", copy / "twa.pt")
+
+
+@linux
+def test_a_run_of_three_ranks_goes_on_in_two(alone, copy):
+    arguments = twa_flags(copy)
+    with subprocess.Popen(command(3, TWA, *arguments), env=ENVIRONMENT, text=True) as process:
+        wait_for(lambda: len(lines(copy, "twa_metrics.jsonl")) == 1, process)
+        os.kill(rank_of(process, 1), signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    assert not (copy / "twa.pt").exists()
+    succeed(2, TWA, *arguments, "--resume")
+    assert difference(copy / "twa.pt", alone / "twa.pt") < 1e-4
+    assert [m["epoch"] for m in lines(copy, "twa_metrics.jsonl")] == [1, 2]
+
+
+def test_batch_norm_is_re_estimated_alike_on_any_number_of_ranks(tmp_path):
+    succeed(0, SGD, *sgd_flags(tmp_path, "PreResNet20"))
+    seen = []
+    for ranks in (0, 4):  # of eight batches each gets two
+        succeed(ranks, TWA, *twa_flags(tmp_path, "PreResNet20"), "--epochs", 0)
+        seen.append(results(tmp_path))
+    for name, values in seen[0].items():
+        for key in ("accuracy", "loss"):
+            assert seen[1][name][key] == pytest.approx(values[key], rel=1e-4), name
+    assert seen[1]["TWA"]["accuracy"] == accuracy_of("PreResNet20", tmp_path / "twa.pt")
+
+
+def test_what_sgd_and_swa_report_on_two_ranks_is_true_of_what_they_save(tmp_path):
+    sgd, swa = tmp_path / "sgd", tmp_path / "swa"
+    succeed(2, SGD, *sgd_flags(sgd, "PreResNet20"))
+    assert lines(sgd, "metrics.jsonl")[0]["test_accuracy"] == accuracy_of(
+        "PreResNet20", sgd / "4.pt"
+    )
+    succeed(
+        *(2, SWA, "--dir", swa, "--dataset", "Digits", "--model", "PreResNet20", "--epochs", 2),
+        *("--batch_size", BATCH, "--swa", "--swa_start", 1, "--eval_freq", 1),
+    )
+    found = results(swa, "swa.json")
+    assert found["SGD"]["accuracy"] == accuracy_of("PreResNet20", swa / "checkpoints/2.pt")
+    assert found["SWA"]["accuracy"] == accuracy_of("PreResNet20", swa / "checkpoints/swa.pt")
+    assert [m["epoch"] for m in lines(swa, "metrics.jsonl")] == [1, 2]
+
+
+def test_a_batch_that_does_not_divide_is_refused_in_a_line(tmp_path):
+    done = run(2, SGD, *sgd_flags(tmp_path), "--batch-size", 121)
+    assert done.returncode != 0
+    message = "error: --batch-size 121: does not divide among 2 ranks; give a multiple of 2"
+    assert message in done.stderr
+    assert "UserError" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["soup/finetune.py", "soup/soup.py"])
+def test_scripts_of_one_process_say_so(script, tmp_path):
+    needed = {"soup/finetune.py": ["--base", "x", "--save-dir"]}
+    arguments = [*needed.get(script, ["--checkpoints", "x", "--log-dir"]), tmp_path / "new"]
+    done = run(1, script, *arguments)
+    assert done.returncode != 0
+    assert "runs in one process: start it without torchrun" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+# --- ranks that die ---
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        assert process.poll() is None, "ended too early"
+        assert time.monotonic() < end, "never happened"
+        try:
+            if condition():
+                return
+        except FileNotFoundError:
+            pass
+        time.sleep(0.05)
+
+
+def rank_of(process: subprocess.Popen, rank: int) -> int:
+    """The process id of a rank that torchrun started."""
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        if f"RANK={rank}" in environment:
+            return int(pid)
+    raise AssertionError(f"rank {rank} does not run")
+
+
+@linux
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_is_killed_ends_the_job_or_brings_it_back(tmp_path, restarts):
+    arguments = [*flags(tmp_path, "PreResNet20"), "--epochs", 8]
+    launch = command(2, SGD, *arguments, restarts=restarts)
+    with subprocess.Popen(
+        launch, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for(lambda: len(lines(tmp_path, "metrics.jsonl")) == 2, process)
+        os.kill(rank_of(process, 1), signal.SIGKILL)
+        killed = time.monotonic()
+        printed, _ = process.communicate(timeout=240)
+        seconds = time.monotonic() - killed
+    epochs = [m["epoch"] for m in lines(tmp_path, "metrics.jsonl")]
+    if restarts:
+        assert process.returncode == 0, printed
+        assert epochs == list(range(1, 9))
+        started = [line.split()[4] for line in printed.splitlines() if " to 8" in line]
+        assert started[0] == "0"
+        assert int(started[1]) >= 1
+    else:
+        assert process.returncode != 0
+        assert seconds < 60
+        assert "Signal 9 (SIGKILL)" in printed
+        assert epochs == list(range(1, len(epochs) + 1))
+        assert len(epochs) < 8
