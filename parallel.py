@@ -27,9 +27,9 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def restarted() -> bool:
-    """Whether `torchrun` started the ranks anew because one of them had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts() -> int:
+    """How often `torchrun` has started the ranks anew because one of them had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def local_rank() -> int:
@@ -39,10 +39,18 @@ def local_rank() -> int:
 
 def start(device: torch.device) -> None:
     """Joins the other ranks, by NCCL on CUDA and by gloo on the CPU."""
-    if launched() and not dist.is_initialized():
-        if device.type != "cpu":
-            torch.get_device_module(device).set_device(device)
-        dist.init_process_group(dist.get_default_backend_for_device(device))
+    if not launched() or dist.is_initialized():
+        return
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
+    backend = dist.get_default_backend_for_device(device)
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        dist.init_process_group(backend)  # The machines may count their restarts differently.
+        return
+    # After a restart the ranks meet in the same store, where the addresses of the dead still stand.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def stop() -> None:

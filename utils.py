@@ -443,7 +443,7 @@ def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int
         UserError: the file is no such state, or one of another format or setting.
         CheckpointError: the file cannot be read, or belongs to another architecture.
     """
-    wanted = args.resume is not None or parallel.restarted()
+    wanted = args.resume is not None or parallel.restarts() > 0
     if not wanted or not (args.resume or path.exists()):
         return None
     state = load(path)

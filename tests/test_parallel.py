@@ -119,12 +119,7 @@ def test_sgd_on_two_ranks_is_sgd_in_one_process(alone, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "basis"),
-    [
-        (1, []),
-        (3, []),
-        (2, ["--granularity", "layer", "--bits", 8]),
-        (2, ["--reshard-after-forward"]),
-    ],
+    [(3, ["--reshard-after-forward"]), (2, ["--granularity", "layer", "--bits", 8])],
 )
 def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks, basis):
     expected = alone
@@ -191,13 +186,23 @@ def test_a_batch_that_does_not_divide_is_refused_in_a_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["soup/finetune.py", "soup/soup.py"])
-def test_scripts_of_one_process_say_so(script, tmp_path):
-    needed = {"soup/finetune.py": ["--base", "x", "--save-dir"]}
-    arguments = [*needed.get(script, ["--checkpoints", "x", "--log-dir"]), tmp_path / "new"]
-    done = run(1, script, *arguments)
-    assert done.returncode != 0
-    assert "runs in one process: start it without torchrun" in done.stderr
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("soup/finetune.py", ["--base", "x", "--save-dir"]),
+        ("soup/soup.py", ["--checkpoints", "x", "--log-dir"]),
+    ],
+)
+def test_scripts_of_one_process_say_so(script, arguments, tmp_path):
+    done = subprocess.run(
+        command(0, script, *arguments, tmp_path / "new"),
+        env=ENVIRONMENT | {"RANK": "0", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    name = Path(script).name
+    assert done.stderr == f"error: {name} runs in one process: start it without torchrun\n"
     assert not (tmp_path / "new").exists()
 
 
