@@ -56,7 +56,7 @@ def main():
         },
     }
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoints(folder, args)
+        write_checkpoints(folder, args, make_model(args))
         builds = {name: [] for name in [RELEASE, *variants]}
         for _ in range(args.builds):
             for name, measured in builds.items():
@@ -105,10 +105,10 @@ def checkpoints(folder: str, args) -> list[Path]:
     return [Path(folder, f"{number}.pt") for number in range(args.checkpoints)]
 
 
-def write_checkpoints(folder: str, args):
+def write_checkpoints(folder: str, args, model: nn.Module):
     """A random walk: each step is `args.step` of the weights' norm, in a random direction."""
     torch.manual_seed(SEED)
-    state = {key: torch.randn_like(t) for key, t in make_model(args).state_dict().items()}
+    state = {key: torch.randn_like(t) for key, t in model.state_dict().items()}
     for path in tqdm(checkpoints(folder, args), desc="writing", leave=False, disable=None):
         torch.save(state, path)
         for tensor in state.values():

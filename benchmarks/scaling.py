@@ -1,0 +1,215 @@
+"""TWA on many ranks: measured with processes of this machine, computed for what it cannot hold.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --processes 1 2 --checkpoints 20 --weights 1_000_000
+
+The first table is measured under torchrun with gloo: of each number of processes, the basis of a
+rank, the peak of what building it took, and the time of a training step. The second is computed by
+the formulas in `Plan`. Both are Markdown.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from subspace import checkpoints, peak_memory, write_checkpoints
+
+import parallel
+from twa import TWA
+
+BATCH = 32
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="to measure")
+    parser.add_argument("--checkpoints", type=int, default=40, help="how many, n")
+    parser.add_argument("--weights", type=int, default=4_000_000, help="of the model, about")
+    parser.add_argument("--blocks", type=int, default=8, help="of the model, a shard group each")
+    parser.add_argument("--step", type=float, default=1e-3, help="of a checkpoint, over its norm")
+    parser.add_argument("--repeats", type=int, default=11, help="of a step; the median counts")
+    parser.add_argument("--memory-bandwidth", type=float, default=3.35e12, help="of a GPU, bytes/s")
+    parser.add_argument("--link", type=float, default=450e9, help="within a node, bytes/s and GPU")
+    parser.add_argument("--network", type=float, default=50e9, help="between nodes, the same")
+    parser.add_argument("--node", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of a rank: where checkpoints lie
+    args = parser.parse_args()
+    if args.folder:
+        measure(args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if args.processes:
+            write_checkpoints(folder, args, make_model(args))
+            print_measured(args, {count: launch(count, folder) for count in args.processes})
+    print_computed(args)
+
+
+# --- measured ---
+
+
+def make_model(args) -> nn.Module:
+    """`args.blocks` blocks of two square linear layers, about `args.weights` weights together."""
+    side = math.isqrt(args.weights // (2 * args.blocks))
+
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(side, side), nn.Tanh(), nn.Linear(side, side))
+
+    return nn.Sequential(*(block() for _ in range(args.blocks)))
+
+
+def launch(processes: int, folder: str) -> list[dict]:
+    """What each rank of so many processes measured."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), *sys.argv, "--folder", folder]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(args):
+    """A rank: builds the basis, takes some steps, and prints what all ranks saw."""
+    device = torch.device("cpu")
+    parallel.start(device)
+    model = parallel.shard(make_model(args), device)
+    window = checkpoints(args.folder, args)
+    torch.load(window[0], mmap=True, weights_only=True)  # What PyTorch imports for it, untimed.
+
+    before, started = peak_memory(), time.perf_counter()
+    optimizer = TWA(model, window, lr=1e-9)
+    build, peak = time.perf_counter() - started, peak_memory() - before
+    images = torch.randn(BATCH, model[0][0].in_features)
+    steps, twa = [], []
+    for _ in range(args.repeats + 1):
+        dist.barrier()
+        started = time.perf_counter()
+        F.mse_loss(model(images), images).backward()
+        between = time.perf_counter()
+        optimizer.step()
+        ended = time.perf_counter()
+        optimizer.zero_grad()
+        steps.append(ended - started)
+        twa.append(ended - between)
+    own = {
+        "basis": optimizer.subspace.nbytes,
+        "peak": peak,
+        "build": build,
+        "step": statistics.median(steps[1:]),
+        "twa": statistics.median(twa[1:]),
+    }
+    everyone = [None] * parallel.world()
+    dist.all_gather_object(everyone, own)
+    if parallel.rank() == 0:
+        print(json.dumps(everyone))
+    parallel.stop()
+
+
+def print_measured(args, ranks: dict[int, list[dict]]):
+    total = sum(p.numel() for p in make_model(args).parameters())
+    print(
+        f"{args.checkpoints} checkpoints of {total:,} weights, {args.blocks} shard groups; "
+        f"batch {BATCH} a rank; torch {torch.__version__}, a thread each, on "
+        f"{os.cpu_count()} cores; a checkpoint is {4 * total / 1e6:.0f} MB\n"
+    )
+    print(
+        "| processes | basis MB a rank | peak while building MB a rank | build s | step ms "
+        "| of which TWA ms |\n" + "| --- " * 6 + "|"
+    )
+    for count, seen in ranks.items():
+        most = {key: max(rank[key] for rank in seen) for key in seen[0]}
+        row = [str(count), f"{most['basis'] / 1e6:.1f}", f"{most['peak'] / 1e6:.1f}"]
+        row += [f"{most['build']:.1f}", f"{most['step'] * 1e3:.0f}", f"{most['twa'] * 1e3:.0f}"]
+        print("| " + " | ".join(row) + " |")
+
+
+# --- computed ---
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step of TWA takes: `weights` D, `checkpoints` n at `bits` b, on `ranks` k."""
+
+    weights: float
+    checkpoints: int
+    bits: int
+    ranks: int
+
+    @property
+    def basis(self) -> float:
+        """Bytes a rank: n · D / k values of b bits; below 32 a float32 scale for 256 of them."""
+        scales = 0 if self.bits == 32 else 4 / 256
+        return self.checkpoints * self.weights / self.ranks * (self.bits / 8 + scales)
+
+    @property
+    def memory(self) -> float:
+        """Bytes a rank: the basis; float32 shards of the weights, their gradient, the start point
+        and one vector to work with; and the weights gathered. Activations come on top."""
+        return self.basis + 4 * 4 * self.weights / self.ranks + 4 * self.weights
+
+    @property
+    def building(self) -> float:
+        """Bytes a rank while the basis is made: below 32 bits a part of it stands in float32, one
+        eighth, but 256 MB where it has as much."""
+        elements = self.checkpoints * self.weights / self.ranks
+        part = 0 if self.bits == 32 else min(elements, max(elements / 8, 2**26))
+        return self.basis + 4 * part + 4 * 4 * self.weights / self.ranks
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a rank receives in a step: all-gather of the weights and reduce-scatter of the
+        gradient, (k - 1) / k · 4 D each; all-reduce of n floats, twice (k - 1) / k · 4 n."""
+        return (self.ranks - 1) / self.ranks * 2 * 4 * (self.weights + self.checkpoints)
+
+    def seconds(self, memory_bandwidth: float, link: float) -> tuple[float, float]:
+        """The least that a step spends on the basis, which is read twice, and on the wire."""
+        return 2 * self.basis / memory_bandwidth, self.wire / link
+
+
+MODELS = {
+    "ResNet-50": (25.6e6, 300),
+    "ViT-L/16": (304e6, 300),
+    "7 B": (7e9, 100),
+}
+
+
+def print_computed(args):
+    print(
+        f"\nComputed: {args.memory_bandwidth / 1e12:.2f} TB/s of memory, "
+        f"{args.link / 1e9:.0f} GB/s a GPU among the {args.node} of a node and "
+        f"{args.network / 1e9:.0f} GB/s between nodes.\n"
+    )
+    print(
+        "| model | checkpoints | GPUs | bits | basis GB | memory GB | while building GB "
+        "| on the wire GB | basis ms | wire ms | floor ms |\n" + "| --- " * 11 + "|"
+    )
+    for name, (weights, count) in MODELS.items():
+        for ranks in (8, 64, 512):
+            for bits in (32, 8, 4):
+                plan = Plan(weights, count, bits, ranks)
+                link = args.link if ranks <= args.node else args.network
+                basis, wire = plan.seconds(args.memory_bandwidth, link)
+                row = [name, str(count), str(ranks), str(bits)]
+                sizes = (plan.basis, plan.memory, plan.building, plan.wire)
+                row += [f"{size / 1e9:.3g}" for size in sizes]
+                row += [f"{1e3 * t:.2g}" for t in (basis, wire, basis + wire)]
+                print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()
