@@ -99,6 +99,7 @@ def set_up(
     if args.split:
         rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
         train_set = held_out if on_held_out else rest
+    train_set = train_set.part(slice(args.images))
     train = data.Loader(
         train_set,
         args.batch_size,

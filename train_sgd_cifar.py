@@ -29,6 +29,7 @@ RESUME_WITH = (
     "weight_decay",
     "saves_per_epoch",
     "randomseed",
+    "images",
 )
 
 

@@ -45,6 +45,7 @@ RESUME_WITH = (
     "momentum",
     "weight_decay",
     "randomseed",
+    "images",
 )
 RATE_HELP = (
     "2e-3 (4e-4 at finer granularity) · (1 - momentum) · ‖w‖² for SGD and "

@@ -107,6 +107,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "it, TWA trains the coefficients on it alone",
     )
     add("--val-ratio", type=percentage, default=10, help="percent that --split holds out")
+    add("--images", type=number(int, 1), help="training images to use, the first N; left out, all")
     add("--randaugment", type=number(int, 0, 30), default=0, help=RANDAUGMENT_HELP)
 
 

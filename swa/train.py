@@ -85,7 +85,7 @@ def main():
     )
     scheduler = swa_schedule(optimizer, args, len(train))
 
-    settings = {key: getattr(args, key) for key in ("arch", "datasets", "epochs", "swa")}
+    settings = {key: getattr(args, key) for key in ("arch", "datasets", "images", "epochs", "swa")}
     settings["held_out"] = utils.held_out(args)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
     state = utils.state_path(args, "state.pt")
