@@ -12,16 +12,19 @@ Under `torchrun` the ranks hold model and basis together, a shard each, and all 
 
 import math
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import data
 import models
 import parallel
 import report
 import utils
-from engine import SCHEDULES, Trainer, evaluate, reestimate_bn, schedule_of, set_up
+from engine import SCHEDULES, Trainer, autocast, evaluate, reestimate_bn, schedule_of, set_up
 from twa import TWA
 from twa.checkpoints import average, load_into
 from utils import UserError, number
@@ -48,9 +51,11 @@ RESUME_WITH = (
     "images",
 )
 RATE_HELP = (
-    "2e-3 (4e-4 at finer granularity) · (1 - momentum) · ‖w‖² for SGD and "
-    "0.01 · ‖w‖ / sqrt(coefficients) for AdamW, with ‖w‖ the norm of the start point's coefficients"
+    "(1 - momentum) / curvature for SGD, with the largest curvature of the training loss along the "
+    "coefficients, which is measured; 0.01 · ‖coefficients‖ / sqrt(their number) for AdamW"
 )
+# Images of which the curvature is measured, in whole batches.
+CURVATURE_IMAGES = 256
 
 
 def parse_arguments():
@@ -105,21 +110,32 @@ def parse_arguments():
     return args
 
 
-def safe_rate(optimizer: TWA, granularity: str, momentum: float | None) -> float:
-    """A rate for the coefficients from the norm of the start point (see RATE_HELP).
+def safe_rate(
+    optimizer: TWA, model: nn.Module, train: data.Loader, momentum: float | None, amp: bool
+) -> float:
+    """A rate for the coefficients at the start point (see RATE_HELP).
 
-    The norm is that of its coefficients, which is that of its weights if they lie in the span.
-    Weights before batch norm are scale-invariant: their gradient shrinks as 1/‖w‖, so that what
-    SGD's rate does depends on rate/‖w‖² alone, and what Adam's does on rate·√n/‖w‖, the angle by
-    which a step of length rate·√n turns the weights. The factors give about 0.5 for PreResNet20,
-    where 2 diverges, and about 2 for VGG16BN, the paper's value. With coefficients for every layer
-    or channel, SGD on them comes near to SGD on the weights and needs a rate nearer to its 0.1.
+    What a rate of SGD does depends on its product with the curvature alone, whatever the model, the
+    granularity and the number of checkpoints; what one of Adam's does on the angle by which a step,
+    which is about rate · √n long, turns the weights.
     """
-    norm = optimizer.coefficients.detach().norm().item()
+    coefficients = optimizer.coefficients.detach()
     if momentum is None:
-        return 0.01 * norm / math.sqrt(len(optimizer.subspace))
-    factor = 2e-3 if granularity == "model" else 4e-4
-    return factor * (1 - momentum) * norm**2
+        return 0.01 * coefficients.norm().item() / math.sqrt(len(coefficients))
+    train.set_epoch(0)
+    batches = list(islice(train, math.ceil(CURVATURE_IMAGES / train.batch_size)))
+    model.train()
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        for i, (images, labels) in enumerate(batches):
+            share = parallel.world() / train.images_in(i) / len(batches)
+            with autocast(images.device, amp):
+                part = F.cross_entropy(model(images), labels, reduction="sum") * share
+            part.backward()
+        return part
+
+    return (1 - momentum) / optimizer.curvature(loss)
 
 
 def window_paths(save_dir: Path, start: int, end: int) -> list[Path]:
@@ -136,7 +152,7 @@ def window_paths(save_dir: Path, start: int, end: int) -> list[Path]:
     return [save_dir / f"{i}.pt" for i in range(start, end)]
 
 
-def averages_of(window: list[Path], args, model: torch.nn.Module) -> tuple[dict, str]:
+def averages_of(window: list[Path], args, model: nn.Module) -> tuple[dict, str]:
     """The averages that TWA is compared with, and which of them is its start point."""
     expected = model.state_dict()
     averages = {
@@ -195,7 +211,7 @@ def main():
     )
     if args.lr is None:
         optimizer.param_groups[0]["lr"] = safe_rate(
-            optimizer, args.granularity, base_arguments.get("momentum")
+            optimizer, model, train, base_arguments.get("momentum"), args.amp
         )
     rate = optimizer.param_groups[0]["lr"]
     build_seconds = time.perf_counter() - started

@@ -194,7 +194,7 @@ def twa(
             **{"start": bench.mean(start), "lr": 0.0, "weight_decay": 1e-5} | momentum | basis,
         )
         rate = lr or factor * safe_rate(
-            optimizer, basis.get("granularity", "model"), momentum.get("momentum")
+            optimizer, bench.model, bench.train, momentum.get("momentum"), amp=True
         )
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = rate
         return optimizer

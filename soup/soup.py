@@ -254,17 +254,17 @@ def train_coefficients(
         granularity=args.granularity,
         **base_arguments,
     )
+    train = data.Loader(
+        images, args.batch_size, train=True, seed=args.randomseed, channels_last=args.amp
+    )
     if args.lr is None:
         optimizer.param_groups[0]["lr"] = safe_rate(
-            optimizer, args.granularity, base_arguments.get("momentum")
+            optimizer, bench.model, train, base_arguments.get("momentum"), args.amp
         )
     print(
         f"{name}: {len(optimizer.subspace)} coefficients, rate "
         f"{optimizer.param_groups[0]['lr']:.3g}, basis of "
         f"{optimizer.subspace.nbytes / 2**20:.1f} MiB"
-    )
-    train = data.Loader(
-        images, args.batch_size, train=True, seed=args.randomseed, channels_last=args.amp
     )
     scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, args.epochs * len(train))
     trainer = Trainer(

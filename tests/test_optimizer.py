@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
@@ -226,6 +227,44 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(actual[key], tensor), key
+
+
+# --- curvature ---
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+def test_the_curvature_is_the_largest_eigenvalue_of_the_hessian_in_the_coefficients(granularity):
+    model, (images, labels) = Small(), digits_batches()[0]
+    optimizer = TWA(model, small_run(), SGD, lr=0.1, granularity=granularity)
+    before, coefficients = state_of(model), optimizer.coefficients.detach().clone()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, (images, labels))
+        loss.backward()
+        return loss
+
+    measured = optimizer.curvature(closure, iterations=60)
+
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    weights = optimizer.subspace.flatten(optimizer.subspace.parameters).double()
+    basis = torch.stack([optimizer.subspace.expand(unit) for unit in torch.eye(len(coefficients))])
+    exact = Small().double().train()
+
+    def loss_at(moved: Tensor) -> Tensor:
+        flat, parameters = weights + basis.double().T @ moved, {}
+        for name in names:
+            shape = exact.get_parameter(name).shape
+            parameters[name], flat = flat[: shape.numel()].view(shape), flat[shape.numel() :]
+        parameters["frozen"] = model.frozen.double()
+        return F.cross_entropy(functional_call(exact, parameters, images.double()), labels)
+
+    hessian = torch.autograd.functional.hessian(loss_at, torch.zeros(len(coefficients)).double())
+    assert measured == pytest.approx(torch.linalg.eigvalsh(hessian).abs().max().item(), rel=0.02)
+    for key, value in before.items():  # nothing has moved but what batch norm has seen
+        assert torch.equal(model.state_dict()[key], value) or key.startswith("bn."), key
+    assert torch.equal(optimizer.coefficients, coefficients)
+    assert all(p.grad is None for p in model.parameters())
 
 
 # --- the start point ---
