@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import evidence_report
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,8 +54,6 @@ def main():
     parser.add_argument("--data-dir", default=str(ROOT / "datasets"), help="where data sets lie")
     args = parser.parse_args()
     if args.part == "report":
-        import evidence_report
-
         evidence_report.write(HERE / "results", ROOT / "RESULTS.md")
     else:
         PARTS[args.part](Bench(args))

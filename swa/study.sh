@@ -33,6 +33,7 @@ for seed; do
             --swa --swa_start $swa_start --swa_lr $swa_lr --eval_freq 5
         [ -e "$kept" ] || cp "$dir/swa.json" "$kept"
         # The paper's choices but for the rate (started at the last checkpoint, step schedule), then
+        # from the mean of the window.
         twa swa$swa_lr "$seed" paper --epochs 1 --schedule step --train_start $epochs --wd 5e-5 --lr 0.37
         twa swa$swa_lr "$seed" mean --epochs 1 --schedule linear --train_start -1 --lr 0.37
     done
