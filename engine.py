@@ -290,7 +290,12 @@ class Trainer:
             if i % self.accumulate == 0 or i == count:
                 if self.clip_grad is not None:
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-                self.optimizer.step()
+                try:
+                    self.optimizer.step()
+                except RuntimeError as error:  # torch's, of a rate that float32 cannot hold
+                    if "without overflow" not in str(error):
+                        raise
+                    raise self._diverged(f"{title}, iteration {i}", error) from None
                 self.optimizer.zero_grad()
                 self.scheduler.step()
                 self.progress.iteration = i

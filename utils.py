@@ -123,7 +123,7 @@ def run(main: Callable[[], None]) -> None:
     else:
         return
     who = f"rank {parallel.rank()}: " if parallel.world() > 1 else ""
-    print(f"{who}{line}", file=sys.stderr)
+    print(who + " ".join(line.splitlines()), file=sys.stderr)
     sys.exit(status)
 
 
@@ -138,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -296,7 +296,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         if parallel.launched() and device.type != "cpu" and device.index is None:
             device = torch.device(device.type, parallel.local_rank())
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # "meta" holds nothing
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
