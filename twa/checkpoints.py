@@ -74,10 +74,13 @@ def verify(path: str | os.PathLike) -> None:
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        with open(path, "rb") as file:
+            if path.suffix == ".safetensors" or not zipfile.is_zipfile(file):
+                return
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except Exception as e:  # a damaged archive can make its reader fail in any way
         raise CheckpointError(f"{path}: cannot be read ({one_line(e)})") from None
     if damaged is not None:
