@@ -274,15 +274,17 @@ def stop_at(moment: float, number: int, kind: str, folder: Path) -> Result:
 
 
 def survive(whole: Uninterrupted, tmp_path: Path, kind: str, number: int, count: int) -> list[int]:
-    """`count` runs that are stopped at random moments and gone on with; their statuses."""
+    """Stops `count` runs at random moments and goes on with them; their statuses.
+
+    A run that has ended by then is checked too, and another is drawn in its place.
+    """
     expected = whole[kind]
     draw = random.Random(f"{kind}/{number}")
     statuses = []
-    for i in range(count):
-        folder = whole.prepare(kind, tmp_path / str(i))
-        moment = draw.uniform(i, i + 1) / count * whole.seconds[kind]
-        result = stop_at(moment, number, kind, folder)
-        statuses.append(result.status)
+    while len(statuses) < count:
+        folder = whole.prepare(kind, tmp_path / "run")
+        result = stop_at(draw.uniform(0, whole.seconds[kind]), number, kind, folder)
+        statuses += [result.status] if result.status else []
         if result.status > 0:
             assert len(result.err.splitlines()) == 1, result.err
         assert_readable(folder)
@@ -304,9 +306,7 @@ def test_kill_9_at_a_random_moment_loses_nothing(whole, tmp_path, kind):
 @pytest.mark.parametrize("kind", RUNS)
 def test_kill_9_at_twenty_random_moments_loses_nothing(whole, tmp_path, kind):
     statuses = survive(whole, tmp_path, kind, signal.SIGKILL, count=20)
-    assert set(statuses) <= {-signal.SIGKILL, 0}
-    assert statuses.count(-signal.SIGKILL) >= 15
-    print(f"{kind}: {statuses.count(-signal.SIGKILL)} of 20 kills came before the end")
+    assert statuses == [-signal.SIGKILL] * 20
 
 
 # --- signals that ask ---
@@ -370,7 +370,7 @@ def test_a_signal_keeps_the_runs_and_soups_that_stand(whole, tmp_path, kind):
 def test_sigterm_at_twenty_random_moments_loses_nothing(whole, tmp_path, kind):
     statuses = survive(whole, tmp_path, kind, signal.SIGTERM, count=20)
     # Before the script has begun, the process ends as any process does.
-    assert set(statuses) <= {143, 0, -signal.SIGTERM}
+    assert set(statuses) <= {143, -signal.SIGTERM}
     assert statuses.count(143) >= 10
     print(f"{kind}: {statuses.count(143)} of 20 ended with status 143")
 
