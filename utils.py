@@ -619,7 +619,8 @@ def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int
     wanted = args.resume is not None or parallel.restarted()
     if not wanted or not (args.resume or path.exists()):
         return None
-    verify(path)
+    if parallel.rank() == 0:  # reads all of it; the others read their part
+        verify(path)
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: is not a resumable state")
