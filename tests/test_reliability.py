@@ -674,6 +674,7 @@ def test_a_file_without_read_permission_is_refused(tmp_path, name, reader):
     save_file(state, path) if path.suffix == ".safetensors" else save(state, path)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
+    path.chmod(0o644)
     assert Child(tmp_path / "output", read_as_nobody, path, reader).end() == Result(0, "", "")
     path.chmod(0)
     said = Child(tmp_path / "output", read_as_nobody, path, reader).end()

@@ -45,7 +45,8 @@ def load(path: str | os.PathLike):
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
+            # Opened before: safe_open says of any file that it may not read that there is none.
+            with open(path, "rb"), safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         # Files of torch < 1.6 are no zip archives and cannot be mapped.
         mmap = zipfile.is_zipfile(path)
