@@ -49,7 +49,8 @@ from twa.checkpoints import CheckpointError, load, load_state_dict, save, verify
 
 FINETUNE, SOUP = "soup/finetune.py", "soup/soup.py"
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and locks")
+if os.name != "posix":
+    pytest.skip("needs POSIX signals and locks", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -514,9 +515,7 @@ def test_the_second_process_in_a_folder_is_refused(whole, tmp_path, kind):
         line = one_line(call(*RUNS[kind].command(folder)))
         assert "another process writes there" in line
         if kind == "SGD":
-            assert "another process" in one_line(call(*RUNS["TWA"].command(folder), "-acc", 1)) or (
-                "missing" in line
-            )
+            assert "another process writes there" in one_line(call(*RUNS["TWA"].command(folder)))
             succeed(call(*RUNS[kind].command(folder), "--evaluate"))
     finally:
         child.send(signal.SIGKILL)
