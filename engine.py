@@ -6,7 +6,8 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ import data
 import models
 import parallel
 import utils
+from twa.checkpoints import NotFiniteError
 from utils import UserError
 
 # The rate's factor at x, the share of the training that is done, in [0, 1).
@@ -139,19 +141,48 @@ def build(
 class Totals:
     """Loss and hits, summed on the device and read only when asked: no sync in an iteration."""
 
-    def __init__(self, device: torch.device):
-        self._sums = torch.zeros(3, device=device)
+    def __init__(self, device: torch.device, sums: Tensor | None = None):
+        """`sums` are those of other totals to go on from."""
+        self.sums = torch.zeros(3, device=device) if sums is None else sums.to(device, copy=True)
 
     @torch.no_grad()
     def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
         """Adds a batch: `loss` its sum, `outputs` [B, classes], `labels` [B]; -100 is no label."""
         hits, count = (outputs.argmax(1) == labels).sum(), (labels >= 0).sum()
-        self._sums += torch.stack([loss.float(), hits.float(), count.float()])
+        self.sums += torch.stack([loss.float(), hits.float(), count.float()])
 
     def read(self) -> dict[str, float]:
         """The mean loss in nats and the accuracy in percent of all that was added on any rank."""
-        loss, hits, count = parallel.sum_over_ranks(self._sums.clone()).tolist()
+        loss, hits, count = parallel.sum_over_ranks(self.sums.clone()).tolist()
         return {"loss": loss / max(count, 1), "accuracy": 100.0 * hits / max(count, 1)}
+
+
+@dataclass
+class Progress:
+    """How far an epoch is trained: what a run goes on from that was stopped within it.
+
+    Attributes:
+        iteration: batches done; all that they gave is in the weights, after an optimizer step.
+        rate: at the epoch's start.
+        seconds: that they took.
+        sums: what `Totals` has summed, float32 [3].
+    """
+
+    iteration: int = 0
+    rate: float = 0.0
+    seconds: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3))
+
+    def state_dict(self) -> dict:
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises a `KeyError` where something is missing."""
+        vars(self).update({key: state[key] for key in vars(self)})
+
+
+class Diverged(UserError):
+    """The training left the finite numbers."""
 
 
 @dataclass
@@ -170,6 +201,9 @@ class Trainer:
         label_smoothing: of the training loss, in [0, 1].
         clip_grad: largest norm of the gradient, of all parameters together; None for no limit.
         name: what stands before "epoch 3/10" in the log.
+        progress: kept up to date, so that it can be saved after any step; what it holds is gone
+            on from.
+        state: where resumable states are saved: what stands if the training diverges.
     """
 
     model: nn.Module
@@ -185,6 +219,8 @@ class Trainer:
     label_smoothing: float = 0.0
     clip_grad: float | None = None
     name: str = ""
+    progress: Progress = field(default_factory=Progress)
+    state: Path | None = None
 
     def __post_init__(self):
         self._forward = parallel.replicate(self.model)
@@ -192,21 +228,26 @@ class Trainer:
     def epoch(self, epoch: int, after_step: Callable[[int], None] | None = None) -> dict:
         """Trains epoch `epoch` (from 1 on) and tests; returns rate, losses, accuracies, seconds.
 
+        An epoch that `progress` says is begun is gone on with.
+
         Args:
             after_step: called after each optimizer step with the iterations done in this epoch.
 
         Raises:
-            UserError: the loss is NaN or infinite (looked at when a line is due, and in the test).
+            Diverged: the loss is NaN or infinite (looked at in every iteration on the CPU; where
+                a look would cost a wait, when a line is due; and in the test), or `after_step`
+                found weights that are.
         """
-        started = time.perf_counter()
         title = f"{self.name}epoch {epoch}/{self.epochs}"
-        rate = self.optimizer.param_groups[0]["lr"]
+        if self.progress.iteration == 0:
+            self.progress.rate = self.optimizer.param_groups[0]["lr"]
         self.train.set_epoch(epoch)
         trained = self._train(title, after_step)
-        seconds = time.perf_counter() - started
+        rate, seconds = self.progress.rate, self.progress.seconds
         parallel.average_buffers(self.model)
         tested = evaluate(self.model, self.test, self.amp)
         self._refuse_divergence(tested["loss"], f"{title}, test")
+        self.progress.load_state_dict(Progress().state_dict())
         return {
             "epoch": epoch,
             "rate": rate,
@@ -220,17 +261,23 @@ class Trainer:
     def _train(self, title: str, after_step: Callable[[int], None] | None) -> dict[str, float]:
         self.model.train()
         device = device_of(self.model)
-        totals = Totals(device)
-        count = len(self.train)
+        # The sums are those of all ranks, and are summed over them again.
+        totals = Totals(device, self.progress.sums if parallel.rank() == 0 else None)
+        count, done = len(self.train), self.progress.iteration
+        started = time.perf_counter() - self.progress.seconds
+        watched = device.type == "cpu" and parallel.world() == 1
         silent = None if parallel.rank() == 0 else True  # None: silent unless on a terminal
-        bar = tqdm(self.train, desc=title, leave=False, disable=silent)
-        for i, (images, labels) in enumerate(bar, start=1):
+        batches = self.train.batches(done)
+        bar = tqdm(batches, title, count, leave=False, initial=done, disable=silent)
+        for i, (images, labels) in enumerate(bar, start=done + 1):
             with autocast(device, self.amp):
                 outputs = self._forward(images)
                 loss = F.cross_entropy(
                     outputs, labels, label_smoothing=self.label_smoothing, reduction="sum"
                 )
             totals.add(loss, outputs, labels)
+            if watched:
+                self._refuse_divergence(loss.item(), f"{title}, iteration {i}")
             left = count - (i - 1) // self.accumulate * self.accumulate  # from this step's first on
             # The mean over the batch; gradients are averaged over the ranks, hence their number.
             share = parallel.world() / self.train.images_in(i - 1)
@@ -244,20 +291,32 @@ class Trainer:
             if i % self.accumulate == 0 or i == count:
                 if self.clip_grad is not None:
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-                self.optimizer.step()
+                try:
+                    self.optimizer.step()
+                except RuntimeError as error:  # torch's, of a rate that float32 cannot hold
+                    if "without overflow" not in str(error):
+                        raise
+                    raise self._diverged(f"{title}, iteration {i}", error) from None
                 self.optimizer.zero_grad()
                 self.scheduler.step()
+                self.progress.iteration = i
+                self.progress.seconds = time.perf_counter() - started
+                self.progress.sums = totals.sums
                 if after_step:
-                    after_step(i)
+                    try:
+                        after_step(i)
+                    except NotFiniteError as error:
+                        raise self._diverged(f"{title}, iteration {i}", error) from None
         return totals.read()
 
     def _refuse_divergence(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise UserError(
-                f"{where}: the loss is {loss} at rate {rate:.3g}; try a lower --lr "
-                "(what was saved at the end of the last epoch stands)"
-            )
+            raise self._diverged(where, f"the loss is {loss}")
+
+    def _diverged(self, where: str, what: object) -> Diverged:
+        rate = self.optimizer.param_groups[0]["lr"]
+        stands = f" ({self.state} stands as it was saved before)" if self.state else ""
+        return Diverged(f"{where}: {what} at rate {rate:.3g}; try a lower --lr{stands}")
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from twa.checkpoints import save
+from twa.checkpoints import check_finite, save
 
 
 def launched() -> bool:
@@ -30,6 +30,11 @@ def launched() -> bool:
 def restarts() -> int:
     """How often `torchrun` has started the ranks anew because one of them had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def first() -> bool:
+    """Whether this process is the first rank, also before the ranks have met."""
+    return not launched() or int(os.environ["RANK"]) == 0
 
 
 def local_rank() -> int:
@@ -145,7 +150,11 @@ def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_model(model: nn.Module, path: str | os.PathLike) -> None:
-    """Writes the whole `state_dict` to `path`, once; called on every rank."""
+    """Writes the whole `state_dict` to `path`, once; called on every rank.
+
+    Weights that hold NaN or infinity are not saved: a `NotFiniteError` names the first.
+    """
     state = state_dict_of(model)
     if rank() == 0:
+        check_finite(state, f"{path} is not saved")
         save(state, Path(path))

@@ -14,6 +14,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 
 import utils
+from twa.checkpoints import replacing
 
 # One colour a method in every figure.
 COLOURS = {
@@ -158,8 +159,7 @@ def figure(
         right.legend()
         right.grid(axis="y", alpha=0.3)
     fig.tight_layout()
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    _write(fig, path)
 
 
 def scatter(
@@ -194,5 +194,11 @@ def scatter(
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     fig.tight_layout()
-    fig.savefig(path, dpi=150)
+    _write(fig, path)
+
+
+def _write(fig, path: Path) -> None:
+    """Writes the figure, all or nothing, in the format that the suffix of `path` names."""
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=150, format=path.suffix[1:])
     plt.close(fig)

@@ -13,7 +13,16 @@ import data
 import models
 import parallel
 import utils
-from engine import OPTIMIZERS, SCHEDULES, Trainer, describe, evaluate, schedule_of, set_up
+from engine import (
+    OPTIMIZERS,
+    SCHEDULES,
+    Progress,
+    Trainer,
+    describe,
+    evaluate,
+    schedule_of,
+    set_up,
+)
 from utils import UserError
 
 # What has to be the same when a run is resumed: it would not be that run otherwise.
@@ -58,6 +67,11 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    with utils.lock(args):
+        train_sgd(args)
+
+
+def train_sgd(args):
     utils.set_seed(args.randomseed)
     save_dir = Path(args.save_dir)
 
@@ -72,7 +86,8 @@ def main():
 
     settings = {key: getattr(args, key) for key in RESUME_WITH}
     settings["held_out"] = utils.held_out(args)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    progress = Progress()
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "progress": progress}
     state = utils.state_path(args, "state.pt")
     done = utils.resume(args, state, settings, **parts)
     if args.evaluate:
@@ -82,8 +97,8 @@ def main():
         return
     if done is None or state.resolve().parent != save_dir.resolve():
         utils.clear(save_dir, args.overwrite)
-    if not done:
-        done = 0
+    done = done or 0
+    if done == 0 and progress.iteration == 0:
         utils.save_state(save_dir / "state.pt", 0, settings, **parts)
         parallel.save_model(model, save_dir / "0.pt")
     log = utils.RunLog(args, resumed_epoch=done)
@@ -100,21 +115,29 @@ def main():
         print_every=args.print_freq,
         label_smoothing=args.label_smoothing,
         clip_grad=args.clip_grad,
+        progress=progress,
+        state=save_dir / "state.pt",
     )
 
     # The iterations of an epoch after which a checkpoint is saved, evenly spaced.
     save_after = [
         math.ceil(k * len(train) / args.saves_per_epoch) for k in range(1, args.saves_per_epoch + 1)
     ]
-    for epoch in range(done + 1, args.epochs + 1):
 
-        def save_checkpoint(iteration: int, saved: int = (epoch - 1) * args.saves_per_epoch):
-            if iteration in save_after:
-                number = saved + save_after.index(iteration) + 1
-                parallel.save_model(model, save_dir / f"{number}.pt")
+    def save(epochs: int) -> None:
+        utils.save_state(save_dir / "state.pt", epochs, settings, **parts)
 
-        log.epoch(trainer.epoch(epoch, after_step=save_checkpoint))
-        utils.save_state(save_dir / "state.pt", epoch, settings, **parts)
+    with utils.Signals(held=True) as signals:
+        for epoch in range(done + 1, args.epochs + 1):
+
+            def after_step(iteration: int, before: int = epoch - 1):
+                if iteration in save_after:
+                    number = before * args.saves_per_epoch + save_after.index(iteration) + 1
+                    parallel.save_model(model, save_dir / f"{number}.pt")
+                signals.check(lambda: save(before))
+
+            log.epoch(trainer.epoch(epoch, after_step))
+            save(epoch)
 
 
 if __name__ == "__main__":

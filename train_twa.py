@@ -12,6 +12,7 @@ Under `torchrun` the ranks hold model and basis together, a shard each, and all 
 
 import math
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,9 +25,18 @@ import models
 import parallel
 import report
 import utils
-from engine import SCHEDULES, Trainer, autocast, evaluate, reestimate_bn, schedule_of, set_up
+from engine import (
+    SCHEDULES,
+    Progress,
+    Trainer,
+    autocast,
+    evaluate,
+    reestimate_bn,
+    schedule_of,
+    set_up,
+)
 from twa import TWA
-from twa.checkpoints import average, load_into
+from twa.checkpoints import average, load_into, verify
 from utils import UserError, number
 
 # What has to be the same when a run is resumed: it would not be that run otherwise.
@@ -34,8 +44,6 @@ RESUME_WITH = (
     "arch",
     "datasets",
     "epochs",
-    "params_start",
-    "params_end",
     "extract",
     "components",
     "bits",
@@ -144,11 +152,11 @@ def window_paths(save_dir: Path, start: int, end: int) -> list[Path]:
         raise UserError(
             f"--params_start {start} --params_end {end}: the window [{start}, {end}) is empty"
         )
-    there = sorted(int(p.stem) for p in save_dir.glob("*.pt") if p.stem.isdecimal())
-    missing = sorted(set(range(start, end)) - set(there))
-    if missing:
-        found = f"it holds {there[0]} to {there[-1]}" if there else "it holds no checkpoints"
-        raise UserError(f"{save_dir}: {missing[0]}.pt is missing from [{start}, {end}); {found}")
+    there = {int(p.stem) for p in save_dir.glob("*.pt") if p.stem.isdecimal()}
+    missing = next((i for i in range(start, end) if i not in there), None)
+    if missing is not None:
+        found = f"it holds {min(there)} to {max(there)}" if there else "it holds no checkpoints"
+        raise UserError(f"{save_dir}: {missing}.pt is missing from [{start}, {end}); {found}")
     return [save_dir / f"{i}.pt" for i in range(start, end)]
 
 
@@ -175,10 +183,20 @@ def averages_of(window: list[Path], args, model: nn.Module) -> tuple[dict, str]:
 
 def main():
     args = parse_arguments()
+    with utils.lock(args):
+        train_twa(args)
+
+
+def train_twa(args):
     utils.set_seed(args.randomseed)
     save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
     window = window_paths(save_dir, args.params_start, args.params_end)
     model, train, test = set_up(args, on_held_out=True, shard=True)
+
+    # Each file read once, by one of the ranks: the others touch their own columns only.
+    start_point = [save_dir / f"{args.train_start}.pt"] if args.train_start >= 0 else []
+    for path in [*window, *start_point][parallel.rank() :: parallel.world()]:
+        verify(path)
 
     # Batch norm is re-estimated for every solution: its statistics belong to the data.
     averages, start = averages_of(window, args, model)
@@ -218,8 +236,13 @@ def main():
     steps = args.epochs * math.ceil(len(train) / args.accumulate)
     scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, steps)
     settings = {key: getattr(args, key) for key in RESUME_WITH}
-    settings |= {"start": start, "held_out": utils.held_out(args)}
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    settings |= {
+        "window": f"[{args.params_start}, {args.params_end})",
+        "start": start,
+        "held_out": utils.held_out(args),
+    }
+    progress = Progress()
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "progress": progress}
     done = utils.resume(args, utils.state_path(args, "twa_state.pt"), settings, **parts) or 0
 
     log = utils.RunLog(args, prefix="twa_", resumed_epoch=done)
@@ -246,10 +269,18 @@ def main():
         print_every=args.print_freq,
         accumulate=args.accumulate,
         name="TWA ",
+        progress=progress,
+        state=save_dir / "twa_state.pt",
     )
-    for epoch in range(done + 1, args.epochs + 1):
-        log.epoch(trainer.epoch(epoch))
-        utils.save_state(save_dir / "twa_state.pt", epoch, settings, **parts)
+
+    def save(epochs: int) -> None:
+        utils.save_state(save_dir / "twa_state.pt", epochs, settings, **parts)
+
+    with utils.Signals(held=True) as signals:
+        for epoch in range(done + 1, args.epochs + 1):
+            stop = partial(signals.check, partial(save, epoch - 1))
+            log.epoch(trainer.epoch(epoch, lambda _, stop=stop: stop()))
+            save(epoch)
 
     # The end of training is what is reported: test data choose nothing.
     reestimate_bn(model, train, args.amp)

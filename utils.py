@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib.metadata
 import json
 import logging
 import math
+import os
 import platform
 import random
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -18,22 +23,108 @@ import numpy as np
 import torch
 
 import parallel
-from twa.checkpoints import CheckpointError, load, load_into, replacing, save
+from twa.checkpoints import (
+    CheckpointError,
+    check_finite,
+    load,
+    load_into,
+    replacing,
+    save,
+    unwritten,
+    verify,
+)
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 
 class UserError(Exception):
     """An error that the user can mend: one line on stderr, exit status 2."""
 
 
+class Stopped(BaseException):
+    """A signal asks the run to end, and it may: what is to be kept is on the disk.
+
+    Not an `Exception`, so that nothing that mends errors takes it for one of them.
+    """
+
+    def __init__(self, number: int, remedy: str):
+        super().__init__(f"stopped by {signal.Signals(number).name}; {remedy}")
+        self.status = 128 + number
+
+
+class Signals:
+    """Context in which SIGTERM, SIGINT and SIGUSR1 end the run in order; a second one, at once.
+
+    SIGUSR1 is what SLURM sends ahead of the time limit, if asked to. Under `torchrun` nothing is
+    caught: its ranks would have to agree on the step, and it sends SIGTERM to those that wait
+    for one that has died.
+
+    Args:
+        held: `Stopped` is raised by `check` and at the context's end only, not wherever the
+            program is.
+    """
+
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is not known everywhere
+
+    def __init__(self, held: bool = False):
+        self._held = held
+        self._caught: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        if not parallel.launched():
+            for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, exception_type, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if exception_type is None:
+            self.check()
+
+    def _take(self, number: int, _) -> None:
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        self._caught = number
+        if not self._held:
+            remedy = "the same command goes on (with --resume, if it was training)"
+            raise Stopped(number, remedy)
+
+    def check(self, save: Callable[[], None] | None = None) -> None:
+        """Raises `Stopped` if a signal came, after it has called `save`."""
+        if self._caught is None:
+            return
+        if save:
+            save()
+        command = shlex.join(sys.argv if sys.argv[-1] == "--resume" else [*sys.argv, "--resume"])
+        raise Stopped(self._caught, f"the state is saved, go on with: python {command}")
+
+
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; errors that the user can mend end in one line on stderr, exit status 2."""
+    """Calls `main`; errors that the user can mend end in one line on stderr, exit status 2.
+
+    What a signal stops ends in one line too, with status 128 + its number, as shells have it:
+    143 for SIGTERM, 130 for SIGINT, 138 for SIGUSR1 (where that is signal 10, as on Linux).
+    """
     try:
-        main()
-        parallel.stop()
+        with Signals():
+            main()
+            parallel.stop()
     except (UserError, CheckpointError, MemoryError) as error:
-        who = f"rank {parallel.rank()}: " if parallel.world() > 1 else ""
-        print(f"{who}error: {error}", file=sys.stderr)
-        sys.exit(2)
+        line, status = f"error: {error}", 2
+    except OSError as error:  # a disk that is full, a path too long, a pipe that nobody reads
+        line, status = f"error: {error.filename or 'a file'}: {error.strerror or error}", 2
+    except Stopped as stopped:
+        line, status = str(stopped), stopped.status
+    else:
+        return
+    who = f"rank {parallel.rank()}: " if parallel.world() > 1 else ""
+    print(who + " ".join(line.splitlines()), file=sys.stderr)
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -206,7 +297,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         if parallel.launched() and device.type != "cpu" and device.index is None:
             device = torch.device(device.type, parallel.local_rank())
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # "meta" holds nothing
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -276,7 +367,7 @@ class RunLog:
         directory = Path(args.log_dir)
         make_directory(directory)
         self._logger.addHandler(logging.StreamHandler(sys.stdout))
-        self._logger.addHandler(logging.FileHandler(directory / args.log_name))
+        self._logger.addHandler(LogFile(directory / args.log_name))
         self._metrics = directory / f"{prefix}metrics.jsonl"
         self.epochs = [m for m in read_metrics(self._metrics) if m["epoch"] <= resumed_epoch]
         with replacing(self._metrics) as temporary:
@@ -301,10 +392,31 @@ class RunLog:
         self.line("  ".join(cell(key, value) for key, value in metrics.items()))
         self.epochs.append(metrics)
         if self._writes:
-            with open(self._metrics, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            append(self._metrics, json.dumps(metrics) + "\n")
         if self._wandb:
             self._wandb.log(metrics)
+
+
+def append(path: Path, text: str) -> None:
+    """Writes `text` at the end of the file `path`; a `CheckpointError` says why that fails."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise CheckpointError(unwritten(path, error)) from None
+
+
+class LogFile(logging.Handler):
+    """Appends the lines of the log to a file; one that cannot be written ends the run."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+        make_directory(path.parent)
+        append(path, "")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        append(self._path, self.format(record) + "\n")
 
 
 def cell(key: str, value: float | None) -> str:
@@ -344,8 +456,67 @@ def clear(save_dir: Path, overwrite: bool) -> None:
             f"{save_dir}: holds the checkpoints of an earlier run; "
             "--resume goes on with it, --overwrite replaces it"
         )
-    for path in (*earlier, save_dir / "state.pt"):
+    # The state first: who is killed here must not leave one whose checkpoints are gone.
+    for path in (save_dir / "state.pt", *earlier):
         path.unlink(missing_ok=True)
+
+
+class Lock:
+    """Context in which no other process that asks for the same lock writes into `directory`.
+
+    The lock is on a file `.lock` there, and the first rank's as long as that lives: what a killed
+    process leaves is not locked, and is taken over, with the half-written files beside it. Where
+    there is no `fcntl` (on Windows), or the file system knows no locks, nobody is refused.
+
+    Raises:
+        UserError: another process holds it, or the directory cannot be made or written to.
+    """
+
+    def __init__(self, directory: Path | str):
+        self._path = Path(directory) / ".lock"
+        self._file = None
+
+    def __enter__(self) -> None:
+        if fcntl is None or not parallel.first():
+            return
+        self._made = not self._path.parent.exists()
+        make_directory(self._path.parent)
+        try:
+            while not self._holds():
+                self._file = open(self._path, "w")
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                return
+            reason = "another process writes there; wait for its end, or give another directory"
+            if not isinstance(error, BlockingIOError):
+                reason = f"cannot be written to ({error.strerror})"
+            raise UserError(f"{self._path.parent}: {reason}") from None
+        for leftover in self._path.parent.glob(replacing.LEFTOVERS):
+            leftover.unlink(missing_ok=True)
+
+    def _holds(self) -> bool:
+        """Whether the locked file still has its name: its holder may just have taken it away."""
+        try:
+            return self._file is not None and os.path.samestat(
+                os.fstat(self._file.fileno()), os.stat(self._path)
+            )
+        except FileNotFoundError:
+            return False
+
+    def __exit__(self, *_) -> None:
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            self._path.unlink()  # while it is locked, so that it is not the next process's
+            if self._made:
+                self._path.parent.rmdir()  # if nothing came into it
+        self._file.close()
+
+
+def lock(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """The lock on `--save-dir` for a run that writes there; with `--evaluate` none does."""
+    return contextlib.nullcontext() if getattr(args, "evaluate", False) else Lock(args.save_dir)
 
 
 def write_json(content: dict, path: Path) -> None:
@@ -405,7 +576,7 @@ def start_wandb(args: argparse.Namespace):
     return import_wandb().init(project="TWA", name=args.EXP, config=vars(args))
 
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2  # 1: without the progress within an epoch
 
 
 def state_path(args: argparse.Namespace, name: str) -> Path:
@@ -417,6 +588,7 @@ def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:
     """Saves all that a run needs to go on after `epoch` epochs as if it had not stopped.
 
     Called on every rank; the first one writes. Another number of ranks can go on from it.
+    Weights that hold NaN or infinity are not saved: a `NotFiniteError` names the first.
 
     Args:
         settings: plain values that must be the same when the run goes on.
@@ -431,6 +603,7 @@ def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:
         "model": parallel.state_dict_of(parts["model"]),
     }
     if parallel.rank() == 0:
+        check_finite(state["model"], f"{path} is left as it was")
         save(state, path)
 
 
@@ -447,6 +620,8 @@ def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int
     wanted = args.resume is not None or parallel.restarts() > 0
     if not wanted or not (args.resume or path.exists()):
         return None
+    if parallel.rank() == 0:  # reads all of it; the others read their part
+        verify(path)
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: is not a resumable state")

@@ -25,8 +25,16 @@ import torch
 import data
 import models
 import utils
-from engine import OPTIMIZERS, SCHEDULES, Trainer, build, describe, schedule_of
-from twa.checkpoints import CheckpointError, check, load_into, load_state_dict, replacing, save
+from engine import OPTIMIZERS, SCHEDULES, Diverged, Trainer, build, describe, schedule_of
+from twa.checkpoints import (
+    CheckpointError,
+    check,
+    load_into,
+    load_state_dict,
+    replacing,
+    save,
+    verify,
+)
 from utils import UserError, number
 
 
@@ -98,6 +106,7 @@ def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
         models.imagenet.load_pretrained(model, args.arch)
         origin = "torchvision"
     else:
+        verify(args.base)
         load_into(model, args.base)
         origin = hashlib.sha256(Path(args.base).read_bytes()).hexdigest()[:16]
     return {key: value.clone() for key, value in model.state_dict().items()}, origin
@@ -120,6 +129,7 @@ def stands(record: dict | None, settings: dict, path: Path, expected: dict) -> b
     if record["validation"] is None:
         return True
     try:
+        verify(path)
         check(load_state_dict(path), expected, str(path))
     except CheckpointError:
         return False
@@ -129,6 +139,11 @@ def stands(record: dict | None, settings: dict, path: Path, expected: dict) -> b
 def main():
     args = parse_arguments()
     utils.refuse_ranks()
+    with utils.Lock(args.save_dir):
+        fine_tune(args)
+
+
+def fine_tune(args):
     utils.set_seed(args.randomseed)
     device = utils.choose_device(args.device)
     training, _ = data.load(args.datasets, args.data_dir, device)
@@ -194,7 +209,7 @@ def main():
             # What the trainer tests on is the validation part here.
             scores = {key: metrics[f"test_{key}"] for key in ("loss", "accuracy")}
             save(model.state_dict(), path)
-        except UserError as diverged:
+        except Diverged as diverged:
             print(f"{path.name} is left out: {diverged}")
             scores = None
         records[path.name] = {

@@ -45,7 +45,16 @@ from engine import (
 )
 from train_twa import RATE_HELP, safe_rate
 from twa import TWA
-from twa.checkpoints import Checkpoint, average, check, load_into, load_state_dict, replacing, save
+from twa.checkpoints import (
+    Checkpoint,
+    average,
+    check,
+    load_into,
+    load_state_dict,
+    replacing,
+    save,
+    verify,
+)
 from utils import UserError, number
 
 
@@ -290,6 +299,11 @@ def train_coefficients(
 def main():
     args = parse_arguments()
     utils.refuse_ranks()
+    with utils.Lock(args.log_dir):
+        make_soups(args)
+
+
+def make_soups(args):
     utils.set_seed(args.randomseed)
     log_dir = Path(args.log_dir)
     paths = expand(args.checkpoints)
@@ -300,6 +314,7 @@ def main():
     training, held_out = training.hold_out(args.val_ratio, args.randomseed)
     model = build(args.model_factory or args.arch, training.spec, device, args)
     for path in paths:
+        verify(path)
         check(load_state_dict(path), model.state_dict(), str(path))
     bench = Bench(
         model,

@@ -8,6 +8,7 @@ Saves `<dir>/checkpoints/N.pt` after every epoch N (0: the initialisation), the 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +22,7 @@ import models
 import parallel
 import report
 import utils
-from engine import Trainer, evaluate, reestimate_bn, set_up
+from engine import Progress, Trainer, evaluate, reestimate_bn, set_up
 from utils import number
 
 
@@ -74,8 +75,20 @@ def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
     return SequentialLR(optimizer, [constant, decay], milestones=[round(0.5 * head)])
 
 
+# What has to be the same when a run is resumed: it would not be that run otherwise.
+RESUME_WITH = (
+    *("arch", "datasets", "epochs", "batch_size", "lr_init", "momentum", "wd"),
+    *("swa", "swa_start", "swa_lr", "swa_c_epochs", "randomseed", "images"),
+)
+
+
 def main():
     args = parse_arguments()
+    with utils.lock(args):
+        train_swa(args)
+
+
+def train_swa(args):
     utils.set_seed(args.randomseed)
     log_dir, save_dir = Path(args.log_dir), Path(args.save_dir)
     model, train, test = set_up(args)
@@ -85,15 +98,17 @@ def main():
     )
     scheduler = swa_schedule(optimizer, args, len(train))
 
-    settings = {key: getattr(args, key) for key in ("arch", "datasets", "images", "epochs", "swa")}
+    settings = {key: getattr(args, key) for key in RESUME_WITH}
     settings["held_out"] = utils.held_out(args)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
+    progress = Progress()
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts |= {"average": average, "progress": progress}
     state = utils.state_path(args, "state.pt")
     done = utils.resume(args, state, settings, **parts)
     if done is None or state.resolve().parent != save_dir.resolve():
         utils.clear(save_dir, args.overwrite)
-    if not done:
-        done = 0
+    done = done or 0
+    if done == 0 and progress.iteration == 0:
         utils.save_state(save_dir / "state.pt", 0, settings, **parts)
         parallel.save_model(model, save_dir / "0.pt")
     log = utils.RunLog(args, resumed_epoch=done)
@@ -108,10 +123,16 @@ def main():
         args.epochs,
         amp=args.amp,
         print_every=args.print_freq,
+        progress=progress,
+        state=save_dir / "state.pt",
     )
 
-    for epoch in range(done + 1, args.epochs + 1):
-        metrics = trainer.epoch(epoch)
+    def save(epochs: int) -> None:
+        utils.save_state(save_dir / "state.pt", epochs, settings, **parts)
+
+    def one_epoch(epoch: int, signals: utils.Signals) -> None:
+        stop = partial(signals.check, partial(save, epoch - 1))
+        metrics = trainer.epoch(epoch, lambda _: stop())
         if args.swa:
             past_start = epoch - args.swa_start
             if past_start >= 0 and past_start % args.swa_c_epochs == 0:
@@ -125,7 +146,12 @@ def main():
         log.epoch(metrics)
         parallel.save_model(model, save_dir / f"{epoch}.pt")
         if epoch % args.save_freq == 0 or epoch == args.epochs:
-            utils.save_state(save_dir / "state.pt", epoch, settings, **parts)
+            save(epoch)
+        signals.check(partial(save, epoch))
+
+    with utils.Signals(held=True) as signals:
+        for epoch in range(done + 1, args.epochs + 1):
+            one_epoch(epoch, signals)
 
     if args.swa:
         parallel.save_model(average.module, save_dir / "swa.pt")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pickle
 import warnings
@@ -21,14 +23,21 @@ Checkpoint = str | os.PathLike | Mapping[str, Tensor]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line that names it and says why."""
+    """A file that cannot be read or written; the message is one line that names it and says why."""
+
+
+class NotFiniteError(CheckpointError):
+    """A `state_dict` that holds NaN or infinity; the message names the file and the key."""
 
 
 def load(path: str | os.PathLike):
     """What `torch.save` wrote to `path`, or the tensors of a `.safetensors` file, on the CPU.
 
     Nothing in the file is executed (`weights_only=True`), and tensors are mapped rather than
-    read, so that a caller who needs some columns touches no more than these.
+    read, so that a caller who needs some columns touches no more than these. So damage within a
+    tensor is not seen here (`verify` sees it), and whoever writes over the file in place, rather
+    than replacing it as `save` does, changes the tensors, or ends this process with a bus error
+    where the file has become shorter.
 
     Raises:
         CheckpointError: the file is missing, unreadable, truncated, or holds pickled code.
@@ -36,7 +45,8 @@ def load(path: str | os.PathLike):
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
+            # Opened before: safe_open says of any file that it may not read that there is none.
+            with open(path, "rb"), safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         # Files of torch < 1.6 are no zip archives and cannot be mapped.
         mmap = zipfile.is_zipfile(path)
@@ -51,8 +61,36 @@ def load(path: str | os.PathLike):
             f"{path}: holds pickled code or is no checkpoint; only plain tensors are read"
         ) from None
     except Exception as e:  # a damaged pickle can make its reader fail in any way
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
+        raise CheckpointError(f"{path}: cannot be read ({one_line(e)})") from None
+
+
+def verify(path: str | os.PathLike) -> None:
+    """Reads the file `path` whole and compares the checksums that `torch.save` put into it.
+
+    They cover every byte of every tensor. `.safetensors` files and those of torch < 1.6 have none:
+    nothing is read there, and damage to their structure is for `load` to see.
+
+    Raises:
+        CheckpointError: a checksum differs, or the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            if path.suffix == ".safetensors" or not zipfile.is_zipfile(file):
+                return
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such checkpoint") from None
+    except Exception as e:  # a damaged archive can make its reader fail in any way
+        raise CheckpointError(f"{path}: cannot be read ({one_line(e)})") from None
+    if damaged is not None:
+        raise CheckpointError(f"{path}: is damaged (the checksum of {damaged} differs)")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what `error` says, or its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -107,9 +145,14 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str
     for key in state:
         if key not in expected:
             raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
+    check_finite({k: sharding.part(tensor, expected[k]) for k, tensor in state.items()}, name)
+
+
+def check_finite(state: Mapping[str, Tensor], name: str) -> None:
+    """Raises `NotFiniteError` with the first key of `state` that holds NaN or infinity."""
     for key, tensor in state.items():
-        if not sharding.part(tensor, expected[key]).isfinite().all():
-            raise CheckpointError(f"{name}: {key} holds NaN or infinity")
+        if not tensor.isfinite().all():
+            raise NotFiniteError(f"{name}: {key} holds NaN or infinity")
 
 
 def load_into(model: torch.nn.Module, checkpoint: Checkpoint, name: str | None = None) -> None:
@@ -161,17 +204,31 @@ def average(
 
 
 def save(obj, path: str | os.PathLike) -> None:
-    """`torch.save`, all or nothing: a reader finds the old file or the new one, whole."""
-    with replacing(path) as temporary:
-        torch.save(obj, temporary)
+    """`torch.save`, all or nothing: a reader finds the old file or the new one, whole.
+
+    Raises:
+        CheckpointError: as `replacing`.
+    """
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:
+            # Where a write fails, torch's zip writer fails after it, in words of its own.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 class replacing:
     """Context: yields a temporary path beside `path` that takes its name once the block is done.
 
     If the block raises, the temporary file is removed and `path` stays as it was. The data are
-    flushed to the disk before the new name is given, so that a crash leaves no empty file.
+    flushed to the disk before the new name is given, so that a crash leaves no empty file. A
+    process that is killed in the block leaves the temporary file, which matches `LEFTOVERS`.
+
+    Raises:
+        CheckpointError: the disk is full, or the file cannot be written for another reason.
     """
+
+    LEFTOVERS = ".*.*.tmp"
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -180,10 +237,23 @@ class replacing:
     def __enter__(self) -> Path:
         return self.temporary
 
-    def __exit__(self, exception_type, *_) -> None:
-        if exception_type is not None:
-            self.temporary.unlink(missing_ok=True)
-            return
-        with open(self.temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self.temporary, self.path)
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        try:
+            if error is None:
+                with open(self.temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(self.temporary, self.path)
+                return
+        except OSError as failed:
+            error = failed
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
+        if isinstance(error, OSError):
+            raise CheckpointError(unwritten(self.path, error)) from None
+
+
+def unwritten(path: Path, error: OSError) -> str:
+    """One line that says why `path` could not be written, and what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "; make room there: what was saved before stands" if full else ""
+    return f"{path}: cannot be written ({error.strerror or error}){remedy}"
