@@ -17,11 +17,20 @@ from pathlib import Path
 import torch
 
 import data
+import imagefolder
 import models
 import parallel
 import report
 import utils
-from engine import SCHEDULES, Trainer, evaluate, reestimate_bn, schedule_of, set_up
+from engine import (
+    SCHEDULES,
+    Trainer,
+    evaluate,
+    reestimate_bn,
+    schedule_of,
+    set_up,
+    skipped_images,
+)
 from twa import TWA
 from twa.checkpoints import average, load_into
 from utils import UserError, number
@@ -45,6 +54,7 @@ RESUME_WITH = (
     "momentum",
     "weight_decay",
     "randomseed",
+    "image_size",
 )
 RATE_HELP = (
     "2e-3 (4e-4 at finer granularity) · (1 - momentum) · ‖w‖² for SGD and "
@@ -54,7 +64,8 @@ RATE_HELP = (
 
 def parse_arguments():
     parser = utils.Parser("trains the averaging coefficients over a window of checkpoints")
-    utils.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    architectures = dict.fromkeys((*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS))
+    utils.add_common_arguments(parser, architectures, (*data.DATASETS, imagefolder.NAME))
     add = parser.add_argument
     epochs_help = "epochs over the training set, or over its held-out part with --split"
     add("--epochs", type=number(int, 0), default=100, help=epochs_help)
@@ -98,7 +109,12 @@ def parse_arguments():
         help="under torchrun, gather the weights of a block once more for its backward pass: for "
         "models that one device cannot hold",
     )
+    utils.add_image_arguments(parser, None)
     args = parser.parse_args()
+    if args.datasets == imagefolder.NAME:
+        args.image_size = args.image_size or imagefolder.SIZE
+    elif args.image_size or args.strict_images:
+        parser.error(f"--image-size and --strict-images: only with --datasets {imagefolder.NAME}")
     if (args.extract == "SVD") != (args.components is not None):
         parser.error("--extract SVD and --components belong together")
     return args
@@ -162,6 +178,8 @@ def main():
     save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
     window = window_paths(save_dir, args.params_start, args.params_end)
     model, train, test = set_up(args, on_held_out=True, shard=True)
+    on_imagenet = args.datasets == imagefolder.NAME
+    bn_images = imagefolder.BN_IMAGES if on_imagenet else None
 
     # Batch norm is re-estimated for every solution: its statistics belong to the data.
     averages, start = averages_of(window, args, model)
@@ -170,11 +188,14 @@ def main():
     solutions = {}
     for name, checkpoint in averages.items():
         load_into(model, checkpoint)
-        reestimate_bn(model, train, args.amp)
-        solutions[name] = evaluate(model, test, args.amp) | spent
+        reestimate_bn(model, train, args.amp, bn_images)
+        solutions[name] = evaluate(model, test, args.amp, on_imagenet) | spent
     if args.evaluate:
+        skipped = skipped_images(train, test)
         if parallel.rank() == 0:
             print(report.table(solutions))
+            if skipped:
+                print(skipped)
         return
 
     started = time.perf_counter()
@@ -228,6 +249,7 @@ def main():
         amp=args.amp,
         print_every=args.print_freq,
         accumulate=args.accumulate,
+        top5=on_imagenet,
         name="TWA ",
     )
     for epoch in range(done + 1, args.epochs + 1):
@@ -235,14 +257,15 @@ def main():
         utils.save_state(save_dir / "twa_state.pt", epoch, settings, **parts)
 
     # The end of training is what is reported: test data choose nothing.
-    reestimate_bn(model, train, args.amp)
+    reestimate_bn(model, train, args.amp, bn_images)
     parallel.save_model(model, save_dir / "twa.pt")
     seconds = build_seconds + sum(m["seconds"] for m in log.epochs)
-    solutions["TWA"] = evaluate(model, test, args.amp) | {
+    solutions["TWA"] = evaluate(model, test, args.amp, on_imagenet) | {
         "epochs": spent["epochs"] + args.epochs * (args.val_ratio / 100 if args.split else 1),
         "seconds": spent["seconds"] + seconds,
     }
     alpha = optimizer.averaging_weights()
+    skipped = skipped_images(train, test)
     if parallel.rank() > 0:
         return
     alpha = alpha.mean(0) if alpha.dim() == 2 else alpha  # at finer granularity the blocks' mean
@@ -270,6 +293,8 @@ def main():
     if sgd.end and sgd.end["epochs"] > spent["epochs"]:
         solutions["SGD to its end"] = sgd.end
     log.line(report.table(solutions))
+    if skipped:
+        log.line(skipped)
     log.line(f"written: {save_dir / 'twa.pt'}, {log_dir / 'twa.json'}, {log_dir / 'twa.png'}")
 
 
