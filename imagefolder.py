@@ -175,8 +175,8 @@ class Loader(data.Loader):
         strict: stop at the first image that would be skipped.
 
     Raises:
-        UserError: while iterating: a file cannot be opened, or with `strict`, is no whole image;
-            a worker process died.
+        UserError: while iterating: a file cannot be opened, or with `strict`, is no whole image.
+        RuntimeError: a worker process died.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Loader(data.Loader):
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         self._plan.epoch, self._plan.order, self._plan.parts = self.epoch, self._order(), parts
-        for images, labels, unread in self._batches():
+        for images, labels, unread in self._decoded:
             for one in unread:
                 self._skip(one)
             images = images.to(self.device, non_blocking=True)
@@ -222,18 +222,6 @@ class Loader(data.Loader):
             return torch.arange(len(self.split))
         generator = self._generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
         return torch.randperm(len(self.split), generator=generator)
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, list[_Unread]]]:
-        try:
-            yield from self._decoded
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"--workers {self._decoded.num_workers}: a process that decodes images died "
-                f"({reason}); try fewer, each needs memory of its own"
-            ) from None
 
     def _skip(self, unread: _Unread) -> None:
         if not unread.opened:

@@ -34,6 +34,12 @@ def run(main: Callable[[], None]) -> None:
         who = f"rank {parallel.rank()}: " if parallel.world() > 1 else ""
         print(f"{who}error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = " ".join(str(error).split())
+        print(f"error: {reason} (try fewer --workers: each needs memory)", file=sys.stderr)
+        sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
