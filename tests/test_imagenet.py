@@ -219,7 +219,7 @@ def test_top_5_equals_a_plain_computation():
 
 
 def common(run: Path, arch: str, workers: int) -> list:
-    model = ["--arch", arch, "--image-size", 32, "--batch-size", 20, "-j", workers]
+    model = ["--arch", arch, "--image-size", 32, "--batch-size", 16, "-j", workers]
     return [*model, "--save-dir", run / "checkpoints", "--log-dir", run]
 
 
@@ -284,7 +284,8 @@ def test_sgd_then_twa(alone, folder, monkeypatch):
     assert (run / "log").read_text().count(skipped) == 2  # by SGD and by TWA
 
 
-def test_sgd_then_twa_on_two_ranks(alone, folder, tmp_path):
+def test_sgd_then_twa_on_two_ranks(alone, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision_transformer, "VisionTransformer", Reduced)
     arch, expected = alone
     succeed_on(2, "tests/reduced.py", ROOT / SGD, *sgd_flags(folder, tmp_path, arch, workers=1))
     checkpoints = tmp_path / "checkpoints"
@@ -296,10 +297,12 @@ def test_sgd_then_twa_on_two_ranks(alone, folder, tmp_path):
         for path in (expected / "checkpoints").glob("[0-9].pt"):
             shutil.copy(path, checkpoints)
     succeed_on(2, "tests/reduced.py", ROOT / TWA, *twa_flags(folder, tmp_path, arch))
-    for name in ("SWA", "last"):  # batch norm's statistics are those of one process
-        for key, value in results(expected)[name].items():
-            if key not in ("epochs", "seconds"):
-                assert results(tmp_path)[name][key] == pytest.approx(value, rel=1e-2), (name, key)
+    if arch == "vit_b_16":
+        assert difference(checkpoints / "twa.pt", expected / "checkpoints/twa.pt") < 1e-3
+    for name in ("SWA", "last"):  # batch norm is re-estimated alike on any number of ranks
+        loss = results(expected)[name]["loss"]
+        assert results(tmp_path)[name]["loss"] == pytest.approx(loss, rel=1e-3)
+    assert_reported(results(tmp_path)["TWA"], measured(folder, arch, checkpoints / "twa.pt"))
     log = (tmp_path / "log").read_text()
     assert log.count(f"skipped 1 images that cannot be read: {folder / TRUNCATED}") == 2
 
@@ -438,7 +441,7 @@ def test_folders_that_are_none_are_refused(script, how, words, copy, tmp_path):
         (["--arch", "inception_v3"], "--image-size"),
         (["--arch", "vit_b_16", "--image-size", 33], "vit_b_16: does not take images of 33"),
         (["--image-size", 0], "--image-size"),
-        (["--saves-per-epoch", 4], "--saves-per-epoch"),
+        (["--saves-per-epoch", 5], "--saves-per-epoch"),
         (["--start-epoch", 3], "--start-epoch"),
         (["--workers", -1], "--workers"),
         (["--warmup-epochs", 3], "--warmup-epochs"),
