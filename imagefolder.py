@@ -79,9 +79,9 @@ def transform(size: int, train: bool, randaugment: int = 0) -> v2.Transform:
     if not train:
         middle = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
         return v2.Compose([*middle, v2.PILToTensor()])
-    operations = [v2.RandAugment(magnitude=randaugment)] if randaugment else []
-    part = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    return v2.Compose([*part, *operations, v2.PILToTensor()])
+    # Tensors of uint8 are resized in half the time that PIL takes.
+    part = [v2.PILToTensor(), v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    return v2.Compose([*part, *([v2.RandAugment(magnitude=randaugment)] if randaugment else [])])
 
 
 def decode(file: str) -> Image.Image:
