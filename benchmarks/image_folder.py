@@ -9,14 +9,17 @@ normalised float32 batches of 224×224 pixels on the device.
 """
 
 import argparse
+import os
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
-from loader import images_per_second
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -76,13 +79,26 @@ class Example:
             )
 
 
+def measure(make: Callable[[], Iterable], batches: int) -> tuple[float, float]:
+    """Images per second, and milliseconds of all cores per image, of a loader and its workers.
+
+    The second hardly changes where other work keeps the cores busy.
+    """
+    busy, start = sum(os.times()[:4]), time.perf_counter()
+    loaded = islice(chain.from_iterable(repeat(make())), batches)
+    count = sum(len(images) for images, _ in loaded)
+    seconds = time.perf_counter() - start
+    del loaded  # the workers end, and then their time is known
+    return count / seconds, 1000 * (sum(os.times()[:4]) - busy) / count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="holds train/ and val/")
     parser.add_argument("--images", type=int, default=1000, help="to write without --data-dir")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=4, help="processes of each loader")
-    parser.add_argument("--seconds", type=float, default=20, help="time given to each loader")
+    parser.add_argument("--batches", type=int, default=16, help="what is measured, per loader")
     parser.add_argument("--rounds", type=int, default=3, help="the loaders take turns")
     parser.add_argument("--device", help="left out, the accelerator if there is one, else the CPU")
     args = parser.parse_args()
@@ -96,17 +112,27 @@ def main() -> None:
             write_photographs(directory, args.images)
         train, _ = imagefolder.load(directory)
         print(f"{len(train)} images, batches of {args.batch_size}, {args.workers} workers each\n")
-        print("| example, images/s | this loader, images/s | ratio |\n| ---: | ---: | ---: |")
-        for _ in range(args.rounds):  # afresh, so that only one of them has its workers
-            example = Example(directory, args.batch_size, args.workers, device)
-            usual = images_per_second(example, args.seconds)
-            del example
-            loader = imagefolder.Loader(
-                train, args.batch_size, train=True, device=device, workers=args.workers
+        example = partial(Example, directory, args.batch_size, args.workers, device)
+        ours = partial(
+            imagefolder.Loader,
+            train,
+            args.batch_size,
+            train=True,
+            device=device,
+            workers=args.workers,
+        )
+        print(
+            "| images/s: example | this loader | ratio | ms of a core: example | this loader | ratio |"
+        )
+        print("| ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+        for _ in range(args.rounds):
+            usual, usual_cpu = measure(example, args.batches)
+            speed, cpu = measure(ours, args.batches)
+            print(
+                f"| {usual:,.0f} | {speed:,.0f} | {speed / usual:.2f} "
+                f"| {usual_cpu:.2f} | {cpu:.2f} | {cpu / usual_cpu:.2f} |",
+                flush=True,
             )
-            ours = images_per_second(loader, args.seconds)
-            del loader
-            print(f"| {usual:,.0f} | {ours:,.0f} | {ours / usual:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
