@@ -122,7 +122,8 @@ def main() -> None:
             workers=args.workers,
         )
         print(
-            "| images/s: example | this loader | ratio | ms of a core: example | this loader | ratio |"
+            "| images/s: example | this loader | ratio "
+            "| CPU ms an image: example | this loader | ratio |"
         )
         print("| ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         for _ in range(args.rounds):
