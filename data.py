@@ -13,11 +13,12 @@ import socket
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,7 +61,7 @@ DATASETS = {
 class Split:
     """A part of a data set: for training, for testing, or held out."""
 
-    images: Tensor  # uint8 [N, C, H, W]
+    images: Tensor | np.ndarray  # uint8 [N, C, H, W]; or the files that hold them, bytes [N]
     labels: Tensor  # int64 [N]
     spec: Spec
 
@@ -97,7 +98,7 @@ class Split:
                 "both parts need some"
             )
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        order = order.to(self.images.device)
+        order = order.to(self.labels.device)
         return self.part(order[count:]), self.part(order[:count])
 
 
@@ -143,7 +144,12 @@ class Loader:
         randaugment: strength of RandAugment, 1 to 30, for training; 0 for none.
         rank: this process among the `world` that share each batch.
         world: how many there are.
+
+    Attributes:
+        skipped: the files that could not be read so far and were left out.
     """
+
+    skipped: Set[str] = frozenset()  # what lives on the device was read whole
 
     def __init__(
         self,
@@ -166,7 +172,7 @@ class Loader:
         self.epoch = 0
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-        spec, device = split.spec, split.images.device
+        spec, device = split.spec, split.labels.device
         # ToTensor divides by 255 before Normalize does the rest; here the two are one step.
         self.mean = 255 * torch.tensor(spec.mean, device=device).view(-1, 1, 1)
         self.std = 255 * torch.tensor(spec.std, device=device).view(-1, 1, 1)
@@ -192,11 +198,9 @@ class Loader:
         A share that would be empty is one image with the label -100, which is no class and which
         `cross_entropy` leaves out, so that all ranks go through the model equally often.
         """
-        draws = self._draws()
-        for batch in range(start, len(self)):
-            first, size = batch * self.batch_size, self.images_in(batch)
-            low, high = (size * rank // self.world for rank in (self.rank, self.rank + 1))
-            images, labels = self._batch(draws, slice(first + low, first + max(high, low + 1)))
+        shares = [self._share(batch) for batch in range(start, len(self))]
+        parts = [slice(low, max(high, low + 1)) for low, high in shares]
+        for (low, high), (images, labels) in zip(shares, self._load(parts), strict=True):
             yield images, labels if high > low else labels.fill_(-100)
 
     def whole_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -205,10 +209,21 @@ class Loader:
         For batch norm's statistics, which do not depend on the number of ranks that way. All ranks
         get as many: where these do not come out even, the first batches are given out again.
         """
+        turns = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
+        starts = [turn % count * self.batch_size for turn in turns]
+        return self._load([slice(first, first + self.batch_size) for first in starts])
+
+    def _share(self, batch: int) -> tuple[int, int]:
+        """Where in the epoch this rank's share of a batch begins and ends."""
+        first, size = batch * self.batch_size, self.images_in(batch)
+        low, high = (first + size * rank // self.world for rank in (self.rank, self.rank + 1))
+        return low, high
+
+    def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images and labels of these parts of the epoch, one after the other."""
         draws = self._draws()
-        for turn in range(self.rank, math.ceil(count / self.world) * self.world, self.world):
-            first = turn % count * self.batch_size
-            yield self._batch(draws, slice(first, first + self.batch_size))
+        for part in parts:
+            yield self._batch(draws, part)
 
     def _draws(self) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
         """The epoch's random numbers: of `draw` and of `draw_operations`, where there are any."""
@@ -228,8 +243,12 @@ class Loader:
             if operations is not None:
                 images = rand_augment(images, operations[part], self.randaugment)
             labels = self.split.labels[order]
+        return self._normalise(images), labels
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, C, H, W] as float32, normalised and laid out as asked for."""
         images = images.sub(self.mean).div_(self.std)
-        return images.contiguous(memory_format=self.memory_format), labels
+        return images.contiguous(memory_format=self.memory_format)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All random numbers of the epoch, each [N], in the order in which the images come.

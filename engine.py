@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import data
+import imagefolder
 import models
 import parallel
 import utils
@@ -32,11 +34,16 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def schedule_of(
-    factor: Callable[[float], float], optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0
+    factor: Callable[[float], float],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    warmup: int = 0,
+    first: int = 0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A schedule to be stepped after each of `steps` optimizer steps, by a factor of progress.
 
-    The rate rises linearly over the first `warmup` steps; the progress is that of the rest.
+    The rate rises linearly over the first `warmup` steps; the progress is that of the rest. It
+    begins as if `first` steps were done.
     """
 
     def at(step: int) -> float:
@@ -44,7 +51,9 @@ def schedule_of(
             return (step + 1) / warmup
         return factor((step - warmup) / max(steps - warmup, 1))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, at)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, at, last_epoch=first - 1)
 
 
 # By the names of --optimizer: called with (parameters, rate, weight decay, momentum).
@@ -96,13 +105,21 @@ def set_up(
             f"--batch-size {args.batch_size}: does not divide among {ranks['world']} ranks; "
             f"give a multiple of {ranks['world']}"
         )
-    with parallel.first_rank_first():
-        train_set, test_set = data.load(args.datasets, args.data_dir, device)
+    if args.datasets == imagefolder.NAME:
+        train_set, test_set = imagefolder.load(args.data_dir, args.image_size)
+        test_batch_size = args.batch_size
+        loader = partial(
+            imagefolder.Loader, device=device, workers=args.workers, strict=args.strict_images
+        )
+    else:
+        with parallel.first_rank_first():
+            train_set, test_set = data.load(args.datasets, args.data_dir, device)
+        test_batch_size, loader = 1000, data.Loader
     if args.split:
         rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
         train_set = held_out if on_held_out else rest
     train_set = train_set.part(slice(args.images))
-    train = data.Loader(
+    train = loader(
         train_set,
         args.batch_size,
         train=True,
@@ -111,7 +128,7 @@ def set_up(
         randaugment=args.randaugment,
         **ranks,
     )
-    test = data.Loader(test_set, 1000, train=False, channels_last=args.amp, **ranks)
+    test = loader(test_set, test_batch_size, train=False, channels_last=args.amp, **ranks)
     model = build(args.arch, train_set.spec, device, args, shard)
     return model, train, test
 
@@ -128,7 +145,10 @@ def build(
     Raises:
         UserError: as `models.build`.
     """
-    model = models.build(name, spec.classes, spec.channels, spec.size)
+    if spec.name == imagefolder.NAME:
+        model = models.imagenet.build(name, spec.classes, spec.size)
+    else:
+        model = models.build(name, spec.classes, spec.channels, spec.size)
     if shard and parallel.world() > 1:  # FSDP2 takes contiguous weights only.
         parallel.shard(model, device, args.reshard_after_forward)
     else:
@@ -139,22 +159,35 @@ def build(
 
 
 class Totals:
-    """Loss and hits, summed on the device and read only when asked: no sync in an iteration."""
+    """Loss and hits, summed on the device and read only when asked: no sync in an iteration.
 
-    def __init__(self, device: torch.device, sums: Tensor | None = None):
-        """`sums` are those of other totals to go on from."""
-        self.sums = torch.zeros(3, device=device) if sums is None else sums.to(device, copy=True)
+    Args:
+        top5: whether to tell how often the label is among the five best classes, too.
+        sums: those of other totals to go on from, as `self.sums`.
+    """
+
+    def __init__(self, device: torch.device, top5: bool = False, sums: Tensor | None = None):
+        self._top5 = top5
+        self.sums = torch.zeros(4, device=device) if sums is None else sums.to(device, copy=True)
 
     @torch.no_grad()
     def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
         """Adds a batch: `loss` its sum, `outputs` [B, classes], `labels` [B]; -100 is no label."""
         hits, count = (outputs.argmax(1) == labels).sum(), (labels >= 0).sum()
-        self.sums += torch.stack([loss.float(), hits.float(), count.float()])
+        near = hits
+        if self._top5:
+            best = outputs.topk(min(5, outputs.shape[1])).indices
+            near = (best == labels.unsqueeze(1)).sum()
+        self.sums += torch.stack([loss.float(), hits.float(), near.float(), count.float()])
 
     def read(self) -> dict[str, float]:
-        """The mean loss in nats and the accuracy in percent of all that was added on any rank."""
-        loss, hits, count = parallel.sum_over_ranks(self.sums.clone()).tolist()
-        return {"loss": loss / max(count, 1), "accuracy": 100.0 * hits / max(count, 1)}
+        """The mean loss in nats and the accuracy in percent of all that was added on any rank.
+
+        By the names "loss", "accuracy" and, if asked for, "top5_accuracy".
+        """
+        loss, hits, near, count = parallel.sum_over_ranks(self.sums.clone()).tolist()
+        totals = {"loss": loss / max(count, 1), "accuracy": 100.0 * hits / max(count, 1)}
+        return totals | ({"top5_accuracy": 100.0 * near / max(count, 1)} if self._top5 else {})
 
 
 @dataclass
@@ -165,13 +198,13 @@ class Progress:
         iteration: batches done; all that they gave is in the weights, after an optimizer step.
         rate: at the epoch's start.
         seconds: that they took.
-        sums: what `Totals` has summed, float32 [3].
+        sums: what `Totals` has summed, float32 [4].
     """
 
     iteration: int = 0
     rate: float = 0.0
     seconds: float = 0.0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(3))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4))
 
     def state_dict(self) -> dict:
         return vars(self).copy()
@@ -200,6 +233,7 @@ class Trainer:
             those that are left.
         label_smoothing: of the training loss, in [0, 1].
         clip_grad: largest norm of the gradient, of all parameters together; None for no limit.
+        top5: whether the accuracy among the five best classes is told, too.
         name: what stands before "epoch 3/10" in the log.
         progress: kept up to date, so that it can be saved after any step; what it holds is gone
             on from.
@@ -218,6 +252,7 @@ class Trainer:
     accumulate: int = 1
     label_smoothing: float = 0.0
     clip_grad: float | None = None
+    top5: bool = False
     name: str = ""
     progress: Progress = field(default_factory=Progress)
     state: Path | None = None
@@ -245,16 +280,14 @@ class Trainer:
         trained = self._train(title, after_step)
         rate, seconds = self.progress.rate, self.progress.seconds
         parallel.average_buffers(self.model)
-        tested = evaluate(self.model, self.test, self.amp)
+        tested = evaluate(self.model, self.test, self.amp, self.top5)
         self._refuse_divergence(tested["loss"], f"{title}, test")
         self.progress.load_state_dict(Progress().state_dict())
         return {
             "epoch": epoch,
             "rate": rate,
-            "train_loss": trained["loss"],
-            "train_accuracy": trained["accuracy"],
-            "test_loss": tested["loss"],
-            "test_accuracy": tested["accuracy"],
+            **{f"train_{key}": value for key, value in trained.items()},
+            **{f"test_{key}": value for key, value in tested.items()},
             "seconds": seconds,
         }
 
@@ -262,7 +295,7 @@ class Trainer:
         self.model.train()
         device = device_of(self.model)
         # The sums are those of all ranks, and are summed over them again.
-        totals = Totals(device, self.progress.sums if parallel.rank() == 0 else None)
+        totals = Totals(device, self.top5, self.progress.sums if parallel.rank() == 0 else None)
         count, done = len(self.train), self.progress.iteration
         started = time.perf_counter() - self.progress.seconds
         watched = device.type == "cpu" and parallel.world() == 1
@@ -324,14 +357,17 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     amp: bool = False,
+    top5: bool = False,
 ) -> dict[str, float]:
     """The mean loss in nats and the accuracy in percent over `batches`, in evaluation mode."""
-    return score(predict(model, batches, amp), device_of(model))
+    return score(predict(model, batches, amp), device_of(model), top5)
 
 
-def score(predictions: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, float]:
+def score(
+    predictions: Iterable[tuple[Tensor, Tensor]], device: torch.device, top5: bool = False
+) -> dict[str, float]:
     """The mean loss in nats and the accuracy in percent of logits [B, classes] for labels [B]."""
-    totals = Totals(device)
+    totals = Totals(device, top5)
     for outputs, labels in predictions:
         totals.add(F.cross_entropy(outputs, labels, reduction="sum"), outputs, labels)
     return totals.read()
@@ -371,5 +407,18 @@ def reestimate_bn(
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """`loss 0.1234 accuracy 95.12 %`."""
-    return f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2f} %"
+    """`loss 0.1234 accuracy 95.12 %`, and `top-5 99.87 %` where it was measured."""
+    text = f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2f} %"
+    if "top5_accuracy" in metrics:
+        text += f" top-5 {metrics['top5_accuracy']:.2f} %"
+    return text
+
+
+def skipped_images(*loaders: data.Loader) -> str | None:
+    """A line that counts the images that any rank skipped and names the first, or None."""
+    mine = set().union(*(loader.skipped for loader in loaders))
+    files = sorted(set().union(*parallel.gather(mine)))
+    if not files:
+        return None
+    more = ", …" if len(files) > 5 else ""
+    return f"skipped {len(files)} images that cannot be read: {', '.join(files[:5])}{more}"

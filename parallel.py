@@ -94,6 +94,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather(value: object) -> list:
+    """What each rank has as its `value`, in the order of the ranks, on all of them."""
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def shard(model: nn.Module, device: torch.device, reshard: bool = False) -> nn.Module:
     """`model` on `device`; where there are ranks, sharded among them by FSDP2.
 

@@ -73,8 +73,7 @@ class SGDRun:
             return None
         last = self.metrics[-1]
         return {
-            "accuracy": last["test_accuracy"],
-            "loss": last["test_loss"],
+            **{k.removeprefix("test_"): v for k, v in last.items() if k.startswith("test_")},
             "epochs": last["epoch"],
             "seconds": sum(m["seconds"] for m in self.metrics),
         }
@@ -87,7 +86,14 @@ class SGDRun:
 
 
 # The columns of a table of test results: the key of a value and how it is written.
-COLUMNS = {"accuracy": "{:.2f} %", "loss": "{:.4f}", "epochs": "{:.4g}", "seconds": "{:.1f}"}
+# A column for which no solution has a value is left out.
+COLUMNS = {
+    "accuracy": "{:.2f} %",
+    "top5_accuracy": "{:.2f} %",
+    "loss": "{:.4f}",
+    "epochs": "{:.4g}",
+    "seconds": "{:.1f}",
+}
 
 
 def table(
@@ -99,6 +105,7 @@ def table(
         solutions: name to the values of its row; epochs and seconds are those spent.
         columns: key of a value to its format.
     """
+    columns = {k: form for k, form in columns.items() if any(k in v for v in solutions.values())}
     rows = [["solution", *columns]]
     for name, values in solutions.items():
         rows.append([name, *(form.format(values[key]) for key, form in columns.items())])

@@ -2,6 +2,7 @@
 # Head stage: SGD with checkpoints, then TWA on the first half of them.
 #
 #     bash run.sh [DATASET [ARCH [DATA_DIR]]]     Digits, PreResNet20 and ./datasets if left out
+#     bash run.sh ImageNet resnet18 /path/to/imagenet
 #
 # Run again, it goes on where it was stopped. Edit the settings below for your own.
 set -euo pipefail
@@ -12,6 +13,26 @@ datasets=${1:-Digits}
 model=${2:-PreResNet20}
 data_dir=${3:-./datasets}
 DST=results/${model}_$datasets
+
+if [ "$datasets" = ImageNet ]; then # as in the paper: TWA on the first 60 epochs, and on the last 30
+    common=(--arch="$model" --batch-size 256 --amp
+        --save-dir="$DST/checkpoints" --log-dir="$DST" -p 100 --resume)
+
+    # recipe NAME FLAGS: TWA with these flags, unless it is done; what it writes goes to $DST/NAME.
+    recipe() {
+        [ -e "$DST/$1/twa.json" ] && return
+        "$PYTHON" -u train_twa.py --datasets ImageNet --data-dir "$data_dir" "${@:2}" \
+            --opt SGD --extract Schmidt --train_start -1 --wd 0.00001 "${common[@]}"
+        mkdir -p "$DST/$1"
+        mv "$DST"/checkpoints/twa*.pt "$DST"/twa[._]* "$DST/$1"
+    }
+
+    "$PYTHON" -u train_sgd_imagenet.py "$data_dir" --epochs 90 --saves-per-epoch 5 --lr 0.1 \
+        --wd 0.0001 "${common[@]}"
+    recipe 60+2 --epochs 2 --params_start 0 --params_end 301 --lr 0.3 --schedule step
+    recipe 90+1 --epochs 1 --params_start 301 --params_end 451 --lr 0.03 --schedule linear
+    exit
+fi
 
 case $datasets in
     Digits) # seconds

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import data
+import imagefolder
 import models
 import parallel
 import report
@@ -34,6 +35,7 @@ from engine import (
     reestimate_bn,
     schedule_of,
     set_up,
+    skipped_images,
 )
 from twa import TWA
 from twa.checkpoints import average, load_into, verify
@@ -57,6 +59,7 @@ RESUME_WITH = (
     "weight_decay",
     "randomseed",
     "images",
+    "image_size",
 )
 RATE_HELP = (
     "(1 - momentum) / curvature for SGD, with the largest curvature of the training loss along the "
@@ -68,7 +71,8 @@ CURVATURE_IMAGES = 256
 
 def parse_arguments():
     parser = utils.Parser("trains the averaging coefficients over a window of checkpoints")
-    utils.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    architectures = dict.fromkeys((*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS))
+    utils.add_common_arguments(parser, architectures, (*data.DATASETS, imagefolder.NAME))
     add = parser.add_argument
     epochs_help = "epochs over the training set, or over its held-out part with --split"
     add("--epochs", type=number(int, 0), default=100, help=epochs_help)
@@ -112,7 +116,12 @@ def parse_arguments():
         help="under torchrun, gather the weights of a block once more for its backward pass: for "
         "models that one device cannot hold",
     )
+    utils.add_image_arguments(parser, None)
     args = parser.parse_args()
+    if args.datasets == imagefolder.NAME:
+        args.image_size = args.image_size or imagefolder.SIZE
+    elif args.image_size or args.strict_images:
+        parser.error(f"--image-size and --strict-images: only with --datasets {imagefolder.NAME}")
     if (args.extract == "SVD") != (args.components is not None):
         parser.error("--extract SVD and --components belong together")
     return args
@@ -192,6 +201,8 @@ def train_twa(args):
     save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
     window = window_paths(save_dir, args.params_start, args.params_end)
     model, train, test = set_up(args, on_held_out=True, shard=True)
+    on_imagenet = args.datasets == imagefolder.NAME
+    bn_images = imagefolder.BN_IMAGES if on_imagenet else None
 
     # Each file read once, by one of the ranks: the others touch their own columns only.
     start_point = [save_dir / f"{args.train_start}.pt"] if args.train_start >= 0 else []
@@ -205,11 +216,14 @@ def train_twa(args):
     solutions = {}
     for name, checkpoint in averages.items():
         load_into(model, checkpoint)
-        reestimate_bn(model, train, args.amp)
-        solutions[name] = evaluate(model, test, args.amp) | spent
+        reestimate_bn(model, train, args.amp, bn_images)
+        solutions[name] = evaluate(model, test, args.amp, on_imagenet) | spent
     if args.evaluate:
+        skipped = skipped_images(train, test)
         if parallel.rank() == 0:
             print(report.table(solutions))
+            if skipped:
+                print(skipped)
         return
 
     started = time.perf_counter()
@@ -268,6 +282,7 @@ def train_twa(args):
         amp=args.amp,
         print_every=args.print_freq,
         accumulate=args.accumulate,
+        top5=on_imagenet,
         name="TWA ",
         progress=progress,
         state=save_dir / "twa_state.pt",
@@ -283,14 +298,15 @@ def train_twa(args):
             save(epoch)
 
     # The end of training is what is reported: test data choose nothing.
-    reestimate_bn(model, train, args.amp)
+    reestimate_bn(model, train, args.amp, bn_images)
     parallel.save_model(model, save_dir / "twa.pt")
     seconds = build_seconds + sum(m["seconds"] for m in log.epochs)
-    solutions["TWA"] = evaluate(model, test, args.amp) | {
+    solutions["TWA"] = evaluate(model, test, args.amp, on_imagenet) | {
         "epochs": spent["epochs"] + args.epochs * (args.val_ratio / 100 if args.split else 1),
         "seconds": spent["seconds"] + seconds,
     }
     alpha = optimizer.averaging_weights()
+    skipped = skipped_images(train, test)
     if parallel.rank() > 0:
         return
     alpha = alpha.mean(0) if alpha.dim() == 2 else alpha  # at finer granularity the blocks' mean
@@ -318,6 +334,8 @@ def train_twa(args):
     if sgd.end and sgd.end["epochs"] > spent["epochs"]:
         solutions["SGD to its end"] = sgd.end
     log.line(report.table(solutions))
+    if skipped:
+        log.line(skipped)
     log.line(f"written: {save_dir / 'twa.pt'}, {log_dir / 'twa.json'}, {log_dir / 'twa.png'}")
 
 

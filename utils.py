@@ -118,6 +118,10 @@ def run(main: Callable[[], None]) -> None:
         line, status = f"error: {error}", 2
     except OSError as error:  # a disk that is full, a path too long, a pipe that nobody reads
         line, status = f"error: {error.filename or 'a file'}: {error.strerror or error}", 2
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        line, status = f"error: {error} (try fewer --workers: each needs memory)", 2
     except Stopped as stopped:
         line, status = str(stopped), stopped.status
     else:
@@ -171,10 +175,17 @@ def add_common_arguments(
     add("--arch", "-a", default="VGG16BN", choices=architectures, help="architecture")
     add("--datasets", default="CIFAR10", choices=datasets, help="data set")
     add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
+    add_training_arguments(parser, batch_size=128)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """The flags of every trainer of the head stage, but for the model and the data set."""
+    add = parser.add_argument
+    seed = {"type": number(int, 0, 2**31 - 1), "default": 1}
     add("--workers", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
-    add("--batch-size", "-b", type=number(int, 1), default=128, help="images a step")
+    add("--batch-size", "-b", type=number(int, 1), default=batch_size, help="images a step")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--randomseed", type=number(int, 0, 2**31 - 1), default=1, help="seed of all randomness")
+    add("--randomseed", "--seed", **seed, help="seed of all randomness")
     add("--save-dir", default="save_temp", help="where checkpoints are saved")
     add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
     add("--evaluate", "-e", action="store_true", help="test what there is and end")
@@ -183,8 +194,8 @@ def add_common_arguments(
 
 
 WORKERS_HELP = (
-    "accepted so that known command lines run: these data sets live on the device and need no "
-    "worker processes"
+    "processes that decode and augment the images of ImageNet, on each rank; the other data sets "
+    "live on the device and need none"
 )
 
 
@@ -202,6 +213,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--randaugment", type=number(int, 0, 30), default=0, help=RANDAUGMENT_HELP)
 
 
+def add_image_arguments(parser: argparse.ArgumentParser, size: int | None) -> None:
+    """The flags of every trainer on image folders; images have `size` pixels if left out."""
+    add = parser.add_argument
+    add("--image-size", type=number(int, 1), default=size, help=IMAGE_SIZE_HELP)
+    strict_help = "stop at an image that cannot be read, rather than skip it"
+    add("--strict-images", action="store_true", help=strict_help)
+
+
+IMAGE_SIZE_HELP = "height and width of the images that the model gets, in pixels"
 RANDAUGMENT_HELP = "strength of RandAugment, two operations an image; 0: none"
 
 

@@ -1,18 +1,65 @@
-"""torchvision's classifiers for ImageNet, made to take the images of any other data set.
+"""torchvision's classifiers: for image folders as they are, and for any other data set.
 
 Their `state_dict`s are torchvision's but for the head, which has the data set's classes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import pickle
+import sys
+
+import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import get_model
+from torchvision.models import get_model, list_models
 
 from utils import UserError
 
+# What `torchvision_model` makes, for images of any size.
 NAMES = ("resnet18", "resnet50", "vit_b_16", "vit_b_32")
 _SIZE = 224  # pixels, what the pretrained weights were trained on
+
+# What `build` makes, for images as they come.
+CLASSIFIERS = tuple(list_models(module=torchvision.models))
+
+# Without the auxiliary classifiers, which give no logits in evaluation; and with the input made
+# what the pretrained weights expect.
+_INCEPTION = {"aux_logits": False, "transform_input": True, "init_weights": True}
+
+
+def build(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """A classifier of torchvision, freshly initialised, by a name of `CLASSIFIERS`.
+
+    It maps images, float [B, 3, image_size, image_size], to logits [B, num_classes].
+
+    Raises:
+        UserError: torchvision has no classifier of this name, or it takes no images of this size.
+    """
+    if name not in CLASSIFIERS:
+        raise UserError(
+            f"unknown architecture {name!r}: choose from torchvision's {', '.join(CLASSIFIERS)}"
+        )
+    keywords = {}
+    if name.startswith("vit_"):
+        keywords = {"image_size": image_size}
+    elif name.startswith("maxvit_"):
+        keywords = {"input_size": (image_size, image_size)}
+    elif name in ("googlenet", "inception_v3"):
+        keywords = _INCEPTION
+    try:
+        model = get_model(name, weights=None, num_classes=num_classes, **keywords)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: does not take images of {image_size} pixels ({reason}); "
+            f"give another --image-size"
+        ) from None
+    return model
 
 
 def _to_imagenet(_, inputs: tuple[Tensor]) -> Tensor:
@@ -33,18 +80,32 @@ def torchvision_model(name: str, num_classes: int) -> nn.Module:
 
 
 def load_pretrained(model: nn.Module, name: str) -> None:
-    """Puts torchvision's default weights into `torchvision_model(name, …)`; its head stays.
+    """Puts torchvision's default weights into the classifier `name`.
+
+    A head of another number of classes than ImageNet's 1000 stays as it is.
 
     Raises:
-        UserError: the weights are not there and cannot be downloaded.
+        UserError: the weights are not there and cannot be downloaded, or are of another size.
     """
     try:
-        pretrained = get_model(name, weights="DEFAULT").state_dict()
-    except (OSError, RuntimeError) as error:
+        with contextlib.ExitStack() as stack:
+            if not sys.stderr.isatty():  # a progress bar would fill the log
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            pretrained = get_model(name, weights="DEFAULT").state_dict()
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"--pretrained: torchvision's weights of {name} are not to be had ({reason})"
+            f"--pretrained: torchvision's weights of {name} are not to be had ({reason}): they are "
+            f"neither in {torch.hub.get_dir()}/checkpoints nor to be downloaded"
         ) from None
-    head = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    own = {k: v for k, v in model.state_dict().items() if k.startswith(f"{head}.")}
-    model.load_state_dict(pretrained | own)
+    own = model.state_dict()
+    head = list(own)[-1].rpartition(".")[0]
+    for key, value in own.items():
+        if pretrained[key].shape == value.shape:
+            own[key] = pretrained[key]
+        elif not key.startswith(f"{head}."):
+            raise UserError(
+                f"--pretrained: torchvision's weights of {name} are for images of {_SIZE} pixels "
+                f"({key} differs); leave out --image-size"
+            )
+    model.load_state_dict(own)

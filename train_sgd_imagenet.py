@@ -1,0 +1,75 @@
+"""Trains a classifier of torchvision on an image folder and saves checkpoints for TWA to average.
+
+    python train_sgd_imagenet.py /path/to/imagenet -a resnet18 --amp \\
+        --save-dir results/checkpoints --log-dir results
+
+The folder holds `train/` and `val/`, and each of these a folder per class. Writes `0.pt` (the
+initialisation), `1.pt`, `2.pt`, …, five an epoch, and `state.pt` (to resume) to --save-dir.
+Under `torchrun` each rank trains on its share of every batch.
+"""
+
+import imagefolder
+import models
+import parallel
+import sgd
+import utils
+from engine import SCHEDULES, set_up
+from utils import UserError, number
+
+
+def parse_arguments():
+    parser = utils.Parser("SGD training on an image folder that leaves the checkpoints for TWA")
+    add = parser.add_argument
+    add("data_dir", metavar="DIR", help="holds train/ and val/, each with a folder per class")
+    add(
+        "--arch",
+        "-a",
+        default="resnet18",
+        choices=models.imagenet.CLASSIFIERS,
+        metavar="ARCH",
+        help=f"architecture: {', '.join(models.imagenet.CLASSIFIERS)}",
+    )
+    add("--pretrained", action="store_true", help="start from torchvision's weights of --arch")
+    start_help = "epochs that count as done; --resume knows this itself"
+    add("--start-epoch", type=number(int, 0), default=0, help=start_help)
+    step_help = "every 30 epochs"
+    sgd.add_arguments(parser, epochs=90, saves_per_epoch=5, step_help=step_help)
+    utils.add_training_arguments(parser, batch_size=256)
+    utils.add_image_arguments(parser, imagefolder.SIZE)
+    parser.set_defaults(datasets=imagefolder.NAME)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    if args.start_epoch > args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch} lies past --epochs {args.epochs}")
+    with utils.lock(args):
+        train_sgd(args)
+
+
+def train_sgd(args):
+    utils.set_seed(args.randomseed)
+    model, train, test = set_up(args)
+    if args.pretrained:
+        with parallel.first_rank_first():
+            models.imagenet.load_pretrained(model, args.arch)
+
+    def every_30_epochs(x: float) -> float:
+        return 0.1 ** int(x * args.epochs / 30 + 1e-9)  # x may be rounded down
+
+    factor = every_30_epochs if args.schedule == "step" else SCHEDULES[args.schedule]
+    sgd.run(
+        args,
+        model,
+        train,
+        test,
+        factor,
+        start_epoch=args.start_epoch,
+        resume_with=(*sgd.RESUME_WITH, "image_size"),
+        top5=True,
+    )
+
+
+if __name__ == "__main__":
+    utils.run(main)
