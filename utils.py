@@ -116,6 +116,11 @@ def run(main: Callable[[], None]) -> None:
             parallel.stop()
     except (UserError, CheckpointError, MemoryError) as error:
         line, status = f"error: {error}", 2
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        line = "error: batch norm needs more than one image in each batch, the last too; "
+        line, status = line + "give another --batch-size", 2
     except OSError as error:  # a disk that is full, a path too long, a pipe that nobody reads
         line, status = f"error: {error.filename or 'a file'}: {error.strerror or error}", 2
     except RuntimeError as error:

@@ -896,6 +896,15 @@ def test_odd_command_lines_end_with_status_0_or_2(tiny, kind, count):
     print(f"{kind}: {ended[0]} of {count} command lines accepted, {ended[2]} refused")
 
 
+def test_batches_of_one_image_are_refused_where_batch_norm_needs_more(tmp_path):
+    """ResNet18 leaves one pixel of the digits: what random command lines found."""
+    flags = where(tmp_path)
+    flags[flags.index("PreResNet20")] = "ResNet18"
+    line = one_line(call(SGD, *flags, "--epochs", 1, "--batch-size", 1))
+    assert "more than one image" in line
+    assert "--batch-size" in line
+
+
 # --- hours ---
 
 
