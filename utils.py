@@ -504,7 +504,8 @@ class Lock:
     def __enter__(self) -> None:
         if fcntl is None or not parallel.first():
             return
-        self._made = not self._path.parent.exists()
+        ways = (self._path.parent, *self._path.parent.parents)
+        self._made = [directory for directory in ways if not directory.exists()]
         make_directory(self._path.parent)
         try:
             while not self._holds():
@@ -534,8 +535,8 @@ class Lock:
             return
         with contextlib.suppress(OSError):
             self._path.unlink()  # while it is locked, so that it is not the next process's
-            if self._made:
-                self._path.parent.rmdir()  # if nothing came into it
+            for directory in self._made:
+                directory.rmdir()  # if nothing came into it
         self._file.close()
 
 
