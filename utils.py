@@ -110,6 +110,7 @@ def run(main: Callable[[], None]) -> None:
     What a signal stops ends in one line too, with status 128 + its number, as shells have it:
     143 for SIGTERM, 130 for SIGINT, 138 for SIGUSR1 (where that is signal 10, as on Linux).
     """
+    line, status = "", 0
     try:
         with Signals():
             main()
@@ -129,11 +130,13 @@ def run(main: Callable[[], None]) -> None:
         line, status = f"error: {error} (try fewer --workers: each needs memory)", 2
     except Stopped as stopped:
         line, status = str(stopped), stopped.status
-    else:
-        return
-    who = f"rank {parallel.rank()}: " if parallel.world() > 1 else ""
-    print(who + " ".join(line.splitlines()), file=sys.stderr)
-    sys.exit(status)
+    if status:
+        who = f"rank {parallel.rank()}: " if parallel.world() > 1 else ""
+        print(who + " ".join(line.splitlines()), file=sys.stderr)
+    if parallel.launched():
+        parallel.leave(status)
+    if status:
+        sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):

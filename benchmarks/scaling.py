@@ -118,6 +118,7 @@ def measure(args):
     if parallel.rank() == 0:
         print(json.dumps(everyone))
     parallel.stop()
+    parallel.leave(0)
 
 
 def print_measured(args, ranks: dict[int, list[dict]]):

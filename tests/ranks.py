@@ -23,6 +23,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
 import models
+import parallel
 from twa import TWA, CheckpointError, Subspace
 from twa.sharding import local
 
@@ -178,7 +179,8 @@ def main(folder: Path):
     if rank == 0:
         torch.save(results, folder / f"{world if dist.is_initialized() else 'whole'}.pt")
     if dist.is_initialized():
-        dist.destroy_process_group()
+        parallel.stop()
+        parallel.leave(0)
 
 
 if __name__ == "__main__":
