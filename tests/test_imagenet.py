@@ -382,6 +382,7 @@ def test_strict_images_end_a_run_in_one_line(folder, tmp_path):
     assert str(folder / TRUNCATED) in line
 
 
+@pytest.mark.slow
 def test_strict_images_end_every_rank(folder, tmp_path):
     done = run_on(2, SGD, *sgd_flags(folder, tmp_path, workers=1), "--strict-images")
     assert done.returncode != 0

@@ -119,7 +119,10 @@ def test_sgd_on_two_ranks_is_sgd_in_one_process(alone, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "basis"),
-    [(3, ["--reshard-after-forward"]), (2, ["--granularity", "layer", "--bits", 8])],
+    [
+        (3, ["--reshard-after-forward"]),
+        pytest.param(2, ["--granularity", "layer", "--bits", 8], marks=pytest.mark.slow),
+    ],
 )
 def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks, basis):
     expected = alone

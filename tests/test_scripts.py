@@ -15,7 +15,6 @@ import signal
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -569,8 +568,7 @@ def test_refusals_in_processes_of_their_own(run):
         (TWA, *where(run), "--params_end", 9),
         (SGD, *where(run), "--arch", "LeNet"),
     )
-    with ThreadPoolExecutor() as pool:
-        lines = [one_line(r) for r in pool.map(lambda c: process(*c, cwd=run), commands)]
+    lines = [one_line(process(*command, cwd=run)) for command in commands]
     assert "2.pt" in lines[0]
     assert "5.pt" in lines[1]
     assert "LeNet" in lines[2]
