@@ -145,9 +145,8 @@ def build(folder: str, args, options: dict | None) -> tuple[float, int, int]:
     `options` are those of `Subspace`; None is the release's way.
     """
     model = make_model(args)
-    torch.load(
-        checkpoints(folder, args)[0], mmap=True, weights_only=True
-    )  # What PyTorch imports for it, untimed.
+    first = checkpoints(folder, args)[0]
+    torch.load(first, mmap=True, weights_only=True)  # What PyTorch imports for it, untimed.
     before, start = peak_memory(), time.perf_counter()
     if options is None:
         size = release_basis(folder, args).nbytes

@@ -341,7 +341,8 @@ def test_checkpoints_of_wrapped_models_load_as_they_are(resnet, folder, tmp_path
     evaluate = [*twa_flags(folder, run), "-e"]
     plain = succeed(call(TWA, *evaluate)).out
     for path in run.glob("checkpoints/[0-9].pt"):
-        torch.save({f"module.{k}": v for k, v in torch.load(path).items()}, path)
+        state = torch.load(path, weights_only=True)
+        torch.save({f"module.{k}": v for k, v in state.items()}, path)
     wrapped = succeed(call(TWA, *evaluate)).out
     assert wrapped == plain
     assert "SWA" in wrapped and "top5_accuracy" in wrapped

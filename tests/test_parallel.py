@@ -83,8 +83,9 @@ def copy(alone, tmp_path) -> Path:
 
 def difference(actual: Path, expected: Path) -> float:
     """Of two state_dicts, relative to the second."""
-    flat = [torch.cat([v.flatten() for v in torch.load(p).values()]) for p in (actual, expected)]
-    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+    states = (torch.load(path, weights_only=True) for path in (actual, expected))
+    flat, reference = (torch.cat([v.flatten() for v in state.values()]) for state in states)
+    return float((flat - reference).norm() / reference.norm())
 
 
 def results(folder: Path, name: str = "twa.json") -> dict:

@@ -36,7 +36,7 @@ def execute(command: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def whole(folder) -> dict:
-    return torch.load(folder / "whole.pt")
+    return torch.load(folder / "whole.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
@@ -44,7 +44,7 @@ def ranks(folder, request) -> list[dict]:
     """The results of each rank."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     execute([*launch, str(request.param), str(SCRIPT), str(folder)])
-    return torch.load(folder / f"{request.param}.pt")["ranks"]
+    return torch.load(folder / f"{request.param}.pt", weights_only=True)["ranks"]
 
 
 def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_a_step_communicates_once_a_shard_group_and_once_for_all_coefficients(ra
 
 
 def test_what_is_wrong_on_one_rank_is_said_by_all(folder, ranks):
-    said = torch.load(folder / f"{len(ranks)}.pt")["refusals"]
+    said = torch.load(folder / f"{len(ranks)}.pt", weights_only=True)["refusals"]
     assert said["NaN"] == "1: holds NaN or infinity"
     assert "call fully_shard on the whole model" in said["half"]
 
