@@ -66,7 +66,7 @@ RATE_HELP = (
     "coefficients, which is measured; 0.01 · ‖coefficients‖ / sqrt(their number) for AdamW"
 )
 # Images of which the curvature is measured, in whole batches.
-CURVATURE_IMAGES = 256
+CURVATURE_IMAGES = 128
 
 
 def parse_arguments():

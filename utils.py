@@ -175,12 +175,33 @@ def percentage(text: str) -> float:
     return value
 
 
+def factory(text: str) -> str:
+    """An argument type: `module:function`, which `models.build` imports and calls."""
+    if not all(text.partition(":")):
+        raise argparse.ArgumentTypeError(f"{text} is not MODULE:FUNCTION")
+    return text
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *flags: str, **named) -> None:
+    """The flag of an architecture's name, `flags`, and the one of a model that the user brings."""
+    group = parser.add_mutually_exclusive_group(required="default" not in named)
+    group.add_argument(*flags, dest="arch", help="architecture", **named)
+    group.add_argument(
+        "--model-factory",
+        dest="arch",
+        default=argparse.SUPPRESS,
+        type=factory,
+        metavar="MODULE:FUNCTION",
+        help="a function of your own that returns the nn.Module; called without arguments",
+    )
+
+
 def add_common_arguments(
     parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
 ) -> None:
     """The flags of both trainers of the head stage, with the names of the paper's release."""
     add = parser.add_argument
-    add("--arch", "-a", default="VGG16BN", choices=architectures, help="architecture")
+    add_model_arguments(parser, "--arch", "-a", choices=architectures, default="VGG16BN")
     add("--datasets", default="CIFAR10", choices=datasets, help="data set")
     add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
     add_training_arguments(parser, batch_size=128)
@@ -250,28 +271,12 @@ WARMUP_HELP = "epochs of a linear rise of the rate; the schedule takes the rest"
 CLIP_HELP = "largest norm of the gradient, all parameters together; left out, any"
 
 
-def factory(text: str) -> str:
-    """An argument type: `module:function`, which `models.build` imports and calls."""
-    if not all(text.partition(":")):
-        raise argparse.ArgumentTypeError(f"{text} is not MODULE:FUNCTION")
-    return text
-
-
 def add_soup_arguments(
     parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
 ) -> None:
     """The flags of both scripts of the fine-tune stage, which always hold out validation data."""
     add = parser.add_argument
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument(
-        "--arch", "-a", default="PreResNet20", choices=architectures, help="architecture"
-    )
-    model.add_argument(
-        "--model-factory",
-        type=factory,
-        metavar="MODULE:FUNCTION",
-        help="a function of your own that returns the nn.Module; called without arguments",
-    )
+    add_model_arguments(parser, "--arch", "-a", choices=architectures, default="PreResNet20")
     add("--datasets", default="CIFAR10", choices=datasets, help="data set")
     add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
     add("--batch-size", "-b", type=number(int, 1), default=128, help="images a step")

@@ -1,7 +1,6 @@
 """Does it hold, and how well: the studies behind RESULTS.md, each part alone and resumable.
 
     python evidence.py head --data FashionMNIST-12k --arch PreResNet20 --seed 1
-    python evidence.py rates --data FashionMNIST-12k --arch PreResNet20 --seed 1
     python evidence.py report            RESULTS.md and its figures, from results/*.json
 
 `bash evidence.sh` runs everything. A part trains what it needs with the project's own scripts,
@@ -9,227 +8,82 @@ below results/evidence, and adds what it measures to `results/PART.DATA.ARCH.SEE
 after the other; entries that stand are not made again. Test data choose nothing.
 """
 
-import argparse
-import json
-import subprocess
-import sys
+import copy
+import resource
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evidence_report
 import torch
-from torch import Tensor, nn
+from study import (
+    DATA,
+    EPOCHS,
+    HEAD,
+    RESULTS,
+    ROOT,
+    SAVES,
+    Bench,
+    Method,
+    ema,
+    fit,
+    loss_of,
+    sgd,
+    twa,
+)
 from torch.nn import functional as F
+from torch.nn.utils import vector_to_parameters
 
 import utils
-from engine import SCHEDULES, autocast, device_of, evaluate, reestimate_bn, schedule_of, set_up
-from train_twa import safe_rate
-from twa import TWA
-from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
+from engine import autocast
+from twa import TWA, Subspace
+from twa.checkpoints import Checkpoint, load_into
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-
-DATA = {"FashionMNIST": None, "FashionMNIST-12k": 12_000}  # images of the training set; None: all
-EPOCHS, HEAD = 24, 12  # of the full run, and of those that leave the checkpoints
-SAVES = 5  # an epoch
 BUDGETS = (0.1, 0.2, 0.5, 1, 2, 5)  # epochs more
-SQUEEZED = (
-    1,
-    2,
-    5,
-)  # of these, where the whole schedule is squeezed in: scripts train whole epochs
+SQUEEZED = (1, 5)  # of these, where the whole schedule is squeezed in
+CHANNEL = {"granularity": "channel"}
+LAYER = {"granularity": "layer"}
 
 
 def main():
     parser = utils.Parser("the studies behind RESULTS.md")
     parser.add_argument("part", choices=(*PARTS, "report"))
     parser.add_argument("--data", choices=DATA, default="FashionMNIST-12k", help="training set")
-    parser.add_argument("--arch", default="PreResNet20", help="architecture")
+    arch_help = "architecture: a name of this project's, or module:function"
+    parser.add_argument("--arch", default="PreResNet20", help=arch_help)
     parser.add_argument("--seed", type=int, default=1, help="of the run and of all that follows")
-    parser.add_argument("--data-dir", default=str(ROOT / "datasets"), help="where data sets lie")
+    parser.add_argument("--data-dir", default=ROOT / "datasets", type=Path, help="of data sets")
     args = parser.parse_args()
     if args.part == "report":
-        evidence_report.write(HERE / "results", ROOT / "RESULTS.md")
+        evidence_report.write(RESULTS, ROOT / "RESULTS.md")
     else:
-        PARTS[args.part](Bench(args))
+        PARTS[args.part](Bench(args.part, args.data, args.arch, args.seed, args.data_dir))
 
 
-class Bench:
-    """A finished SGD run, its checkpoints, the data, and the measurements that stand.
-
-    Attributes:
-        window: the checkpoints of the head, five an epoch, without the initialisation.
-        model, train, test: what is trained and measured.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.folder = ROOT / "results/evidence" / f"{args.data}.{args.arch}.{args.seed}"
-        self.path = HERE / "results" / f"{args.part}.{args.data}.{args.arch}.{args.seed}.json"
-        self.path.parent.mkdir(exist_ok=True)
-        self.records = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.sgd(EPOCHS, SAVES)
-        checkpoints = self.folder / f"sgd{EPOCHS}"
-        self.window = [checkpoints / f"{i}.pt" for i in range(1, HEAD * SAVES + 1)]
-        utils.set_seed(args.seed)
-        self.model, self.train, self.test = set_up(
-            argparse.Namespace(
-                **{"arch": args.arch, "data_dir": args.data_dir, "images": DATA[args.data]},
-                **{"datasets": args.data.partition("-")[0], "batch_size": 128},
-                **{"randomseed": args.seed, "amp": True, "split": False, "randaugment": 0},
-                **{"device": None, "compile": False, "wandb": False},
-            )
-        )
-
-    def sgd(self, epochs: int, saves: int) -> list[dict]:
-        """The metrics of a whole SGD run of so many epochs, trained unless it stands."""
-        folder, args = self.folder / f"sgd{epochs}", self.args
-        images = DATA[args.data]
-        metrics = utils.read_metrics(folder / "metrics.jsonl")
-        if len(metrics) < epochs:
-            command = [sys.executable, ROOT / "train_sgd_cifar.py", "--arch", args.arch, "--amp"]
-            command += ["--datasets", args.data.partition("-")[0], "--data-dir", args.data_dir]
-            command += ["--images", images] if images else []
-            command += ["--epochs", epochs, "--saves-per-epoch", saves, "--randomseed", args.seed]
-            command += ["--save-dir", folder, "--log-dir", folder, "-p", 1000, "--resume"]
-            subprocess.run([str(word) for word in command], check=True)
-            metrics = utils.read_metrics(folder / "metrics.jsonl")
-        return metrics
-
-    def measure(self, name: str, make: Callable[[], dict]) -> None:
-        """Adds the entry `name`, unless it stands."""
-        if name not in self.records:
-            self.records[name] = make()
-            utils.write_json(self.records, self.path)
-            print(f"{self.path.stem}: {name}: {self.records[name]}", flush=True)
-
-    def mean(self, count: int) -> dict[str, Tensor]:
-        """The mean of the window's last checkpoints."""
-        return average(self.window[-count:])
-
-    def tested(self) -> dict:
-        """Test loss and accuracy of the model's weights, batch norm re-estimated."""
-        reestimate_bn(self.model, self.train, amp=True)
-        return evaluate(self.model, self.test, amp=True)
-
-    def solution(self, checkpoint: Checkpoint) -> dict:
-        """What weights that are there are worth."""
-        load_into(self.model, checkpoint)
-        return self.tested() | {"epochs": HEAD}
-
-    def trained(self, method: "Method", epochs: float) -> dict:
-        """What is made of the method's start point in so many epochs more."""
-        load_into(self.model, self.mean(method.start))
-        started = time.perf_counter()
-        optimizer = method.optimizer(self)
-        built = time.perf_counter() - started
-        steps = max(1, round(epochs * len(self.train)))
-        loss = train(self.model, self.train, optimizer, steps, method.schedule)
-        seconds = time.perf_counter() - started
-        rate = optimizer.defaults["lr"]
-        return self.tested() | {
-            **{"epochs": HEAD + epochs, "train_loss": loss, "seconds": seconds, "build": built},
-            **({"lr": rate} if rate else {}),
-        }
+def last(bench: Bench) -> Path:
+    return bench.window()[-1]
 
 
-def train(
-    model: nn.Module, loader, optimizer: torch.optim.Optimizer, steps: int, schedule: str
-) -> float:
-    """So many steps, from epoch 1 of the loader on; returns the mean loss of the last tenth."""
-    scheduler = schedule_of(SCHEDULES[schedule], optimizer, steps)
-    device, losses, epoch = device_of(model), [], 0
-    model.train()
-    while len(losses) < steps:
-        epoch += 1
-        loader.set_epoch(epoch)
-        for images, labels in loader:
-            with autocast(device, True):
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            losses.append(loss.detach())
-            if len(losses) == steps:
-                break
-    return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to spend epochs: `optimizer(bench)` steps on the weights of the start point.
-
-    `start` is the number of checkpoints, the window's last, whose mean the start point is.
-    """
-
-    start: int
-    optimizer: Callable[[Bench], torch.optim.Optimizer]
-    schedule: str = "linear"
-
-
-def sgd(bench: Bench) -> torch.optim.Optimizer:
-    return torch.optim.SGD(bench.model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
-
-
-def twa(
-    base: type = torch.optim.SGD,
-    start: int = 10,
-    lr: float | None = None,
-    factor: float = 1,
-    **basis,
-) -> Callable[[Bench], TWA]:
-    """TWA over the whole window, at `lr`, or at `factor` times the default rate."""
-
-    def make(bench: Bench) -> TWA:
-        momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
-        optimizer = TWA(
-            *(bench.model, bench.window, base),
-            **{"start": bench.mean(start), "lr": 0.0, "weight_decay": 1e-5} | momentum | basis,
-        )
-        rate = lr or factor * safe_rate(
-            optimizer, bench.model, bench.train, momentum.get("momentum"), amp=True
-        )
-        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = rate
-        return optimizer
-
-    return make
-
-
-CHANNEL = {"granularity": "channel"}
 METHODS = {
-    "SGD, decaying, from the last checkpoint": Method(1, sgd),
-    "SGD, decaying, from the mean of the last 10": Method(10, sgd),
-    "TWA": Method(10, twa()),
-    "TWA by layer": Method(10, twa(granularity="layer")),
-    "TWA by channel": Method(10, twa(**CHANNEL)),
-    "TWA by channel, 12 directions": Method(10, twa(**CHANNEL, extract="SVD", components=12)),
-    "TWA by channel, AdamW": Method(10, twa(torch.optim.AdamW, **CHANNEL)),
+    "SGD, decaying, from the last checkpoint": Method(sgd, last),
+    "SGD, decaying, from the mean of the last 10": Method(sgd),
+    "TWA": Method(twa()),
+    "TWA by layer": Method(twa(**LAYER)),
+    "TWA by channel": Method(twa(**CHANNEL)),
 }
 
 
 def head(bench: Bench) -> None:
     """The head stage: TWA and its rivals at equal budgets, from the same twelve epochs."""
-    full = bench.sgd(EPOCHS, SAVES)
-    curve = [{key: m[key] for key in ("epoch", "test_accuracy", "test_loss")} for m in full]
-    seconds = sum(m["seconds"] for m in full) / EPOCHS
+    curve = [{key: m[key] for key in ("epoch", "test_accuracy", "test_loss")} for m in bench.full]
+    seconds = statistics.median(m["seconds"] for m in bench.full)
     bench.measure("SGD", lambda: {"curve": curve, "epoch_seconds": seconds})
-    bench.measure("last checkpoint", lambda: bench.solution(bench.window[-1]))
-    for count in (5, 10, len(bench.window)):
-        name = f"mean of the last {count}" if count < len(bench.window) else "SWA"
-        bench.measure(name, lambda count=count: bench.solution(bench.mean(count)))
-    bench.measure("EMA", lambda: bench.solution(ema(bench.window)))
+    averages(bench)
     for budget in BUDGETS:
         for name, method in METHODS.items():
-            bench.measure(
-                f"{name} | {budget:g}",
-                lambda method=method, budget=budget: bench.trained(method, budget),
-            )
+            bench.measure(f"{name} | {budget:g}", partial(bench.trained, method, budget))
         if budget in SQUEEZED:
             bench.measure(
                 f"SGD, whole schedule | {budget:g}",
@@ -237,42 +91,262 @@ def head(bench: Bench) -> None:
             )
 
 
-def ema(window: list[Path], decay: float = 0.9) -> dict[str, Tensor]:
-    """The exponential moving average over the checkpoints, five an epoch."""
-    state = load_state_dict(window[0])
-    total = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
-    for path in window[1:]:
-        for key, value in load_state_dict(path).items():
-            if value.is_floating_point():
-                total[key] = decay * total[key] + (1 - decay) * value
-    return {key: value.to(state[key].dtype) for key, value in total.items()}
+def averages(bench: Bench) -> None:
+    """What the head is worth without training."""
+    window = bench.window()
+    bench.measure("last checkpoint", lambda: bench.solution(window[-1]))
+    for count in (5, 10, len(window)):
+        name = f"mean of the last {count}" if count < len(window) else "mean of all (SWA)"
+        bench.measure(name, lambda count=count: bench.solution(bench.mean(count)))
+    bench.measure("EMA", lambda: bench.solution(ema(window)))
 
 
 def of_run(metrics: list[dict]) -> dict:
     """The end of an SGD run as an entry."""
-    last = metrics[-1]
+    end = metrics[-1]
     seconds = sum(m["seconds"] for m in metrics)
-    results = {"loss": last["test_loss"], "accuracy": last["test_accuracy"]}
-    return results | {"epochs": last["epoch"], "seconds": seconds}
+    results = {"loss": end["test_loss"], "accuracy": end["test_accuracy"]}
+    return results | {"epochs": end["epoch"], "seconds": seconds}
+
+
+def checkpoints(bench: Bench) -> None:
+    """How many checkpoints, how often, and from which epoch on; from the mean of two epochs."""
+    for saves in (1, 2, 5, 10, 20):
+        for first in (0, 4, 8, 10):
+            window = partial(Bench.window, first=first, every=SAVES // saves)
+            bench.measure(
+                f"{saves} an epoch | {first}",
+                lambda window=window: (
+                    bench.trained(Method(twa(window=window))) | {"count": len(window(bench))}
+                ),
+            )
 
 
 def rates(bench: Bench) -> None:
     """How far the default rate of the coefficients is from the best, over three decades."""
+    adamw = partial(twa, torch.optim.AdamW)
     kinds = {
         "SGD": twa,
-        "SGD by layer": lambda **o: twa(**o, granularity="layer"),
-        "SGD by channel": lambda **o: twa(**o, **CHANNEL),
-        "AdamW": lambda **o: twa(torch.optim.AdamW, **o),
-        "AdamW by layer": lambda **o: twa(torch.optim.AdamW, **o, granularity="layer"),
-        "AdamW by channel": lambda **o: twa(torch.optim.AdamW, **o, **CHANNEL),
+        "SGD by layer": partial(twa, **LAYER),
+        "SGD by channel": partial(twa, **CHANNEL),
+        "AdamW": adamw,
+        "AdamW by channel": partial(adamw, **CHANNEL),
     }
-    for name, make in kinds.items():
-        for factor in (1 / 32, 1 / 10, 1 / 3.2, 1, 3.2, 10, 32):
-            method = Method(10, make(factor=factor))
-            bench.measure(f"{name} | {factor:.3g}", lambda m=method: bench.trained(m, 1))
+    for factor in (1, 1 / 32, 1 / 10, 1 / 3.2, 3.2, 10, 32):
+        for name, make in kinds.items():
+            method = Method(make(factor=factor))
+            bench.measure(f"{name} | {factor:.3g}", partial(bench.trained, method))
 
 
-PARTS = {"head": head, "rates": rates}
+def settings(bench: Bench) -> None:
+    """One setting at a time, after one epoch; the rest as in the head stage."""
+    for name, basis in {"model": {}, "layer": LAYER, "channel": CHANNEL}.items():
+
+        def measure(setting: str, method: Method, epochs: float = 1, of: str = name) -> None:
+            bench.measure(f"{setting} | {of}", partial(bench.trained, method, epochs))
+
+        measure("as in the head stage", Method(twa(**basis)))
+        for count in (1, 5, 60):
+            start = partial(Bench.mean, count=count)
+            measure(f"from the mean of the last {count}", Method(twa(**basis), start))
+        for bits in (16, 8, 4):
+            measure(f"{bits} bits", Method(twa(bits=bits, **basis)))
+        for components in (3, 12, 24):
+            method = Method(twa(extract="SVD", components=components, **basis))
+            measure(f"{components} principal directions", method)
+        for decay in (0.0, 1e-3, 1e-1):
+            measure(f"weight decay {decay:g}", Method(twa(weight_decay=decay, **basis)))
+        for schedule in ("constant", "cosine", "step"):
+            measure(f"{schedule} rate", Method(twa(**basis), schedule=schedule))
+        measure("AdamW", Method(twa(torch.optim.AdamW, **basis)))
+
+
+def second_order(bench: Bench) -> None:
+    """L-BFGS and Newton's method on the coefficients, against SGD; epochs count every pass."""
+    for epochs in (1, 10):
+        bench.measure(f"SGD | {epochs}", partial(bench.trained, Method(twa()), epochs))
+        bench.measure(f"L-BFGS | {epochs}", partial(lbfgs, bench, epochs))
+        bench.measure(f"Newton | {epochs}", partial(newton, bench, epochs))
+
+
+def full_batch(bench: Bench, optimizer: TWA, batches: int):
+    """A closure over the first so many batches of an epoch, without the graph of more than one."""
+    bench.train.set_epoch(1)
+    parts = list(islice(bench.train, batches))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        return sum(loss_of(bench.model, *part, 1 / batches) for part in parts)
+
+    return closure
+
+
+def lbfgs(bench: Bench, epochs: int, passes: int = 12) -> dict:
+    """So many passes with a line search over as many batches as the budget has for each."""
+    load_into(bench.model, bench.mean(10))
+    optimizer = TWA(
+        *(bench.model, bench.window(), torch.optim.LBFGS),
+        **{"start": bench.mean(10), "lr": 1.0, "max_iter": passes, "max_eval": passes},
+        line_search_fn="strong_wolfe",
+    )
+    bench.model.train()
+    closure = full_batch(bench, optimizer, max(1, epochs * len(bench.train) // passes))
+    return {"train_loss": float(optimizer.step(closure))} | bench.tested()
+
+
+class NewtonStep(torch.optim.Optimizer):
+    """A step of `-(|H| + damping)⁻¹ g`, H by differences of gradients, one for each coefficient.
+
+    `|H|` has the eigenvectors of H and their eigenvalues' magnitudes, so that a direction of
+    negative curvature is gone down, not up.
+    """
+
+    def __init__(self, parameters, damping: float = 0.1):
+        super().__init__(parameters, {"damping": damping})
+
+    @torch.no_grad()
+    def step(self, closure) -> torch.Tensor:
+        (group,) = self.param_groups
+        (coefficients,) = group["params"]
+        length = 1e-3 * coefficients.norm()
+        here = coefficients.clone()
+
+        def gradient(at: torch.Tensor) -> torch.Tensor:
+            coefficients.copy_(at)
+            with torch.enable_grad():
+                self.loss = closure()
+            return coefficients.grad.double()
+
+        start = gradient(here)
+        units = torch.eye(len(here)).to(here)
+        hessian = torch.stack([gradient(here + length * u) - start for u in units]) / length
+        values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
+        values = values.abs() + group["damping"] * values.abs().max()
+        step = vectors @ ((vectors.T @ start) / values)
+        coefficients.copy_(here - step.float())
+        return self.loss
+
+
+def newton(bench: Bench, epochs: int, components: int = 12, steps: int = 2) -> dict:
+    """Two steps in the window's leading directions, on batches as large as the budget has."""
+    load_into(bench.model, bench.mean(10))
+    optimizer = TWA(
+        *(bench.model, bench.window(), NewtonStep),
+        **{"start": bench.mean(10), "extract": "SVD", "components": components},
+    )
+    bench.model.train()
+    passes = steps * (len(optimizer.subspace) + 1)
+    closure = full_batch(bench, optimizer, max(1, epochs * len(bench.train) // passes))
+    for _ in range(steps):
+        loss = optimizer.step(closure)
+    return {"train_loss": float(loss)} | bench.tested()
+
+
+def little(bench: Bench) -> None:
+    """Where full training cannot go: a few held-out images with clean labels, and noisy ones.
+
+    A window whose training data are gone has these images alone, for batch norm as well.
+    """
+    averages(bench)
+    end = {"accuracy": bench.full[-1]["test_accuracy"], "loss": bench.full[-1]["test_loss"]}
+    bench.measure("SGD, full run", lambda: end | {"epochs": EPOCHS})
+    for name, method in METHODS.items():
+        bench.measure(f"{name} | training set", partial(bench.trained, method))
+    for images in (200, 1000, 5000):
+        some = bench.held_out(images)
+        bench.measure(
+            f"mean of the last 10 | {images}",
+            lambda some=some: bench.solution(bench.mean(10), some),
+        )
+        for name, method in METHODS.items():
+            alone = Method(method.optimizer, method.start, method.schedule, images)
+            bench.measure(f"{name} | {images}", partial(bench.trained, alone))
+
+
+def cost(bench: Bench) -> None:
+    """Milliseconds of a step, seconds of a build, and bytes."""
+    load_into(bench.model, bench.mean(10))
+    window, ways = bench.window(), {}
+    for name in ("model", "layer", "channel"):
+        for bits in (32, 8, 4):
+            started = time.perf_counter()
+            subspace = Subspace(bench.model, window, granularity=name, bits=bits)
+            build = time.perf_counter() - started
+            ways[f"TWA, {bits} bits | {name}"] = (
+                twa(granularity=name, bits=bits),
+                {
+                    **{"build_seconds": build, "basis_bytes": subspace.nbytes},
+                    "coefficients": len(subspace),
+                },
+            )
+    ways["SGD"] = sgd, {}
+    if all(name in bench.records for name in ways):
+        return
+    seconds = {name: [] for name in ways}
+    in_step = {name: [] for name in ways}
+    for name, (make, _) in ways.items():
+        load_into(bench.model, bench.mean(10))
+        optimizer, clock = make(bench, bench.train), []
+        optimizer.register_step_pre_hook(lambda *_, c=clock: c.append(-time.perf_counter()))
+        optimizer.register_step_post_hook(lambda *_, c=clock: c.append(time.perf_counter()))
+        for warm in (False, True, True):
+            clock.clear()
+            started = time.perf_counter()
+            fit(bench.model, bench.train, optimizer, 20, "constant")
+            if warm:
+                seconds[name].append((time.perf_counter() - started) / 20)
+                in_step[name].append(sum(clock) / 20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for name, (_, facts) in ways.items():
+        measured = {"step_ms": 1e3 * min(seconds[name]), "optimizer_ms": 1e3 * min(in_step[name])}
+        bench.measure(name, lambda measured=measured, facts=facts: measured | facts)
+    bench.measure("process", lambda: {"peak_bytes": peak, "steps_an_epoch": len(bench.train)})
+
+
+def plane(bench: Bench) -> None:
+    """The training loss on the plane through the solutions of SGD, SWA and TWA.
+
+    The mean over 1024 images, batch norm with the statistics of the batch.
+    """
+    if "plane" in bench.records:
+        return
+    model, solutions = bench.model, {}
+
+    def weights_of(checkpoint: Checkpoint) -> torch.Tensor:
+        load_into(model, checkpoint)
+        return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+
+    bench.trained(METHODS["TWA"])
+    solutions["TWA"] = weights_of(copy.deepcopy(model.state_dict()))
+    solutions["SGD"] = weights_of(last(bench))
+    solutions["SWA"] = weights_of(bench.mean(len(bench.window())))
+    origin = solutions["SGD"]
+    axes, _ = torch.linalg.qr(torch.stack([solutions[s] - origin for s in ("SWA", "TWA")], dim=1))
+    points = torch.stack([axes.T @ (w - origin) for w in solutions.values()])
+    low, high = points.min(0).values, points.max(0).values
+    margin = 0.5 * (high - low).max()
+    xs, ys = (torch.linspace(low[i] - margin, high[i] + margin, 21).tolist() for i in (0, 1))
+
+    bench.train.set_epoch(1)
+    images, labels = map(torch.cat, zip(*islice(bench.train, 8), strict=True))
+    model.train()
+
+    @torch.no_grad()
+    def loss_at(x: float, y: float) -> float:
+        weights = origin + axes @ torch.tensor([x, y]).double()
+        vector_to_parameters(weights.float(), model.parameters())
+        with autocast(images.device, True):
+            return F.cross_entropy(model(images), labels).item()
+
+    losses = [[loss_at(x, y) for x in xs] for y in ys]
+    named = {name: point.tolist() for name, point in zip(solutions, points, strict=True)}
+    bench.measure("plane", lambda: {"x": xs, "y": ys, "loss": losses, "points": [named]})
+
+
+PARTS = {
+    part.__name__.replace("_", "-"): part
+    for part in (head, rates, settings, checkpoints, second_order, little, cost, plane)
+}
 
 if __name__ == "__main__":
     utils.run(main)

@@ -77,7 +77,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.warmup_epochs > min(args.epochs):
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than the least of --epochs")
-    if args.pretrained and (args.model_factory or args.arch not in models.imagenet.NAMES):
+    if args.pretrained and args.arch not in models.imagenet.NAMES:
         parser.error(f"--pretrained: only with --arch {', '.join(models.imagenet.NAMES)}")
     return args
 
@@ -150,14 +150,14 @@ def fine_tune(args):
     training, held_out = training.hold_out(args.val_ratio, args.randomseed)
     training = training.part(slice(args.images))
     validation = data.Loader(held_out, 1000, train=False, channels_last=args.amp)
-    model = build(args.model_factory or args.arch, training.spec, device, args)
+    model = build(args.arch, training.spec, device, args)
     base, origin = start_point(args, model)
 
     save_dir = Path(args.save_dir)
     utils.make_directory(save_dir)
     utils.write_json({"arguments": vars(args), **utils.provenance()}, save_dir / "run.json")
     fixed = {
-        "model": args.model_factory or args.arch,
+        "model": args.arch,
         "datasets": args.datasets,
         "held_out": utils.held_out(args),
         "base": origin,

@@ -312,7 +312,7 @@ def make_soups(args):
     device = utils.choose_device(args.device)
     training, test = data.load(args.datasets, args.data_dir, device)
     training, held_out = training.hold_out(args.val_ratio, args.randomseed)
-    model = build(args.model_factory or args.arch, training.spec, device, args)
+    model = build(args.arch, training.spec, device, args)
     for path in paths:
         verify(path)
         check(load_state_dict(path), model.state_dict(), str(path))

@@ -34,7 +34,7 @@ def parse_arguments():
     add("--data_path", dest="data_dir", default="./datasets", help="where data sets lie")
     add("--batch_size", type=number(int, 1), default=128, help="images a step")
     add("--num_workers", type=number(int, 0), default=4, help=utils.WORKERS_HELP)
-    add("--model", dest="arch", required=True, choices=models.ARCHITECTURES, help="architecture")
+    utils.add_model_arguments(parser, "--model", choices=models.ARCHITECTURES)
     add("--epochs", type=number(int, 1), default=200, help="epochs in all")
     add("--save_freq", type=number(int, 1), default=1, help="epochs between resumable states")
     add("--eval_freq", type=number(int, 1), default=5, help="epochs between tests of the average")

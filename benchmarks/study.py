@@ -1,0 +1,261 @@
+"""What the studies measure on: a finished SGD run, its checkpoints, and ways to go on from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import data
+import utils
+from engine import SCHEDULES, autocast, build, evaluate, reestimate_bn, schedule_of
+from train_twa import safe_rate
+from twa import TWA
+from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+EPOCHS, HEAD = 24, 12  # of the full run, and of those that leave the checkpoints
+SAVES, EVERY = 20, 4  # checkpoints an epoch, of which every fourth is in a window: five an epoch
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training set: so many images of FashionMNIST, and the share of labels that are wrong."""
+
+    images: int | None = None  # None: all
+    noise: float = 0.0
+
+
+DATA = {
+    "FashionMNIST": Data(),
+    "FashionMNIST-12k": Data(12_000),
+    "FashionMNIST-12k-noisy": Data(12_000, 0.4),
+}
+
+
+class Bench:
+    """A finished SGD run, its checkpoints, the data, and the measurements that stand.
+
+    Args:
+        part: of the study.
+        name: of the training set, in `DATA`.
+        arch: a name that `models.build` knows.
+        data_dir: where FashionMNIST lies.
+
+    Attributes:
+        model, train, test: what is trained and measured.
+        rest: the training images that the run never saw, with clean labels.
+        records: the entries by name.
+    """
+
+    def __init__(self, part: str, name: str, arch: str, seed: int, data_dir: Path):
+        self.arch, self.seed, self._data = arch, seed, DATA[name]
+        study = f"{name}.{arch.rpartition(':')[2]}.{seed}"
+        self._folder = ROOT / "results/evidence" / study
+        self.path = RESULTS / f"{part}.{study}.json"
+        self.path.parent.mkdir(exist_ok=True)
+        self.records = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self._data_dir = data_dir
+        if self._data.noise:
+            self._data_dir = self._folder / "data"
+            write_noisy_labels(data_dir, self._data_dir, self._data, seed)
+        self.full = self.sgd(EPOCHS, SAVES)
+
+        utils.set_seed(seed)
+        cpu = torch.device("cpu")
+        training, test = data.load("FashionMNIST", self._data_dir, cpu)
+        self.train = self._loader(training.part(slice(self._data.images)))
+        self.rest = training.part(slice(self._data.images or len(training), None))
+        self.test = data.Loader(test, 1000, train=False, channels_last=True)
+        layout = argparse.Namespace(amp=True, compile=False)
+        self.model = build(arch, training.spec, cpu, layout)
+
+    def _loader(self, split: data.Split) -> data.Loader:
+        return data.Loader(split, 128, train=True, seed=self.seed, channels_last=True)
+
+    def held_out(self, count: int) -> data.Loader:
+        """So many images, with clean labels, that the run never saw."""
+        return self._loader(self.rest.part(slice(count)))
+
+    def sgd(self, epochs: int, saves: int) -> list[dict]:
+        """The metrics of a whole SGD run of so many epochs, trained unless it stands."""
+        folder = self._folder / f"sgd{epochs}"
+        metrics = utils.read_metrics(folder / "metrics.jsonl")
+        if len(metrics) < epochs:
+            command = [sys.executable, ROOT / "train_sgd_cifar.py", "--datasets", "FashionMNIST"]
+            command += ["--model-factory" if ":" in self.arch else "--arch", self.arch, "--amp"]
+            command += ["--images", self._data.images] if self._data.images else []
+            command += ["--data-dir", self._data_dir, "--randomseed", self.seed, "-p", 1000]
+            command += ["--epochs", epochs, "--saves-per-epoch", saves]
+            command += ["--save-dir", folder, "--log-dir", folder, "--resume"]
+            subprocess.run([str(word) for word in command], check=True)
+            metrics = utils.read_metrics(folder / "metrics.jsonl")
+        return metrics
+
+    def window(self, first: int = 0, every: int = EVERY) -> list[Path]:
+        """The checkpoints of the head from epoch `first` on, every so many, in order."""
+        numbers = range(first * SAVES + every, HEAD * SAVES + 1, every)
+        return [self._folder / f"sgd{EPOCHS}" / f"{i}.pt" for i in numbers]
+
+    def mean(self, count: int) -> dict[str, Tensor]:
+        """The mean of the window's last checkpoints."""
+        return average(self.window()[-count:])
+
+    def measure(self, name: str, make: Callable[[], dict]) -> None:
+        """Adds the entry `name`, unless it stands."""
+        if name not in self.records:
+            self.records[name] = make()
+            utils.write_json(self.records, self.path)
+            shown = {k: v for k, v in self.records[name].items() if not isinstance(v, list)}
+            print(f"{self.path.stem}: {name}: {shown}", flush=True)
+
+    def tested(self, of: data.Loader | None = None) -> dict:
+        """Test loss and accuracy of the model's weights.
+
+        Args:
+            of: the images that batch norm is re-estimated on; the training set if None.
+        """
+        reestimate_bn(self.model, of or self.train, amp=True)
+        return evaluate(self.model, self.test, amp=True)
+
+    def solution(self, checkpoint: Checkpoint, of: data.Loader | None = None) -> dict:
+        """What weights that are there are worth."""
+        load_into(self.model, checkpoint)
+        return self.tested(of) | {"epochs": HEAD}
+
+    def trained(self, method: Method, epochs: float = 1) -> dict:
+        """What is made of the method's start point in so many epochs' worth of steps more."""
+        loader = self.train if method.images is None else self.held_out(method.images)
+        load_into(self.model, method.start(self))
+        started = time.perf_counter()
+        optimizer = method.optimizer(self, loader)
+        build_seconds = time.perf_counter() - started
+        steps = max(1, round(epochs * len(self.train)))
+        loss = fit(self.model, loader, optimizer, steps, method.schedule)
+        entry = {"epochs": HEAD + epochs, "train_loss": loss, "build_seconds": build_seconds}
+        entry["seconds"] = time.perf_counter() - started
+        if isinstance(optimizer, TWA):
+            entry["lr"] = optimizer.defaults["lr"]
+            alpha = optimizer.averaging_weights()
+            entry["averaging_weights"] = [
+                round(a, 6) for a in (alpha.mean(0) if alpha.dim() == 2 else alpha).tolist()
+            ]
+        return self.tested(loader) | entry
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to spend epochs after the head.
+
+    Attributes:
+        optimizer: from the bench, whose model is at the start point, and the loader that it trains
+            on: what steps on the weights.
+        start: the start point.
+        images: held-out images to train on alone; None: the training set.
+    """
+
+    optimizer: Callable[[Bench, data.Loader], torch.optim.Optimizer]
+    start: Callable[[Bench], Checkpoint] = lambda bench: bench.mean(10)
+    schedule: str = "linear"
+    images: int | None = None
+
+
+def fit(
+    model: nn.Module,
+    loader: data.Loader,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    schedule: str,
+) -> float:
+    """So many steps, from epoch 1 of the loader on; returns the mean loss of the last tenth."""
+    scheduler = schedule_of(SCHEDULES[schedule], optimizer, steps)
+    losses, epoch = [], 0
+    model.train()
+    while len(losses) < steps:
+        epoch += 1
+        loader.set_epoch(epoch)
+        for images, labels in loader:
+            losses.append(loss_of(model, images, labels))
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            if len(losses) == steps:
+                break
+    return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0) -> Tensor:
+    """Adds `share` of the gradient of the mean loss; returns that share of the loss."""
+    with autocast(images.device, True):
+        loss = F.cross_entropy(model(images), labels) * share
+    loss.backward()
+    return loss.detach()
+
+
+def sgd(bench: Bench, loader: data.Loader) -> torch.optim.Optimizer:
+    """SGD on all weights from half the head's rate on."""
+    return torch.optim.SGD(bench.model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+
+
+def twa(
+    base: type = torch.optim.SGD,
+    factor: float = 1,
+    window: Callable[[Bench], list[Path]] = Bench.window,
+    **arguments,
+) -> Callable[[Bench, data.Loader], TWA]:
+    """TWA at `factor` times the default rate from where the model is."""
+
+    def make(bench: Bench, loader: data.Loader) -> TWA:
+        momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
+        settings = {"lr": 0.0, "weight_decay": 1e-5} | momentum | arguments
+        start = {key: value.clone() for key, value in bench.model.state_dict().items()}
+        optimizer = TWA(bench.model, window(bench), base, start=start, **settings)
+        rate = safe_rate(optimizer, bench.model, loader, momentum.get("momentum"), amp=True)
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = factor * rate
+        return optimizer
+
+    return make
+
+
+def ema(window: list[Path], decay: float = 0.9) -> dict[str, Tensor]:
+    """The exponential moving average over the checkpoints."""
+    state = load_state_dict(window[0])
+    total = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    for path in window[1:]:
+        for key, value in load_state_dict(path).items():
+            if value.is_floating_point():
+                total[key] = decay * total[key] + (1 - decay) * value
+    return {key: value.to(state[key].dtype) for key, value in total.items()}
+
+
+def write_noisy_labels(source: Path, target: Path, made: Data, seed: int) -> None:
+    """A copy of FashionMNIST in which a share of the first labels is one of the other nine."""
+    raw = target / "FashionMNIST/raw"
+    if raw.exists():
+        return
+    partial = target / "partial"
+    shutil.copytree(source / "FashionMNIST/raw", partial, dirs_exist_ok=True)
+    file = partial / "train-labels-idx1-ubyte"
+    content = bytearray(file.read_bytes())
+    labels = torch.frombuffer(content, dtype=torch.uint8)[8:]  # a header, then a byte a label
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(made.images, generator=generator)
+    chosen = chosen[: math.ceil(made.noise * made.images)]
+    labels[chosen] = (labels[chosen] + torch.randint(1, 10, chosen.shape, generator=generator)) % 10
+    file.write_bytes(content)
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(raw)
