@@ -21,7 +21,11 @@ def cnn() -> nn.Module:
         convolutions = (nn.Conv2d(i, outputs, 3, padding=1) for i in (inputs, outputs))
         return [layer for c in convolutions for layer in (c, nn.ReLU())] + [nn.MaxPool2d(2)]
 
-    return nn.Sequential(
+    model = nn.Sequential(
         *(*stage(1, 16), *stage(16, 32), *stage(32, 64)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
     )
+    for module in model:
+        if isinstance(module, nn.Conv2d):  # Without normalisation the signal must keep its size.
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return model
