@@ -1,6 +1,7 @@
 """Small architectures for the studies: `--model-factory benchmarks.architectures:vit`.
 
-They take FashionMNIST's images, 28×28 and grey; unlike PreResNet20 they have no batch norm.
+They take FashionMNIST's images, 28×28 and grey; unlike PreResNet20 they have no batch
+norm, so that nothing has to be re-estimated.
 """
 
 from torch import nn
@@ -15,17 +16,16 @@ def vit() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    """A convolutional network without normalisation: three stages, 0.07 M weights."""
+    """A convolutional network with group norm: three stages, 0.07 M weights."""
 
     def stage(inputs: int, outputs: int) -> list[nn.Module]:
-        convolutions = (nn.Conv2d(i, outputs, 3, padding=1) for i in (inputs, outputs))
-        return [layer for c in convolutions for layer in (c, nn.ReLU())] + [nn.MaxPool2d(2)]
+        layers: list[nn.Module] = []
+        for channels in (inputs, outputs):
+            layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False)]
+            layers += [nn.GroupNorm(4, outputs), nn.ReLU()]
+        return [*layers, nn.MaxPool2d(2)]
 
-    model = nn.Sequential(
+    return nn.Sequential(
         *(*stage(1, 16), *stage(16, 32), *stage(32, 64)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
     )
-    for module in model:
-        if isinstance(module, nn.Conv2d):  # Without normalisation the signal must keep its size.
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return model

@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--data-dir", default=ROOT / "datasets", type=Path, help="of data sets")
     args = parser.parse_args()
     if args.part == "report":
-        evidence_report.write(RESULTS, ROOT / "RESULTS.md")
+        evidence_report.write(RESULTS, ROOT / "RESULTS.md", ROOT / "benchmarks/figures")
     else:
         PARTS[args.part](Bench(args.part, args.data, args.arch, args.seed, args.data_dir))
 
