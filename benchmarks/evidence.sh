@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
 # The studies behind RESULTS.md, and RESULTS.md itself:    bash evidence.sh [SEED ...]
 #
-# Seeds 1 2 3 if left out; hours on two CPU cores. What stands is not made again, so it can be
+# Seeds 1 2 3 if left out; many hours on two CPU cores. What stands is not made again, so it can be
 # stopped and started at will, and several seeds can run side by side (OMP_NUM_THREADS=1 then).
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../env.sh
 
+study() { # PART ARCH [DATA]
+    "$PYTHON" -u evidence.py "$1" --arch "$2" --data "${3:-FashionMNIST-12k}" --seed "$seed"
+}
+cnn=benchmarks.architectures:cnn
+vit=benchmarks.architectures:vit
+
 [ $# -gt 0 ] || set -- 1 2 3
 for seed; do
-    for part in head rates; do
-        "$PYTHON" -u evidence.py $part --data FashionMNIST-12k --arch PreResNet20 --seed "$seed"
-    done
+    study head PreResNet20
+    study head $cnn
+    for arch in PreResNet20 $cnn $vit; do study rates $arch; done
+    for part in checkpoints settings second-order little; do study $part PreResNet20; done
+    study little PreResNet20 FashionMNIST-12k-noisy
+    study head PreResNet20 FashionMNIST
 done
+seed=1
+study plane PreResNet20
+study cost PreResNet20
 "$PYTHON" evidence.py report

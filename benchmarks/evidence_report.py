@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
@@ -42,30 +43,32 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
             figure = figures / f"{part}.{name.replace(' on ', '.')}.png"
             lines = section(runs, figure)
             missing = f", {len(runs)} of {SEEDS} seeds" if len(runs) < SEEDS else ""
-            parts += ["", f"## {title}: {name}{missing}", "", note, "", *lines]
+            parts += ["", f"## {title}: {name}{missing}", "", fill(note, 98), "", *lines]
             if figure.exists():
                 parts += ["", f"![{title}]({figure.relative_to(target.parent)})"]
     for title, note, script in OTHERS:
         table = subprocess.run([sys.executable, ROOT / script], capture_output=True, check=True)
-        parts += ["", f"## {title}", "", note, "", table.stdout.decode().strip()]
+        parts += ["", f"## {title}", "", fill(note, 98), "", table.stdout.decode().strip()]
     parts += ["", *papers(), ""]
     target.write_text("\n".join(parts))
 
 
 INTRODUCTION = f"""# Results
 
-Does Trainable Weight Averaging save epochs, does it beat the simple averages, and which settings are
-safe? `bash benchmarks/evidence.sh` makes the runs, `python benchmarks/evidence.py report` writes this
-page from their JSON in `benchmarks/results`. All of it ran on two CPU cores, with bf16 autocast, batches
-of 128, and mean ± standard deviation over the seeds; test data chose nothing.
+Does Trainable Weight Averaging save epochs, does it beat the simple averages, and which settings
+are safe? `bash benchmarks/evidence.sh` makes the runs, `python benchmarks/evidence.py report`
+writes this page from their JSON in `benchmarks/results`. All of it ran on two CPU cores, with
+bf16 autocast, batches of 128, and mean ± standard deviation over the seeds; test data chose
+nothing.
 
-The full run is SGD for {EPOCHS} epochs at rate 0.1, a tenth of it from the middle on and a hundredth from
-three quarters on. The *head* is its first {HEAD} epochs, all at rate 0.1; they leave {SAVES // EVERY}
-checkpoints an epoch. TWA starts from the mean of the last ten of them and trains the coefficients of all
-{HEAD * SAVES // EVERY}, at the default rate falling linearly to 0. The training sets are FashionMNIST's
-60,000 images or the first 12,000 of them (12k), of which 40 % have wrong labels in one (noisy). The cnn
-and the vit of `benchmarks/architectures.py` have no batch norm; where there is one, it is re-estimated for
-every solution. "Epochs" count what is trained on; measuring the default rate takes five batches more."""
+The full run is SGD for {EPOCHS} epochs at rate 0.1, a tenth of it from the middle on and a
+hundredth from three quarters on. The *head* is its first {HEAD} epochs, all at rate 0.1; they
+leave {SAVES // EVERY} checkpoints an epoch. TWA starts from the mean of the last ten of them and
+trains the coefficients of all {HEAD * SAVES // EVERY}, at the default rate falling linearly to 0.
+The training sets are FashionMNIST's 60,000 images or the first 12,000 of them (12k), of which 40
+% have wrong labels in one (noisy). The cnn and the vit of `benchmarks/architectures.py` have no
+batch norm; where there is one, it is re-estimated for every solution. "Epochs" count what is
+trained on; measuring the default rate takes five batches more."""
 
 
 def summary(studies: Studies) -> list[str]:
@@ -236,8 +239,8 @@ def rates(runs: Runs, figure: Path) -> list[str]:
         best = max(means, key=means.get)
         worst = max(of(runs, f"{row} | 1", "train_loss"))
         lines.append(
-            f"- {row}: the default is {means[best] - means['1']:.2f} points below the best of these "
-            f"rates ({best} times the default); its training loss ends at {worst:.3f} at most."
+            f"- {row}: the default is {means[best] - means['1']:.2f} points below the best of "
+            f"these rates ({best} times the default); its training loss ends at {worst:.3f}."
         )
     return lines
 
@@ -263,9 +266,7 @@ def draw_averaging(runs: Runs, path: Path) -> None:
             epochs = [(k + 1) / saves for k in range(len(alpha))]
             axes.plot(epochs, alpha, ".-", color=f"C{i}", label=f"{saves} checkpoints an epoch")
     axes.axhline(1 / HEAD, color="#7f7f7f", linestyle=":", label="the uniform mean (SWA)")
-    axes.set(
-        xlabel="epoch of the checkpoint", ylabel="averaging coefficient · checkpoints an epoch"
-    )
+    axes.set(xlabel="epoch of the checkpoint", ylabel="coefficient · checkpoints an epoch")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     save(fig, path)
@@ -273,14 +274,11 @@ def draw_averaging(runs: Runs, path: Path) -> None:
 
 def second_order(runs: Runs, figure: Path) -> list[str]:
     lines = both(runs, "for so many epochs' worth of passes")
-    reference, newton = f"{SGD} | 10", "L-BFGS | 1"
-    if of(runs, reference) and of(runs, newton):
-        gap = statistics.mean(of(runs, reference)) - statistics.mean(of(runs, newton))
-        lines += ["", f"L-BFGS in one epoch is {gap:.2f} points behind SGD in ten."]
-    return lines
-
-
-SGD = "SGD"
+    long, short = of(runs, "SGD | 10"), [of(runs, f"{m} | 1") for m in ("L-BFGS", "Newton")]
+    if not (long and all(short)):
+        return lines
+    gap = statistics.mean(long) - max(map(statistics.mean, short))
+    return [*lines, "", f"SGD in ten epochs less the better of the two in one: {gap:+.2f} points."]
 
 
 def little(runs: Runs, figure: Path) -> list[str]:
@@ -327,19 +325,19 @@ SECTIONS = {
     "head": (
         "Head stage",
         "TWA against rivals that spend the same epochs: SGD on all weights from rate 0.05 falling "
-        "linearly to 0,\nand SGD with its whole schedule squeezed into the epochs of both.",
+        "linearly to 0, and SGD with its whole schedule squeezed into the epochs of both.",
         head,
     ),
     "plane": (
         "The loss around the solutions",
         "The training loss on the plane through the head's last checkpoint (SGD), the mean of its "
-        "window (SWA)\nand TWA's solution after one epoch; 1024 images, first seed.",
+        "window (SWA) and TWA's solution after one epoch; 1024 images, first seed.",
         plane,
     ),
     "checkpoints": (
         "How many checkpoints, how often",
         "One epoch of TWA from the mean of the head's last two epochs. The figure: the averaging "
-        "coefficients\nthat it ends with, scaled so that windows of any number compare.",
+        "coefficients that it ends with, scaled so that windows of any number compare.",
         checkpoints,
     ),
     "rates": (
@@ -351,14 +349,14 @@ SECTIONS = {
     "second-order": (
         "Second-order steps on the coefficients",
         "L-BFGS with a line search on fixed batches, and two Newton steps in the twelve leading "
-        "directions, with\nthe Hessian from differences of gradients. Every pass counts as training.",
+        "directions, the Hessian from differences of gradients. Every pass counts as training.",
         second_order,
     ),
     "little": (
         "Few images, and wrong labels",
-        "For steps worth one epoch, on the training set or on so many images with right labels that "
-        "the run never\nsaw; where they stand alone, batch norm is re-estimated on them, too, as if "
-        "the training data were gone.",
+        "For steps worth one epoch, on the training set or on so many images with right labels "
+        "that the run never saw; there batch norm is re-estimated on them, too, as if the training "
+        "data were gone.",
         little,
     ),
     "cost": (
