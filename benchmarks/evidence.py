@@ -43,6 +43,7 @@ from twa.checkpoints import Checkpoint, load_into
 
 BUDGETS = (0.1, 0.2, 0.5, 1, 2, 5)  # epochs more
 SQUEEZED = (1, 5)  # of these, where the whole schedule is squeezed in
+IMAGES = (200, 1000, 5000)  # held-out images
 CHANNEL = {"granularity": "channel"}
 LAYER = {"granularity": "layer"}
 
@@ -252,7 +253,7 @@ def little(bench: Bench) -> None:
     bench.measure("SGD, full run", lambda: end | {"epochs": EPOCHS})
     for name, method in METHODS.items():
         bench.measure(f"{name} | training set", partial(bench.trained, method))
-    for images in (200, 1000, 5000):
+    for images in IMAGES:
         some = bench.held_out(images)
         bench.measure(
             f"mean of the last 10 | {images}",

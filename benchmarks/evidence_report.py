@@ -36,7 +36,7 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
         part, training, arch, _ = path.stem.split(".")
         runs = studies.setdefault(part, {}).setdefault(f"{arch} on {training}", [])
         runs.append(json.loads(path.read_text()))
-    figures.mkdir(exist_ok=True)
+    figures.mkdir(parents=True, exist_ok=True)
     parts = [INTRODUCTION, *summary(studies)]
     for part, (title, note, section) in SECTIONS.items():
         for name, runs in studies.get(part, {}).items():

@@ -27,7 +27,8 @@ from twa import TWA
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
+RESULTS = ROOT / "benchmarks/results"  # what was measured, small, in the repository
+WORK = ROOT / "results/evidence"  # checkpoints and logs
 EPOCHS, HEAD = 24, 12  # of the full run, and of those that leave the checkpoints
 SAVES, EVERY = 20, 4  # checkpoints an epoch, of which every fourth is in a window: five an epoch
 
@@ -65,7 +66,7 @@ class Bench:
     def __init__(self, part: str, name: str, arch: str, seed: int, data_dir: Path):
         self.arch, self.seed, self._data = arch, seed, DATA[name]
         study = f"{name}.{arch.rpartition(':')[2]}.{seed}"
-        self._folder = ROOT / "results/evidence" / study
+        self._folder = WORK / study
         self.path = RESULTS / f"{part}.{study}.json"
         self.path.parent.mkdir(exist_ok=True)
         self.records = json.loads(self.path.read_text()) if self.path.exists() else {}
@@ -106,8 +107,9 @@ class Bench:
             metrics = utils.read_metrics(folder / "metrics.jsonl")
         return metrics
 
-    def window(self, first: int = 0, every: int = EVERY) -> list[Path]:
-        """The checkpoints of the head from epoch `first` on, every so many, in order."""
+    def window(self, first: int = 0, every: int | None = None) -> list[Path]:
+        """The checkpoints of the head from epoch `first` on, every so many (EVERY), in order."""
+        every = every or EVERY
         numbers = range(first * SAVES + every, HEAD * SAVES + 1, every)
         return [self._folder / f"sgd{EPOCHS}" / f"{i}.pt" for i in numbers]
 
@@ -255,7 +257,8 @@ def write_noisy_labels(source: Path, target: Path, made: Data, seed: int) -> Non
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(made.images, generator=generator)
     chosen = chosen[: math.ceil(made.noise * made.images)]
-    labels[chosen] = (labels[chosen] + torch.randint(1, 10, chosen.shape, generator=generator)) % 10
+    other = torch.randint(1, 10, chosen.shape, generator=generator, dtype=torch.uint8)
+    labels[chosen] = (labels[chosen] + other) % 10
     file.write_bytes(content)
     raw.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(raw)

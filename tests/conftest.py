@@ -1,6 +1,7 @@
-"""`--slow`: also the tests that do their damage for minutes (`bash test.sh --slow`)."""
+"""What the tests share. `--slow`: also those that do damage for minutes (`bash test.sh --slow`)."""
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser):
@@ -16,3 +17,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: bash test.sh --slow runs it"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Runs that are compared to the bit, and beside others, compute on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,134 @@
+"""The studies behind RESULTS.md, small, and the page that is written from their results."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import evidence
+import evidence_report
+import numpy as np
+import pytest
+import study
+import torch
+from test_data import idx
+from torch import nn
+
+import data
+
+ROOT = Path(__file__).resolve().parents[1]
+CNN = "benchmarks.architectures:cnn"
+
+
+def test_results_are_those_of_the_measurements(tmp_path):
+    written = tmp_path / "RESULTS.md"
+    evidence_report.write(study.RESULTS, written, tmp_path / "benchmarks/figures")
+    text = (ROOT / "RESULTS.md").read_text()
+    assert written.read_text() == text
+    for figure in (tmp_path / "benchmarks/figures").iterdir():
+        assert (ROOT / "benchmarks/figures" / figure.name).exists()
+        assert f"(benchmarks/figures/{figure.name})" in text
+
+
+def test_the_readme_shows_the_four_rows_of_the_results():
+    lines = (ROOT / "RESULTS.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| solution | epochs |"))
+    four_rows = "\n".join(lines[first : first + 6])
+    assert four_rows in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Studies of two epochs on FashionMNIST's format, kept in `tmp_path`."""
+    raw = tmp_path / "datasets/FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    draw = np.random.default_rng(0).integers
+    for name, count in (("train", 512), ("t10k", 64)):
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(idx(draw(256, size=(count, 28, 28))))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(idx(draw(10, size=count)))
+    monkeypatch.setattr(study, "DATA", {"tiny": study.Data(384)})
+    monkeypatch.setattr(study, "EPOCHS", 2)
+    for module in (study, evidence):
+        monkeypatch.setattr(module, "HEAD", 1)
+    monkeypatch.setattr(study, "SAVES", 3)
+    monkeypatch.setattr(study, "EVERY", 1)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "measured")
+    monkeypatch.setattr(study, "WORK", tmp_path / "work")
+    monkeypatch.setattr(evidence, "BUDGETS", (1, 2))
+    monkeypatch.setattr(evidence, "SQUEEZED", (1,))
+    return partial(study.Bench, arch=CNN, seed=1, data_dir=tmp_path / "datasets")
+
+
+def test_a_study_stands_once_it_is_measured(small, capfd):
+    bench = small("head", "tiny")
+    evidence.head(bench)
+    written = json.loads(bench.path.read_text())
+    assert written == bench.records
+    names = {name.partition(" | ")[0] for name in written}
+    assert names >= {*evidence.METHODS, "SGD", "SGD, whole schedule", "EMA", "last checkpoint"}
+    assert [written[f"TWA | {budget}"]["epochs"] for budget in (1, 2)] == [2, 3]
+    assert len(written["TWA | 1"]["averaging_weights"]) == len(bench.window()) == 3
+    first = bench.path.stat().st_mtime_ns
+    capfd.readouterr()
+    evidence.head(small("head", "tiny"))
+    assert capfd.readouterr().out == ""
+    assert bench.path.stat().st_mtime_ns == first
+
+
+def test_a_way_to_go_on_is_the_same_when_it_is_taken_again(small):
+    bench = small("head", "tiny")
+    for method in evidence.METHODS.values():
+        again = [bench.trained(method, 1) for _ in range(2)]
+        assert again[0]["loss"] == again[1]["loss"]
+        assert again[0]["train_loss"] == again[1]["train_loss"]
+
+
+@pytest.mark.parametrize("part", ["second-order", "little"])
+def test_the_other_parts_leave_finite_entries(small, part, monkeypatch):
+    monkeypatch.setattr(evidence, "IMAGES", (64,))
+    bench = small(part, "tiny")
+    evidence.PARTS[part](bench)
+    for name, entry in bench.records.items():
+        assert torch.tensor(entry["loss"]).isfinite(), name
+
+
+def test_only_the_share_of_labels_is_wrong(small, tmp_path):
+    clean, noisy = tmp_path / "datasets", tmp_path / "noisy"
+    study.write_noisy_labels(clean, noisy, study.Data(256, 0.4), seed=1)
+    given, test = data.load("FashionMNIST", noisy, torch.device("cpu"))
+    right, right_test = data.load("FashionMNIST", clean, torch.device("cpu"))
+    assert int((given.labels != right.labels)[:256].sum()) == 103  # 40 % of 256, upwards
+    assert torch.equal(given.labels[256:], right.labels[256:])
+    assert given.labels.max() <= 9
+    assert torch.equal(given.images, right.images)
+    assert torch.equal(test.labels, right_test.labels)
+
+
+def test_a_newton_step_ends_at_the_minimum_and_leaves_a_saddle():
+    generator = torch.Generator().manual_seed(1)
+    square = torch.randn(5, 5, generator=generator)
+    hessian, minimum = square @ square.T + torch.eye(5), torch.randn(5, generator=generator)
+    at = nn.Parameter(torch.ones(5))
+
+    def closure(matrix: torch.Tensor) -> torch.Tensor:
+        at.grad = None
+        loss = 0.5 * (at - minimum) @ matrix @ (at - minimum)
+        loss.backward()
+        return loss.detach()
+
+    evidence.NewtonStep([at], damping=0).step(partial(closure, hessian))
+    assert torch.allclose(at, minimum, atol=1e-2)
+
+    saddle = torch.diag(torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]))
+    at.data.fill_(0.5)
+    before = closure(saddle)
+    evidence.NewtonStep([at]).step(partial(closure, saddle))
+    assert closure(saddle) < before
+
+
+def test_ema_weighs_by_powers_of_the_decay(tmp_path):
+    states = [{"w": torch.tensor([float(i)]), "n": torch.tensor(i)} for i in (1, 2, 5)]
+    for i, state in enumerate(states):
+        torch.save(state, tmp_path / f"{i}.pt")
+    mean = study.ema([tmp_path / f"{i}.pt" for i in range(3)], decay=0.5)
+    assert mean["w"].item() == 0.25 * 1 + 0.25 * 2 + 0.5 * 5
+    assert mean["n"] == 1
