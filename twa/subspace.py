@@ -95,7 +95,7 @@ class Subspace:
         chunk = max(1, CHUNK.get(device.type, CHUNK["cpu"]) // n)
         in_place = _in_place(bits, components, device)
         width = total if in_place else _width(n, total, chunk)
-        window = _Window(self._columns, checkpoints, width, _workplace(device))
+        window = _Window(self._columns, checkpoints, width, chunk, _workplace(device))
         if bits < 32:
             self._storage = Compressed(bits, height, blocks, self._count, total, device)
         else:
@@ -114,7 +114,7 @@ class Subspace:
             disable=None if self._ranks.first else True,
         ) as bar:
             for batch in (part for group in blocks for part in group.split(chunk)):
-                weights, kept = self._extract(batch, window, chunk, components, bar)
+                weights, kept = self._extract(batch, window, components, bar)
                 self._transforms.append((batch, weights.to(dtype)))
                 used += kept
                 real[batch.numbers] = (weights != 0).any(dim=2).float()
@@ -129,7 +129,7 @@ class Subspace:
             )
 
     def _extract(
-        self, batch: Blocks, window: _Window, chunk: int, components: int | None, bar: tqdm
+        self, batch: Blocks, window: _Window, components: int | None, bar: tqdm
     ) -> tuple[Tensor, Tensor]:
         """Appends the basis of the blocks in `batch` to the storage.
 
@@ -142,7 +142,7 @@ class Subspace:
         def products(transform: Tensor | None, dtype: torch.dtype) -> Tensor:
             height = n if transform is None else transform.shape[1]
             total = torch.zeros(batch.count, height, height, dtype=torch.float64, device=device)
-            for rows in window.differences(batch, chunk, _precise(dtype, device)):
+            for rows in window.differences(batch, _precise(dtype, device)):
                 if transform is not None:
                     rows = transform @ rows
                 total += rows @ rows.mT
@@ -161,7 +161,7 @@ class Subspace:
             transform, dtype = extraction.principal_directions(products, components), torch.float64
             kept = torch.ones(1, n, dtype=torch.bool, device=device)
         dtype = _precise(dtype, device)
-        for differences in window.differences(batch, chunk, dtype):
+        for differences in window.differences(batch, dtype):
             rows = transform.to(dtype) @ differences
             rows = rows.transpose(0, 1).flatten(1).float()
             self._storage.append(rows.to(self.parameters[0].device))
@@ -283,6 +283,7 @@ class _Window:
 
     Args:
         width: how many columns that is.
+        chunk: how many columns `differences` takes at a time.
         device: where they are.
 
     Attributes:
@@ -295,6 +296,7 @@ class _Window:
         columns: Columns,
         checkpoints: Sequence[Checkpoint],
         width: int,
+        chunk: int,
         device: torch.device,
     ):
         self.names = [
@@ -302,24 +304,27 @@ class _Window:
             for index, checkpoint in enumerate(checkpoints)
         ]
         self.rows = torch.empty(len(checkpoints), width, device=device)
-        self._columns, self._checkpoints = columns, checkpoints
+        # One place for all differences: fresh memory for each chunk takes longer than to fill it.
+        self._room = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
+        self._columns, self._checkpoints, self._chunk = columns, checkpoints, chunk
         self._start = self._stop = 0
 
-    def differences(self, batch: Blocks, chunk: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    def differences(self, batch: Blocks, dtype: torch.dtype) -> Iterator[Tensor]:
         """The first checkpoint and the differences of each from the one before it.
 
-        Yields the columns of `batch` in chunks of up to `chunk`, or all at once if they are of
-        more than one block, as [blocks, n, columns].
+        Yields the columns of `batch` in chunks, or all at once if they are of more than one block
+        (which then fit into a chunk), as [blocks, n, columns]; each takes the place of the last.
         """
         if batch.stop - batch.start <= self.rows.shape[1]:
             self._hold(batch.start, batch.stop)
-        step = chunk if batch.count == 1 else batch.stop - batch.start
+        step = self._chunk if batch.count == 1 else batch.stop - batch.start
+        room = self._room.view(dtype)
         for start in range(batch.start, batch.stop, step):
             stop = min(start + step, batch.stop)
             self._hold(start, stop)
             rows = self.rows[:, start - self._start : stop - self._start]
             rows = rows.unflatten(1, (batch.count, -1)).transpose(0, 1)
-            differences = rows.to(dtype, copy=True)
+            differences = room[: rows.numel()].view(rows.shape).copy_(rows)
             differences[:, 1:] -= rows[:, :-1]
             yield differences
 
