@@ -12,6 +12,7 @@ import copy
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -265,43 +266,39 @@ def little(bench: Bench) -> None:
 
 
 def cost(bench: Bench) -> None:
-    """Milliseconds of a step, seconds of a build, and bytes."""
-    load_into(bench.model, bench.mean(10))
-    window, ways = bench.window(), {}
-    for name in ("model", "layer", "channel"):
+    """Milliseconds of a step, seconds before the first one, and bytes."""
+    bench.measure("SGD", partial(cost_of, bench, sgd))
+    for granularity in ("model", "layer", "channel"):
         for bits in (32, 8, 4):
-            started = time.perf_counter()
-            subspace = Subspace(bench.model, window, granularity=name, bits=bits)
-            build = time.perf_counter() - started
-            ways[f"TWA, {bits} bits | {name}"] = (
-                twa(granularity=name, bits=bits),
-                {
-                    **{"build_seconds": build, "basis_bytes": subspace.nbytes},
-                    "coefficients": len(subspace),
-                },
-            )
-    ways["SGD"] = sgd, {}
-    if all(name in bench.records for name in ways):
-        return
-    seconds = {name: [] for name in ways}
-    in_step = {name: [] for name in ways}
-    for name, (make, _) in ways.items():
-        load_into(bench.model, bench.mean(10))
-        optimizer, clock = make(bench, bench.train), []
-        optimizer.register_step_pre_hook(lambda *_, c=clock: c.append(-time.perf_counter()))
-        optimizer.register_step_post_hook(lambda *_, c=clock: c.append(time.perf_counter()))
-        for warm in (False, True, True):
-            clock.clear()
-            started = time.perf_counter()
-            fit(bench.model, bench.train, optimizer, 20, "constant")
-            if warm:
-                seconds[name].append((time.perf_counter() - started) / 20)
-                in_step[name].append(sum(clock) / 20)
+            basis = {"granularity": granularity, "bits": bits}
+
+            def measured(basis: dict = basis) -> dict:
+                started = time.perf_counter()
+                subspace = Subspace(bench.model, bench.window(), **basis)
+                seconds = time.perf_counter() - started
+                facts = {"basis_bytes": subspace.nbytes, "coefficients": len(subspace)}
+                return cost_of(bench, twa(**basis)) | facts | {"build_seconds": seconds}
+
+            bench.measure(f"TWA, {bits} bits | {granularity}", measured)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    for name, (_, facts) in ways.items():
-        measured = {"step_ms": 1e3 * min(seconds[name]), "optimizer_ms": 1e3 * min(in_step[name])}
-        bench.measure(name, lambda measured=measured, facts=facts: measured | facts)
     bench.measure("process", lambda: {"peak_bytes": peak, "steps_an_epoch": len(bench.train)})
+
+
+def cost_of(bench: Bench, make: Callable, steps: int = 20) -> dict:
+    """Of the faster of two rounds of so many steps, after one that warms up."""
+    load_into(bench.model, bench.mean(10))
+    started = time.perf_counter()
+    optimizer, clock, rounds = make(bench, bench.train), [], []
+    before = time.perf_counter() - started
+    optimizer.register_step_pre_hook(lambda *_: clock.append(-time.perf_counter()))
+    optimizer.register_step_post_hook(lambda *_: clock.append(time.perf_counter()))
+    for _ in range(3):
+        clock.clear()
+        started = time.perf_counter()
+        fit(bench.model, bench.train, optimizer, steps, "constant")
+        rounds.append((time.perf_counter() - started, sum(clock)))
+    whole, within = (1e3 * seconds / steps for seconds in min(rounds[1:]))
+    return {"step_ms": whole, "optimizer_ms": within, "setup_seconds": before}
 
 
 def plane(bench: Bench) -> None:

@@ -42,6 +42,8 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
         for name, runs in studies.get(part, {}).items():
             figure = figures / f"{part}.{name.replace(' on ', '.')}.png"
             lines = section(runs, figure)
+            if part == "head" and name in studies.get("cost", {}):
+                lines += ["", *seconds(runs, studies["cost"][name][0])]
             missing = f", {len(runs)} of {SEEDS} seeds" if len(runs) < SEEDS else ""
             parts += ["", f"## {title}: {name}{missing}", "", fill(note, 98), "", *lines]
             if figure.exists():
@@ -150,6 +152,23 @@ def head(runs: Runs, figure: Path) -> list[str]:
     lines += ["Points of test accuracy that TWA is ahead of the rival with the highest mean:", ""]
     lines += [*ahead(runs, rows, budgets), "", *reached(runs, rows, budgets)]
     draw_head(runs, rows, budgets, figure)
+    return lines
+
+
+def seconds(runs: Runs, cost: dict[str, dict]) -> list[str]:
+    """What the methods took, from the cost of a step with nothing beside it."""
+    ways = {"TWA": "model", "TWA by layer": "layer", "TWA by channel": "channel"}
+    steps = cost["process"]["steps_an_epoch"]
+    _, budgets = split(runs)
+    lines = ["The same in seconds of one quiet core, from the cost of a step below; TWA's with"]
+    lines += ["building the basis and measuring the rate. The head itself took "]
+    lines[-1] += f"{HEAD * steps * cost['SGD']['step_ms'] / 1e3:.0f}."
+    lines += ["", "| | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
+    for name in ("SGD", *ways):
+        way = cost[f"TWA, 32 bits | {ways[name]}" if name in ways else name]
+        epoch = steps * way["step_ms"] / 1e3
+        cells = [f"{way['setup_seconds'] + float(b) * epoch:.1f}" for b in budgets]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

@@ -941,4 +941,6 @@ def test_memory_is_flat_and_no_file_stays_open(tmp_path, minutes):
     print(f"{rounds[-1][1] / 1024:.0f} and {rounds[-1][2]:.0f} last")
     assert rounds[-1][2] <= rounds[0][2]
     late = [r[1] / 1024 for r in rounds[len(rounds) // 2 :]]
-    assert max(late) - min(late) < (50 if long else 20)
+    # It may fall: a system that is short of memory takes pages back from who does not use them.
+    assert max(late) - late[0] < (50 if long else 20)
+    assert rate < 20 or not long
