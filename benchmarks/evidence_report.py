@@ -214,7 +214,7 @@ def reached(runs: Runs, rows: list[str], budgets: list[str]) -> list[str]:
 
 def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> None:
     """Left, accuracy over all epochs; right, over the epochs spent after the head."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     curves = [[m["test_accuracy"] for m in run["SGD"]["curve"]] for run in runs]
     mean = [statistics.mean(accuracies) for accuracies in zip(*curves, strict=True)]
     full = mean[-1]
@@ -236,10 +236,13 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
         right.plot([float(b) for b in there], means, style, color=f"C{i}", label=row)
     right.axhline(full, color="#7f7f7f", linestyle=":", label="SGD, the full run")
     right.set(xscale="log", xlabel="epochs after the head", title="equal budgets")
+    right.set_xticks([float(b) for b in budgets], budgets)
+    right.minorticks_off()
     lowest = min(statistics.mean(of(runs, f"{row} | {budgets[0]}") or [full]) for row in rows)
-    right.set_ylim(lowest - 1.0, full + 0.4)
+    left.set_ylim(full - 12, full + 2)
+    right.set_ylim(lowest - 0.4, full + 0.4)
     for axes in (left, right):
-        axes.legend(fontsize=7, loc="lower right")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
         axes.grid(alpha=0.3)
     save(fig, path)
 
