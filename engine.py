@@ -145,7 +145,7 @@ def build(
     Raises:
         UserError: as `models.build`.
     """
-    if spec.name == imagefolder.NAME:
+    if spec.name == imagefolder.NAME and ":" not in name:
         model = models.imagenet.build(name, spec.classes, spec.size)
     else:
         model = models.build(name, spec.classes, spec.channels, spec.size)

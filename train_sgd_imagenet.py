@@ -21,9 +21,8 @@ def parse_arguments():
     parser = utils.Parser("SGD training on an image folder that leaves the checkpoints for TWA")
     add = parser.add_argument
     add("data_dir", metavar="DIR", help="holds train/ and val/, each with a folder per class")
-    add(
-        "--arch",
-        "-a",
+    utils.add_model_arguments(
+        *(parser, "--arch", "-a"),
         default="resnet18",
         choices=models.imagenet.CLASSIFIERS,
         metavar="ARCH",
@@ -37,7 +36,10 @@ def parse_arguments():
     utils.add_training_arguments(parser, batch_size=256)
     utils.add_image_arguments(parser, imagefolder.SIZE)
     parser.set_defaults(datasets=imagefolder.NAME)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.pretrained and args.arch not in models.imagenet.CLASSIFIERS:
+        parser.error("--pretrained: only with --arch, whose weights torchvision has")
+    return args
 
 
 def main():

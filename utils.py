@@ -185,7 +185,7 @@ def factory(text: str) -> str:
 def add_model_arguments(parser: argparse.ArgumentParser, *flags: str, **named) -> None:
     """The flag of an architecture's name, `flags`, and the one of a model that the user brings."""
     group = parser.add_mutually_exclusive_group(required="default" not in named)
-    group.add_argument(*flags, dest="arch", help="architecture", **named)
+    group.add_argument(*flags, dest="arch", **{"help": "architecture"} | named)
     group.add_argument(
         "--model-factory",
         dest="arch",

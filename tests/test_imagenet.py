@@ -31,6 +31,7 @@ from torchvision import transforms
 from torchvision.models import get_model, vision_transformer
 
 import imagefolder
+import models
 from engine import Totals
 from twa.checkpoints import load_state_dict
 from utils import UserError
@@ -457,6 +458,26 @@ def test_flags_of_image_folders_and_models_of_other_data_sets_are_refused(resnet
     line = one_line(call(TWA, *twa_flags(folder, resnet), "--arch", "VGG16BN"))
     assert "VGG16BN" in line and "vgg16_bn" in line
     assert "resnet34" in one_line(call(TWA, *digits, "--arch", "resnet34"))
+
+
+# --- a model of the user's own ---
+
+
+def test_a_model_of_the_users_own(folder, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import models\ndef net():\n    return models.build('PreResNet20', 10, 3, 32)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sgd, twa = sgd_flags(folder, tmp_path / "run"), twa_flags(folder, tmp_path / "run")
+    for flags in (sgd, twa):
+        at = flags.index("--arch")
+        flags[at : at + 2] = ["--model-factory", "mine:net"]
+    line = one_line(call(SGD, *sgd, "--pretrained"))
+    assert "--pretrained" in line and "--arch" in line
+    succeed(call(SGD, *sgd))
+    succeed(call(TWA, *twa))
+    trained = torch.load(tmp_path / "run/checkpoints/twa.pt", weights_only=True)
+    assert trained.keys() == models.build("PreResNet20", 10, 3, 32).state_dict().keys()
 
 
 # --- pretrained weights ---
