@@ -36,26 +36,29 @@ def test_the_readme_shows_the_four_rows_of_the_results():
     assert four_rows in (ROOT / "README.md").read_text()
 
 
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """Studies of two epochs on FashionMNIST's format, kept in `tmp_path`."""
-    raw = tmp_path / "datasets/FashionMNIST/raw"
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Studies of one SGD run of two epochs on FashionMNIST's format."""
+    folder = tmp_path_factory.mktemp("study")
+    raw = folder / "datasets/FashionMNIST/raw"
     raw.mkdir(parents=True)
     draw = np.random.default_rng(0).integers
     for name, count in (("train", 512), ("t10k", 64)):
         (raw / f"{name}-images-idx3-ubyte").write_bytes(idx(draw(256, size=(count, 28, 28))))
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(idx(draw(10, size=count)))
-    monkeypatch.setattr(study, "DATA", {"tiny": study.Data(384)})
-    monkeypatch.setattr(study, "EPOCHS", 2)
-    for module in (study, evidence):
-        monkeypatch.setattr(module, "HEAD", 1)
-    monkeypatch.setattr(study, "SAVES", 3)
-    monkeypatch.setattr(study, "EVERY", 1)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "measured")
-    monkeypatch.setattr(study, "WORK", tmp_path / "work")
-    monkeypatch.setattr(evidence, "BUDGETS", (1, 2))
-    monkeypatch.setattr(evidence, "SQUEEZED", (1,))
-    return partial(study.Bench, arch=CNN, seed=1, data_dir=tmp_path / "datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "DATA", {"tiny": study.Data(384)})
+        patch.setattr(study, "EPOCHS", 2)
+        for module in (study, evidence):
+            patch.setattr(module, "HEAD", 1)
+        patch.setattr(study, "SAVES", 3)
+        patch.setattr(study, "EVERY", 1)
+        patch.setattr(study, "RESULTS", folder / "measured")
+        patch.setattr(study, "WORK", folder / "work")
+        patch.setattr(evidence, "BUDGETS", (1, 2))
+        patch.setattr(evidence, "SQUEEZED", (1,))
+        patch.setattr(evidence, "IMAGES", (64,))
+        yield partial(study.Bench, arch=CNN, seed=1, data_dir=folder / "datasets")
 
 
 def test_a_study_stands_once_it_is_measured(small, capfd):
@@ -83,8 +86,7 @@ def test_a_way_to_go_on_is_the_same_when_it_is_taken_again(small):
 
 
 @pytest.mark.parametrize("part", ["second-order", "little"])
-def test_the_other_parts_leave_finite_entries(small, part, monkeypatch):
-    monkeypatch.setattr(evidence, "IMAGES", (64,))
+def test_the_other_parts_leave_finite_entries(small, part):
     bench = small(part, "tiny")
     evidence.PARTS[part](bench)
     for name, entry in bench.records.items():
@@ -92,7 +94,7 @@ def test_the_other_parts_leave_finite_entries(small, part, monkeypatch):
 
 
 def test_only_the_share_of_labels_is_wrong(small, tmp_path):
-    clean, noisy = tmp_path / "datasets", tmp_path / "noisy"
+    clean, noisy = small.keywords["data_dir"], tmp_path / "noisy"
     study.write_noisy_labels(clean, noisy, study.Data(256, 0.4), seed=1)
     given, test = data.load("FashionMNIST", noisy, torch.device("cpu"))
     right, right_test = data.load("FashionMNIST", clean, torch.device("cpu"))
