@@ -256,8 +256,9 @@ def save(fig, path: Path) -> None:
 def rates(runs: Runs, figure: Path) -> list[str]:
     rows, factors = split(runs)
     lines = [*table(runs, rows, factors), ""]
-    for row in rows:
-        means = {f: statistics.mean(of(runs, f"{row} | {f}")) for f in factors}
+    for row in (r for r in rows if of(runs, f"{r} | 1")):
+        measured = {f: of(runs, f"{row} | {f}") for f in factors}
+        means = {f: statistics.mean(values) for f, values in measured.items() if values}
         best = max(means, key=means.get)
         worst = max(of(runs, f"{row} | 1", "train_loss"))
         lines.append(
