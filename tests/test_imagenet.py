@@ -464,14 +464,14 @@ def test_flags_of_image_folders_and_models_of_other_data_sets_are_refused(resnet
 
 
 def test_a_model_of_the_users_own(folder, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_images.py").write_text(
         "import models\ndef net():\n    return models.build('PreResNet20', 10, 3, 32)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     sgd, twa = sgd_flags(folder, tmp_path / "run"), twa_flags(folder, tmp_path / "run")
     for flags in (sgd, twa):
         at = flags.index("--arch")
-        flags[at : at + 2] = ["--model-factory", "mine:net"]
+        flags[at : at + 2] = ["--model-factory", "own_images:net"]
     line = one_line(call(SGD, *sgd, "--pretrained"))
     assert "--pretrained" in line and "--arch" in line
     succeed(call(SGD, *sgd))

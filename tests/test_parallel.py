@@ -165,6 +165,7 @@ def test_batch_norm_is_re_estimated_alike_on_any_number_of_ranks(tmp_path):
     assert seen[1]["TWA"]["accuracy"] == accuracy_of("PreResNet20", tmp_path / "twa.pt")
 
 
+@pytest.mark.slow
 def test_what_sgd_and_swa_report_on_two_ranks_is_true_of_what_they_save(tmp_path):
     sgd, swa = tmp_path / "sgd", tmp_path / "swa"
     succeed(2, SGD, *sgd_flags(sgd, "PreResNet20"))
