@@ -5,7 +5,8 @@
 
 `bash evidence.sh` runs everything. A part trains what it needs with the project's own scripts,
 below results/evidence, and adds what it measures to `results/PART.DATA.ARCH.SEED.json`, one entry
-after the other; entries that stand are not made again. Test data choose nothing.
+after the other; entries that stand are not made again. Test data choose nothing: the parts that compare settings
+(CHOOSING) measure on training images that the run never saw.
 """
 
 import copy
@@ -61,7 +62,11 @@ def main():
     if args.part == "report":
         evidence_report.write(RESULTS, ROOT / "RESULTS.md", ROOT / "benchmarks/figures")
     else:
-        PARTS[args.part](Bench(args.part, args.data, args.arch, args.seed, args.data_dir))
+        chooses = args.part in CHOOSING
+        if chooses and DATA[args.data].images is None:
+            parser.error(f"{args.part} needs images to choose by: give --data FashionMNIST-12k")
+        bench = Bench(args.part, args.data, args.arch, args.seed, args.data_dir, chooses)
+        PARTS[args.part](bench)
 
 
 def last(bench: Bench) -> Path:
@@ -193,7 +198,7 @@ def lbfgs(bench: Bench, epochs: int, passes: int = 12) -> dict:
     )
     bench.model.train()
     closure = full_batch(bench, optimizer, max(1, epochs * len(bench.train) // passes))
-    return {"train_loss": float(optimizer.step(closure))} | bench.tested()
+    return {"train_loss": float(optimizer.step(closure))} | bench.judged()
 
 
 class NewtonStep(torch.optim.Optimizer):
@@ -241,7 +246,7 @@ def newton(bench: Bench, epochs: int, components: int = 12, steps: int = 2) -> d
     closure = full_batch(bench, optimizer, max(1, epochs * len(bench.train) // passes))
     for _ in range(steps):
         loss = optimizer.step(closure)
-    return {"train_loss": float(loss)} | bench.tested()
+    return {"train_loss": float(loss)} | bench.judged()
 
 
 def little(bench: Bench) -> None:
@@ -345,6 +350,7 @@ PARTS = {
     part.__name__.replace("_", "-"): part
     for part in (head, rates, settings, checkpoints, second_order, little, cost, plane)
 }
+CHOOSING = ("rates", "settings", "checkpoints", "second-order")
 
 if __name__ == "__main__":
     utils.run(main)

@@ -60,8 +60,8 @@ INTRODUCTION = f"""# Results
 Does Trainable Weight Averaging save epochs, does it beat the simple averages, and which settings
 are safe? `bash benchmarks/evidence.sh` makes the runs, `python benchmarks/evidence.py report`
 writes this page from their JSON in `benchmarks/results`. All of it ran on two CPU cores, with
-bf16 autocast, batches of 128, and mean ± standard deviation over the seeds; test data chose
-nothing.
+bf16 autocast, batches of 128, and mean ± standard deviation over the seeds. Test data chose
+nothing: where settings are compared, validation means 10,000 training images that the run never saw.
 
 The full run is SGD for {EPOCHS} epochs at rate 0.1, a tenth of it from the middle on and a
 hundredth from three quarters on. The *head* is its first {HEAD} epochs, all at rate 0.1; they
@@ -136,9 +136,9 @@ def plain(runs: Runs) -> list[str]:
     return lines
 
 
-def both(runs: Runs, what: str) -> list[str]:
+def both(runs: Runs, what: str, images: str = "Test") -> list[str]:
     """All entries twice: accuracy and loss."""
-    lines = [f"Test accuracy (%) {what}:", "", *table(runs, *split(runs)), "", "Test loss:", ""]
+    lines = [f"{images} accuracy (%) {what}:", "", *table(runs, *split(runs)), "", f"{images} loss:", ""]
     return lines + table(runs, *split(runs), "loss", ".4f")
 
 
@@ -269,11 +269,13 @@ def rates(runs: Runs, figure: Path) -> list[str]:
 
 
 def settings(runs: Runs, figure: Path) -> list[str]:
-    return both(runs, "of the coefficients of the model, of each layer, of each channel")
+    what = "with coefficients of the model, of each layer, of each channel"
+    return both(runs, what, images="Validation")
 
 
 def checkpoints(runs: Runs, figure: Path) -> list[str]:
-    lines = both(runs, "by checkpoints an epoch and by the epoch that the window begins after")
+    what = "by checkpoints an epoch and by the epoch that the window begins after"
+    lines = both(runs, what, images="Validation")
     counts = table(runs, *split(runs), "count", ".0f")
     draw_averaging(runs, figure)
     return [*lines, "", "The number of checkpoints in the window:", "", *counts]
@@ -296,7 +298,7 @@ def draw_averaging(runs: Runs, path: Path) -> None:
 
 
 def second_order(runs: Runs, figure: Path) -> list[str]:
-    lines = both(runs, "for so many epochs' worth of passes")
+    lines = both(runs, "for so many epochs' worth of passes", images="Validation")
     long, short = of(runs, "SGD | 10"), [of(runs, f"{m} | 1") for m in ("L-BFGS", "Newton")]
     if not (long and all(short)):
         return lines
@@ -365,7 +367,7 @@ SECTIONS = {
     ),
     "rates": (
         "Rates",
-        "Test accuracy (%) after one epoch of TWA, at so many times the default rate.",
+        "Validation accuracy (%) after one epoch of TWA, at so many times the default rate.",
         rates,
     ),
     "settings": ("Settings", "One epoch of TWA, one setting changed at a time.", settings),

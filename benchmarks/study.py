@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks/results"  # what was measured, small, in the reposi
 WORK = ROOT / "results/evidence"  # checkpoints and logs
 EPOCHS, HEAD = 24, 12  # of the full run, and of those that leave the checkpoints
 SAVES, EVERY = 20, 4  # checkpoints an epoch, of which every fourth is in a window: five an epoch
+VALIDATION = 10_000  # training images, the last ones, that settings are chosen by
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,18 @@ class Bench:
         name: of the training set, in `DATA`.
         arch: a name that `models.build` knows.
         data_dir: where FashionMNIST lies.
+        chooses: measure on the last training images, which a run on part of them never saw, in
+            place of the test images.
 
     Attributes:
-        model, train, test: what is trained and measured.
+        model, train, judge: what is trained, on what, and on what it is measured.
         rest: the training images that the run never saw, with clean labels.
         records: the entries by name.
     """
 
-    def __init__(self, part: str, name: str, arch: str, seed: int, data_dir: Path):
+    def __init__(
+        self, part: str, name: str, arch: str, seed: int, data_dir: Path, chooses: bool = False
+    ):
         self.arch, self.seed, self._data = arch, seed, DATA[name]
         study = f"{name}.{arch.rpartition(':')[2]}.{seed}"
         self._folder = WORK / study
@@ -81,7 +86,8 @@ class Bench:
         training, test = data.load("FashionMNIST", self._data_dir, cpu)
         self.train = self._loader(training.part(slice(self._data.images)))
         self.rest = training.part(slice(self._data.images or len(training), None))
-        self.test = data.Loader(test, 1000, train=False, channels_last=True)
+        judge = training.part(slice(-VALIDATION, None)) if chooses else test
+        self.judge = data.Loader(judge, 1000, train=False, channels_last=True)
         layout = argparse.Namespace(amp=True, compile=False)
         self.model = build(arch, training.spec, cpu, layout)
 
@@ -125,19 +131,19 @@ class Bench:
             shown = {k: v for k, v in self.records[name].items() if not isinstance(v, list)}
             print(f"{self.path.stem}: {name}: {shown}", flush=True)
 
-    def tested(self, of: data.Loader | None = None) -> dict:
-        """Test loss and accuracy of the model's weights.
+    def judged(self, of: data.Loader | None = None) -> dict:
+        """Loss and accuracy of the model's weights.
 
         Args:
             of: the images that batch norm is re-estimated on; the training set if None.
         """
         reestimate_bn(self.model, of or self.train, amp=True)
-        return evaluate(self.model, self.test, amp=True)
+        return evaluate(self.model, self.judge, amp=True)
 
     def solution(self, checkpoint: Checkpoint, of: data.Loader | None = None) -> dict:
         """What weights that are there are worth."""
         load_into(self.model, checkpoint)
-        return self.tested(of) | {"epochs": HEAD}
+        return self.judged(of) | {"epochs": HEAD}
 
     def trained(self, method: Method, epochs: float = 1) -> dict:
         """What is made of the method's start point in so many epochs' worth of steps more."""
@@ -156,7 +162,7 @@ class Bench:
             entry["averaging_weights"] = [
                 round(a, 6) for a in (alpha.mean(0) if alpha.dim() == 2 else alpha).tolist()
             ]
-        return self.tested(loader) | entry
+        return self.judged(loader) | entry
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def small(tmp_path_factory):
             patch.setattr(module, "HEAD", 1)
         patch.setattr(study, "SAVES", 3)
         patch.setattr(study, "EVERY", 1)
+        patch.setattr(study, "VALIDATION", 32)
         patch.setattr(study, "RESULTS", folder / "measured")
         patch.setattr(study, "WORK", folder / "work")
         patch.setattr(evidence, "BUDGETS", (1, 2))
@@ -91,6 +92,22 @@ def test_the_other_parts_leave_finite_entries(small, part):
     evidence.PARTS[part](bench)
     for name, entry in bench.records.items():
         assert torch.tensor(entry["loss"]).isfinite(), name
+
+
+def test_settings_are_chosen_by_training_images_that_the_run_never_saw(small):
+    bench = small("rates", "tiny", chooses=True)
+    training, _ = data.load("FashionMNIST", small.keywords["data_dir"], torch.device("cpu"))
+    judged = [labels for _, labels in bench.judge]
+    assert torch.equal(torch.cat(judged), training.labels[512 - 32 :])
+    assert len(bench.train.split) + 32 <= len(training)
+
+
+def test_no_settings_are_compared_where_all_images_are_trained_on(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evidence.py", "rates", "--data", "FashionMNIST"])
+    with pytest.raises(SystemExit) as stop:
+        evidence.main()
+    assert stop.value.code == 2
+    assert "give --data FashionMNIST-12k" in capsys.readouterr().err
 
 
 def test_only_the_share_of_labels_is_wrong(small, tmp_path):
