@@ -43,7 +43,7 @@ case $datasets in
     FashionMNIST) # about 15 minutes on two cores
         epochs=12 batch_size=128 saves_per_epoch=5 amp=--amp
         params_end=31 twa_epochs=2
-        twa="--opt SGD --schedule linear --start-average 10"
+        twa="--opt AdamW --granularity channel --schedule linear --start-average 5"
         ;;
     *) # CIFAR10 and CIFAR100, as in the paper
         epochs=200 batch_size=128 saves_per_epoch=1 amp=

@@ -5,8 +5,8 @@
 
 `bash evidence.sh` runs everything. A part trains what it needs with the project's own scripts,
 below results/evidence, and adds what it measures to `results/PART.DATA.ARCH.SEED.json`, one entry
-after the other; entries that stand are not made again. Test data choose nothing: the parts that compare settings
-(CHOOSING) measure on training images that the run never saw.
+after the other; entries that stand are not made again. Test data choose nothing: the parts that
+compare settings (CHOOSING) measure on training images that the run never saw.
 """
 
 import copy
@@ -66,6 +66,8 @@ def main():
         if chooses and DATA[args.data].images is None:
             parser.error(f"{args.part} needs images to choose by: give --data FashionMNIST-12k")
         bench = Bench(args.part, args.data, args.arch, args.seed, args.data_dir, chooses)
+        if chooses:
+            bench.measure(evidence_report.START, lambda: bench.solution(bench.mean(10)))
         PARTS[args.part](bench)
 
 
@@ -75,10 +77,12 @@ def last(bench: Bench) -> Path:
 
 METHODS = {
     "SGD, decaying, from the last checkpoint": Method(sgd, last),
+    "SGD, decaying, from the mean of the last 5": Method(sgd, partial(Bench.mean, count=5)),
     "SGD, decaying, from the mean of the last 10": Method(sgd),
     "TWA": Method(twa()),
     "TWA by layer": Method(twa(**LAYER)),
     "TWA by channel": Method(twa(**CHANNEL)),
+    "TWA, the recipe": Method(twa(torch.optim.AdamW, **CHANNEL), partial(Bench.mean, count=5)),
 }
 
 
@@ -153,9 +157,13 @@ def settings(bench: Bench) -> None:
             bench.measure(f"{setting} | {of}", partial(bench.trained, method, epochs))
 
         measure("as in the head stage", Method(twa(**basis)))
-        for count in (1, 5, 60):
+        adamw = twa(torch.optim.AdamW, **basis)
+        for count in (1, 3, 5, 60):
             start = partial(Bench.mean, count=count)
             measure(f"from the mean of the last {count}", Method(twa(**basis), start))
+        for count in (3, 5, 10):
+            start = partial(Bench.mean, count=count)
+            measure(f"AdamW, from the mean of the last {count}", Method(adamw, start))
         for bits in (16, 8, 4):
             measure(f"{bits} bits", Method(twa(bits=bits, **basis)))
         for components in (3, 12, 24):
@@ -165,7 +173,6 @@ def settings(bench: Bench) -> None:
             measure(f"weight decay {decay:g}", Method(twa(weight_decay=decay, **basis)))
         for schedule in ("constant", "cosine", "step"):
             measure(f"{schedule} rate", Method(twa(**basis), schedule=schedule))
-        measure("AdamW", Method(twa(torch.optim.AdamW, **basis)))
 
 
 def second_order(bench: Bench) -> None:

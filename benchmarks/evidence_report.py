@@ -23,6 +23,8 @@ import models
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
 SEEDS = 3
+START = "mean of the last 10"  # the entry of the point that TWA starts from
+RECIPE = "TWA, the recipe"  # the README's, to be held against the rivals
 
 
 def write(measurements: Path, target: Path, figures: Path) -> None:
@@ -37,7 +39,7 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
         runs = studies.setdefault(part, {}).setdefault(f"{arch} on {training}", [])
         runs.append(json.loads(path.read_text()))
     figures.mkdir(parents=True, exist_ok=True)
-    parts = [INTRODUCTION, *summary(studies)]
+    parts = [INTRODUCTION, *summary(studies), *answers(studies)]
     for part, (title, note, section) in SECTIONS.items():
         for name, runs in studies.get(part, {}).items():
             figure = figures / f"{part}.{name.replace(' on ', '.')}.png"
@@ -61,7 +63,8 @@ Does Trainable Weight Averaging save epochs, does it beat the simple averages, a
 are safe? `bash benchmarks/evidence.sh` makes the runs, `python benchmarks/evidence.py report`
 writes this page from their JSON in `benchmarks/results`. All of it ran on two CPU cores, with
 bf16 autocast, batches of 128, and mean ± standard deviation over the seeds. Test data chose
-nothing: where settings are compared, validation means 10,000 training images that the run never saw.
+nothing: where settings are compared, they are on 10,000 validation images, training images that
+the run never saw.
 
 The full run is SGD for {EPOCHS} epochs at rate 0.1, a tenth of it from the middle on and a
 hundredth from three quarters on. The *head* is its first {HEAD} epochs, all at rate 0.1; they
@@ -77,12 +80,12 @@ def summary(studies: Studies) -> list[str]:
     """Four rows of the head stage on the largest study there is."""
     heads = studies["head"]
     name = max(heads, key=lambda n: (len(heads[n]), n.startswith("PreResNet20"), "12k" not in n))
-    runs, budget = heads[name], "1"
+    runs = heads[name]
     end = [run["SGD"]["curve"][-1] for run in runs]
     rows = {
         "last checkpoint of the head": ("last checkpoint", HEAD),
         "mean of its last 10": ("mean of the last 10", HEAD),
-        "TWA by layer, one epoch": (f"TWA by layer | {budget}", HEAD + 1),
+        f"{RECIPE}, one epoch": (f"{RECIPE} | 1", HEAD + 1),
     }
     lines = ["", f"The head stage in four rows ({name}, {len(runs)} seeds):", ""]
     lines += ["| solution | epochs | test accuracy (%) | test loss |", "| --- | --- | --- | --- |"]
@@ -92,6 +95,38 @@ def summary(studies: Studies) -> list[str]:
     accuracy = cell([e["test_accuracy"] for e in end], ".2f")
     loss = cell([e["test_loss"] for e in end], ".4f")
     return [*lines, f"| SGD, the full run | {EPOCHS} | {accuracy} | {loss} |"]
+
+
+def answers(studies: Studies) -> list[str]:
+    """What the studies of the head stage and of the rates say, each in a sentence or two."""
+    lines = ["", "## In short", ""]
+    for name, runs in studies["head"].items():
+        _, budgets = split(runs)
+        lead = {b: statistics.mean(g) for b in budgets if (g := gains(runs, RECIPE, b))}
+        leads = ", ".join(b for b in lead if lead[b] > 0) or "no"
+        lines += bullet(
+            f"**{name}**, {len(runs)} seeds: {RECIPE} {reached(runs, RECIPE)}. In the mean it is "
+            f"ahead of every rival and every average at {leads} epochs more, of {', '.join(lead)}; "
+            f"at worst it is {-min(lead.values()):.2f} points behind."
+        )
+    cases = {
+        f"{name}, {row}": (best_rate(runs, row)[1], start_gain(runs, row))
+        for name, runs in studies.get("rates", {}).items()
+        for row in split(runs)[0]
+    }
+    if cases:
+        where = max(cases, key=cases.get)
+        lines += bullet(
+            f"**The default rate** is within {cases[where][0]:.2f} points of the best of seven "
+            f"rates over three decades in all {len(cases)} cases (most is lost in: {where}). The "
+            f"least that it gained over the start point is "
+            f"{min(gain for _, gain in cases.values()):.2f} points."
+        )
+    return lines
+
+
+def bullet(text: str) -> list[str]:
+    return [fill(f"- {text}", 98, subsequent_indent="  ")]
 
 
 def cell(values: list[float], form: str) -> str:
@@ -127,19 +162,31 @@ def table(
     return lines
 
 
-def plain(runs: Runs) -> list[str]:
+def averages(runs: Runs) -> list[str]:
     """The entries that are no `row | column`: what the head is worth without training."""
-    lines = ["| solution | test accuracy (%) | test loss |", "| --- | --- | --- |"]
-    for name in (n for n in runs[0] if " | " not in n and n != "SGD"):
+    return [name for name in runs[0] if " | " not in name and name != "SGD"]
+
+
+def plain(runs: Runs, images: str = "test") -> list[str]:
+    """What the head is worth without training."""
+    lines = [f"| solution | {images} accuracy (%) | {images} loss |", "| --- | --- | --- |"]
+    for name in averages(runs):
         accuracy, loss = cell(of(runs, name), ".2f"), cell(of(runs, name, "loss"), ".4f")
         lines.append(f"| {name} | {accuracy} | {loss} |")
     return lines
 
 
-def both(runs: Runs, what: str, images: str = "Test") -> list[str]:
-    """All entries twice: accuracy and loss."""
-    lines = [f"{images} accuracy (%) {what}:", "", *table(runs, *split(runs)), "", f"{images} loss:", ""]
-    return lines + table(runs, *split(runs), "loss", ".4f")
+def both(runs: Runs, what: str, images: str = "test") -> list[str]:
+    """All entries `row | column` twice: accuracy and loss."""
+    kind, (rows, columns) = images.capitalize(), split(runs)
+    lines = [f"{kind} accuracy (%) {what}:", "", *table(runs, rows, columns), ""]
+    lines += [f"{kind} loss:", ""]
+    return lines + table(runs, rows, columns, "loss", ".4f")
+
+
+def choice(runs: Runs, what: str) -> list[str]:
+    """What the start point is worth, and what is made of it, on the images to choose by."""
+    return [*plain(runs, "validation"), "", *both(runs, what, "validation")]
 
 
 def head(runs: Runs, figure: Path) -> list[str]:
@@ -150,7 +197,8 @@ def head(runs: Runs, figure: Path) -> list[str]:
     lines = [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
     lines += [*plain(runs), "", *both(runs, "after so many epochs more"), ""]
     lines += ["Points of test accuracy that TWA is ahead of the rival with the highest mean:", ""]
-    lines += [*ahead(runs, rows, budgets), "", *reached(runs, rows, budgets)]
+    lines += [*ahead(runs, rows, budgets), ""]
+    lines += [f"- {row}: {reached(runs, row)}." for row in rows]
     draw_head(runs, rows, budgets, figure)
     return lines
 
@@ -172,44 +220,40 @@ def seconds(runs: Runs, cost: dict[str, dict]) -> list[str]:
     return lines
 
 
+def rival(runs: Runs, budget: str) -> str:
+    """The entry with the highest mean at this budget; the averages, which cost nothing, are in."""
+    rows, _ = split(runs)
+    there = [f"{row} | {budget}" for row in rows if not row.startswith("TWA")] + averages(runs)
+    return max((n for n in there if of(runs, n)), key=lambda n: statistics.mean(of(runs, n)))
+
+
+def gains(runs: Runs, row: str, budget: str) -> list[float]:
+    """Points of accuracy that each seed is ahead of the rival."""
+    pairs = [(run.get(f"{row} | {budget}"), run.get(rival(runs, budget))) for run in runs]
+    return [ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs if ours and theirs]
+
+
 def ahead(runs: Runs, rows: list[str], budgets: list[str]) -> list[str]:
-    """TWA against the best rival at each budget, the averages that cost nothing among them."""
-    averages = [n for n in runs[0] if " | " not in n and n != "SGD"]
+    """TWA against the best rival at each budget."""
     lines = ["| | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
-    best = {}
-    for budget in budgets:
-        there = [f"{row} | {budget}" for row in rows if not row.startswith("TWA")] + averages
-        best[budget] = max(
-            (n for n in there if of(runs, n)), key=lambda n: statistics.mean(of(runs, n))
-        )
     for row in (r for r in rows if r.startswith("TWA")):
-        cells = []
-        for budget in budgets:
-            entry, rival = f"{row} | {budget}", best[budget]
-            both_have = [run for run in runs if entry in run and rival in run]
-            gains = [run[entry]["accuracy"] - run[rival]["accuracy"] for run in both_have]
-            cells.append(cell(gains, "+.2f"))
+        cells = [cell(gains(runs, row, budget), "+.2f") for budget in budgets]
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    names = [best[budget].split(" | ")[0] for budget in budgets]
+    names = [rival(runs, budget).split(" | ")[0] for budget in budgets]
     return [*lines, f"| the rival | {' | '.join(names)} |"]
 
 
-def reached(runs: Runs, rows: list[str], budgets: list[str]) -> list[str]:
-    """From which budget on each method is as good as the full run, in the mean."""
+def reached(runs: Runs, row: str) -> str:
+    """From which budget on the method is as good as the full run, in the mean."""
+    _, budgets = split(runs)
     full = statistics.mean(run["SGD"]["curve"][-1]["test_accuracy"] for run in runs)
-    lines = []
-    for row in rows:
-        there = [b for b in budgets if of(runs, f"{row} | {b}")]
-        means = {b: statistics.mean(of(runs, f"{row} | {b}")) for b in there}
-        first = next((b for b in there if means[b] >= full), None)
-        if first:
-            share = (HEAD + float(first)) / EPOCHS
-            reaches = f"reaches the full run's mean after {first} epochs, {share:.0%} of its epochs"
-        else:
-            lacks = full - max(means.values())
-            reaches = f"does not reach the full run's mean; at best {lacks:.2f} points are missing"
-        lines.append(f"- {row}: {reaches}.")
-    return lines
+    means = {b: statistics.mean(v) for b in budgets if (v := of(runs, f"{row} | {b}"))}
+    first = next((b for b in means if means[b] >= full), None)
+    if first:
+        share = (HEAD + float(first)) / EPOCHS
+        return f"reaches the full run's mean after {first} epochs, {share:.0%} of its epochs"
+    lacks = full - max(means.values())
+    return f"does not reach the full run's mean; at best {lacks:.2f} points are missing"
 
 
 def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> None:
@@ -220,7 +264,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     full = mean[-1]
     left.plot(range(1, EPOCHS + 1), mean, color="#7f7f7f", label="SGD, the full run")
     left.axvspan(0, HEAD, color="#f0f0f0")
-    for name, mark, colour in (("mean of the last 10", "s", "C1"), ("TWA by layer | 1", "*", "C3")):
+    for name, mark, colour in (("mean of the last 10", "s", "C1"), (f"{RECIPE} | 1", "*", "C3")):
         if of(runs, name):
             row, _, more = name.partition(" | ")
             label = f"{row}, {more} epoch more" if more else row
@@ -238,9 +282,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     right.set(xscale="log", xlabel="epochs after the head", title="equal budgets")
     right.set_xticks([float(b) for b in budgets], budgets)
     right.minorticks_off()
-    lowest = min(statistics.mean(of(runs, f"{row} | {budgets[0]}") or [full]) for row in rows)
     left.set_ylim(full - 12, full + 2)
-    right.set_ylim(lowest - 0.4, full + 0.4)
     for axes in (left, right):
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
         axes.grid(alpha=0.3)
@@ -254,28 +296,35 @@ def save(fig, path: Path) -> None:
 
 
 def rates(runs: Runs, figure: Path) -> list[str]:
-    rows, factors = split(runs)
-    lines = [*table(runs, rows, factors), ""]
-    for row in (r for r in rows if of(runs, f"{r} | 1")):
-        measured = {f: of(runs, f"{row} | {f}") for f in factors}
-        means = {f: statistics.mean(values) for f, values in measured.items() if values}
-        best = max(means, key=means.get)
-        worst = max(of(runs, f"{row} | 1", "train_loss"))
-        lines.append(
-            f"- {row}: the default is {means[best] - means['1']:.2f} points below the best of "
-            f"these rates ({best} times the default); its training loss ends at {worst:.3f}."
-        )
+    rows, _ = split(runs)
+    lines = [*choice(runs, "at so many times the default rate"), ""]
+    for row in rows:
+        best, lacks = best_rate(runs, row)
+        lines += bullet(f"{row}: the default is {lacks:.2f} points below the best, {best} of it.")
     return lines
+
+
+def best_rate(runs: Runs, row: str) -> tuple[str, float]:
+    """The best factor in the mean of the seeds, and the points by which the default is below it."""
+    _, factors = split(runs)
+    means = {f: statistics.mean(v) for f in factors if (v := of(runs, f"{row} | {f}"))}
+    best = max(means, key=means.get)
+    return best, means[best] - means["1"]
+
+
+def start_gain(runs: Runs, row: str) -> float:
+    """Points that the default rate gains over the start point, in the worst seed."""
+    return min(run[f"{row} | 1"]["accuracy"] - run[START]["accuracy"] for run in runs)
 
 
 def settings(runs: Runs, figure: Path) -> list[str]:
     what = "with coefficients of the model, of each layer, of each channel"
-    return both(runs, what, images="Validation")
+    return choice(runs, what)
 
 
 def checkpoints(runs: Runs, figure: Path) -> list[str]:
     what = "by checkpoints an epoch and by the epoch that the window begins after"
-    lines = both(runs, what, images="Validation")
+    lines = choice(runs, what)
     counts = table(runs, *split(runs), "count", ".0f")
     draw_averaging(runs, figure)
     return [*lines, "", "The number of checkpoints in the window:", "", *counts]
@@ -298,7 +347,7 @@ def draw_averaging(runs: Runs, path: Path) -> None:
 
 
 def second_order(runs: Runs, figure: Path) -> list[str]:
-    lines = both(runs, "for so many epochs' worth of passes", images="Validation")
+    lines = choice(runs, "for so many epochs' worth of passes")
     long, short = of(runs, "SGD | 10"), [of(runs, f"{m} | 1") for m in ("L-BFGS", "Newton")]
     if not (long and all(short)):
         return lines
@@ -350,7 +399,9 @@ SECTIONS = {
     "head": (
         "Head stage",
         "TWA against rivals that spend the same epochs: SGD on all weights from rate 0.05 falling "
-        "linearly to 0, and SGD with its whole schedule squeezed into the epochs of both.",
+        "linearly to 0, and SGD with its whole schedule squeezed into the epochs of both. The "
+        "recipe is AdamW on a set of coefficients for each channel, from the mean of the last "
+        "five; the validation images of the 12,000 chose it.",
         head,
     ),
     "plane": (
@@ -367,7 +418,7 @@ SECTIONS = {
     ),
     "rates": (
         "Rates",
-        "Validation accuracy (%) after one epoch of TWA, at so many times the default rate.",
+        "One epoch of TWA; the rest as in the head stage.",
         rates,
     ),
     "settings": ("Settings", "One epoch of TWA, one setting changed at a time.", settings),

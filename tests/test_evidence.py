@@ -68,6 +68,7 @@ def test_a_study_stands_once_it_is_measured(small, capfd):
     written = json.loads(bench.path.read_text())
     assert written == bench.records
     names = {name.partition(" | ")[0] for name in written}
+    assert evidence_report.RECIPE in evidence.METHODS
     assert names >= {*evidence.METHODS, "SGD", "SGD, whole schedule", "EMA", "last checkpoint"}
     assert [written[f"TWA | {budget}"]["epochs"] for budget in (1, 2)] == [2, 3]
     assert len(written["TWA | 1"]["averaging_weights"]) == len(bench.window()) == 3
