@@ -567,8 +567,9 @@ def test_frozen_parameters_stay_at_the_start():
 # --- drop-in ---
 
 
-def test_the_snippet_of_the_readme_runs():
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+def test_the_snippets_of_the_readme_run():
+    text = (ROOT / "README.md").read_text()
+    snippet, recipe = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert "TWA(model, checkpoints" in snippet
     model = Small()
     names = {
@@ -585,3 +586,7 @@ def test_the_snippet_of_the_readme_runs():
     assert total_loss(model) < start
     assert all(p.grad is None for p in model.parameters())
     assert names["optimizer"].averaging_weights().shape == (5,)
+
+    exec(recipe, names)
+    assert total_loss(model) == start  # that of the mean of the last five, which are all here
+    assert len(names["optimizer"].coefficients) > 5
