@@ -63,7 +63,7 @@ RESUME_WITH = (
 )
 RATE_HELP = (
     "(1 - momentum) / curvature for SGD, with the largest curvature of the training loss along the "
-    "coefficients, which is measured; 0.005 · ‖coefficients‖ / sqrt(their number) for AdamW"
+    "coefficients, which is measured; 0.01 · ‖coefficients‖ / sqrt(their number) for AdamW"
 )
 # Images of which the curvature is measured, in whole batches.
 CURVATURE_IMAGES = 128
@@ -138,7 +138,7 @@ def safe_rate(
     """
     coefficients = optimizer.coefficients.detach()
     if momentum is None:
-        return 0.005 * coefficients.norm().item() / math.sqrt(len(coefficients))
+        return 0.01 * coefficients.norm().item() / math.sqrt(len(coefficients))
     train.set_epoch(0)
     batches = list(islice(train, math.ceil(CURVATURE_IMAGES / train.batch_size)))
     model.train()
