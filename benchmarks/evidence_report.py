@@ -400,8 +400,8 @@ SECTIONS = {
         "Head stage",
         "TWA against rivals that spend the same epochs: SGD on all weights from rate 0.05 falling "
         "linearly to 0, and SGD with its whole schedule squeezed into the epochs of both. The "
-        "recipe is AdamW on a set of coefficients for each channel, from the mean of the last "
-        "five; the validation images of the 12,000 chose it.",
+        "recipe is AdamW (below one epoch SGD) on a set of coefficients for each channel, from the "
+        "mean of the last five; validation images beside the 12,000 chose it.",
         head,
     ),
     "plane": (
