@@ -33,11 +33,7 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
     Args:
         measurements: holds `PART.DATA.ARCH.SEED.json`.
     """
-    studies: Studies = {}
-    for path in sorted(measurements.glob("*.json")):
-        part, training, arch, _ = path.stem.split(".")
-        runs = studies.setdefault(part, {}).setdefault(f"{arch} on {training}", [])
-        runs.append(json.loads(path.read_text()))
+    studies = read(measurements)
     figures.mkdir(parents=True, exist_ok=True)
     parts = [INTRODUCTION, *summary(studies), *answers(studies)]
     for part, (title, note, section) in SECTIONS.items():
@@ -55,6 +51,22 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
         parts += ["", f"## {title}", "", fill(note, 98), "", table.stdout.decode().strip()]
     parts += ["", *papers(), ""]
     target.write_text("\n".join(parts))
+
+
+def read(measurements: Path) -> Studies:
+    """All entries; a seed that lacks some of its study's is left out, so that means compare."""
+    studies: Studies = {}
+    for path in sorted(measurements.glob("*.json")):
+        part, training, arch, _ = path.stem.split(".")
+        runs = studies.setdefault(part, {}).setdefault(f"{arch} on {training}", [])
+        runs.append(json.loads(path.read_text()))
+    for named in studies.values():
+        for name, runs in [*named.items()]:
+            entries = set().union(*runs)
+            named[name] = [run for run in runs if run.keys() == entries]
+            if not named[name]:
+                del named[name]
+    return studies
 
 
 INTRODUCTION = f"""# Results
@@ -103,6 +115,8 @@ def answers(studies: Studies) -> list[str]:
     for name, runs in studies["head"].items():
         _, budgets = split(runs)
         lead = {b: statistics.mean(g) for b in budgets if (g := gains(runs, RECIPE, b))}
+        if not lead:
+            continue
         leads = ", ".join(b for b in lead if lead[b] > 0) or "no"
         lines += bullet(
             f"**{name}**, {len(runs)} seeds: {RECIPE} {reached(runs, RECIPE)}. In the mean it is "
