@@ -22,7 +22,6 @@ import models
 
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
-SEEDS = 3
 START = "mean of the last 10"  # the entry of the point that TWA starts from
 RECIPE = "TWA, the recipe"  # the README's, to be held against the rivals
 
@@ -42,8 +41,7 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
             lines = section(runs, figure)
             if part == "head" and name in studies.get("cost", {}):
                 lines += ["", *seconds(runs, studies["cost"][name][0])]
-            missing = f", {len(runs)} of {SEEDS} seeds" if len(runs) < SEEDS else ""
-            parts += ["", f"## {title}: {name}{missing}", "", fill(note, 98), "", *lines]
+            parts += ["", f"## {title}: {name}, {seeds(runs)}", "", fill(note, 98), "", *lines]
             if figure.exists():
                 parts += ["", f"![{title}]({figure.relative_to(target.parent)})"]
     for title, note, script in OTHERS:
@@ -96,10 +94,10 @@ def summary(studies: Studies) -> list[str]:
     end = [run["SGD"]["curve"][-1] for run in runs]
     rows = {
         "last checkpoint of the head": ("last checkpoint", HEAD),
-        "mean of its last 10": ("mean of the last 10", HEAD),
+        "mean of its last 5": ("mean of the last 5", HEAD),
         f"{RECIPE}, one epoch": (f"{RECIPE} | 1", HEAD + 1),
     }
-    lines = ["", f"The head stage in four rows ({name}, {len(runs)} seeds):", ""]
+    lines = ["", f"The head stage in four rows ({name}, {seeds(runs)}):", ""]
     lines += ["| solution | epochs | test accuracy (%) | test loss |", "| --- | --- | --- | --- |"]
     for title, (entry, epochs) in rows.items():
         accuracy, loss = cell(of(runs, entry), ".2f"), cell(of(runs, entry, "loss"), ".4f")
@@ -117,11 +115,11 @@ def answers(studies: Studies) -> list[str]:
         lead = {b: statistics.mean(g) for b in budgets if (g := gains(runs, RECIPE, b))}
         if not lead:
             continue
-        leads = ", ".join(b for b in lead if lead[b] > 0) or "no"
+        leads = ", ".join(b for b in lead if lead[b] > 0) or "none"
         lines += bullet(
-            f"**{name}**, {len(runs)} seeds: {RECIPE} {reached(runs, RECIPE)}. In the mean it is "
-            f"ahead of every rival and every average at {leads} epochs more, of {', '.join(lead)}; "
-            f"at worst it is {-min(lead.values()):.2f} points behind."
+            f"**{name}**, {seeds(runs)}: {RECIPE} {reached(runs, RECIPE)}. It is ahead of every "
+            f"rival and every average, in the mean, at {leads} of the budgets {', '.join(lead)} "
+            f"(epochs more); at worst {-min(lead.values()):.2f} points behind the best of them."
         )
     cases = {
         f"{name}, {row}": (best_rate(runs, row)[1], start_gain(runs, row))
@@ -137,6 +135,10 @@ def answers(studies: Studies) -> list[str]:
             f"{min(gain for _, gain in cases.values()):.2f} points."
         )
     return lines
+
+
+def seeds(runs: Runs) -> str:
+    return "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
 def bullet(text: str) -> list[str]:
@@ -278,7 +280,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     full = mean[-1]
     left.plot(range(1, EPOCHS + 1), mean, color="#7f7f7f", label="SGD, the full run")
     left.axvspan(0, HEAD, color="#f0f0f0")
-    for name, mark, colour in (("mean of the last 10", "s", "C1"), (f"{RECIPE} | 1", "*", "C3")):
+    for name, mark, colour in (("mean of the last 5", "s", "C1"), (f"{RECIPE} | 1", "*", "C3")):
         if of(runs, name):
             row, _, more = name.partition(" | ")
             label = f"{row}, {more} epoch more" if more else row
@@ -314,7 +316,7 @@ def rates(runs: Runs, figure: Path) -> list[str]:
     lines = [*choice(runs, "at so many times the default rate"), ""]
     for row in rows:
         best, lacks = best_rate(runs, row)
-        lines += bullet(f"{row}: the default is {lacks:.2f} points below the best, {best} of it.")
+        lines += bullet(f"{row}: the default is {lacks:.2f} points below the best, at {best} of it.")
     return lines
 
 
