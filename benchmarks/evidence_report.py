@@ -23,6 +23,7 @@ import models
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
 START = "mean of the last 10"  # the entry of the point that TWA starts from
+SHOWN = 2  # epochs more, in the four rows and in the figure's left half: as many as in run.sh
 RECIPE = "TWA, the recipe"  # the README's, to be held against the rivals
 
 
@@ -95,7 +96,7 @@ def summary(studies: Studies) -> list[str]:
     rows = {
         "last checkpoint of the head": ("last checkpoint", HEAD),
         "mean of its last 5": ("mean of the last 5", HEAD),
-        f"{RECIPE}, one epoch": (f"{RECIPE} | 1", HEAD + 1),
+        f"{RECIPE}, {SHOWN} epochs": (f"{RECIPE} | {SHOWN}", HEAD + SHOWN),
     }
     lines = ["", f"The head stage in four rows ({name}, {seeds(runs)}):", ""]
     lines += ["| solution | epochs | test accuracy (%) | test loss |", "| --- | --- | --- | --- |"]
@@ -280,20 +281,23 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     full = mean[-1]
     left.plot(range(1, EPOCHS + 1), mean, color="#7f7f7f", label="SGD, the full run")
     left.axvspan(0, HEAD, color="#f0f0f0")
-    for name, mark, colour in (("mean of the last 5", "s", "C1"), (f"{RECIPE} | 1", "*", "C3")):
+    marks = {"mean of the last 5": ("s", "C1"), f"{RECIPE} | {SHOWN}": ("*", "C3")}
+    for name, (mark, colour) in marks.items():
         if of(runs, name):
             row, _, more = name.partition(" | ")
-            label = f"{row}, {more} epoch more" if more else row
+            label = f"{row}, {more} epochs more" if more else row
             left.plot(
                 HEAD + float(more or 0), statistics.mean(of(runs, name)), mark, color=colour,
                 markersize=8 if mark == "s" else 15, label=label, linestyle="none",
             )  # fmt: skip
     left.set(xlabel="epochs", ylabel="test accuracy (%)", title="the head is grey")
-    for i, row in enumerate(rows):
+    shades = {True: iter(("#ffbb78", "#ff7f0e", "#8c564b")), False: iter(("C0", "C9", "C2", "C4"))}
+    for row in rows:
         there = [b for b in budgets if of(runs, f"{row} | {b}")]
         means = [statistics.mean(of(runs, f"{row} | {b}")) for b in there]
         style = "o-" if row.startswith("TWA") else "s--"
-        right.plot([float(b) for b in there], means, style, color=f"C{i}", label=row)
+        colour = "C3" if row == RECIPE else next(shades[row.startswith("TWA")])
+        right.plot([float(b) for b in there], means, style, color=colour, label=row)
     right.axhline(full, color="#7f7f7f", linestyle=":", label="SGD, the full run")
     right.set(xscale="log", xlabel="epochs after the head", title="equal budgets")
     right.set_xticks([float(b) for b in budgets], budgets)
@@ -316,7 +320,8 @@ def rates(runs: Runs, figure: Path) -> list[str]:
     lines = [*choice(runs, "at so many times the default rate"), ""]
     for row in rows:
         best, lacks = best_rate(runs, row)
-        lines += bullet(f"{row}: the default is {lacks:.2f} points below the best, at {best} of it.")
+        text = f"{row}: the default is {lacks:.2f} points below the best, {best} times it."
+        lines += bullet(text)
     return lines
 
 
