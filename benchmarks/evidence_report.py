@@ -113,15 +113,13 @@ def answers(studies: Studies) -> list[str]:
     lines = ["", "## In short", ""]
     for name, runs in studies["head"].items():
         _, budgets = split(runs)
-        lead = {b: statistics.mean(g) for b in budgets if (g := gains(runs, RECIPE, b))}
-        if not lead:
-            continue
-        leads = ", ".join(b for b in lead if lead[b] > 0) or "none"
-        lines += bullet(
-            f"**{name}**, {seeds(runs)}: {RECIPE} {reached(runs, RECIPE)}. It is ahead of every "
-            f"rival and every average, in the mean, at {leads} of the budgets {', '.join(lead)} "
-            f"(epochs more); at worst {-min(lead.values()):.2f} points behind the best of them."
-        )
+        if RECIPE in split(runs)[0]:
+            accuracy, loss = (leads(runs, budgets, key) for key in ("accuracy", "loss"))
+            lines += bullet(
+                f"**{name}**, {seeds(runs)}: {RECIPE} {reached(runs, RECIPE)}. In the mean it is "
+                f"ahead of every rival and every average by accuracy after {accuracy} epochs more, "
+                f"by loss after {loss}, of {', '.join(budgets)}."
+            )
     cases = {
         f"{name}, {row}": (best_rate(runs, row)[1], start_gain(runs, row))
         for name, runs in studies.get("rates", {}).items()
@@ -136,6 +134,12 @@ def answers(studies: Studies) -> list[str]:
             f"{min(gain for _, gain in cases.values()):.2f} points."
         )
     return lines
+
+
+def leads(runs: Runs, budgets: list[str], key: str) -> str:
+    """The budgets at which the recipe is ahead of the best rival in the mean."""
+    first = [b for b in budgets if (g := gains(runs, RECIPE, b, key)) and statistics.mean(g) > 0]
+    return ", ".join(first) or "no"
 
 
 def seeds(runs: Runs) -> str:
@@ -161,9 +165,10 @@ def of(runs: Runs, name: str, key: str = "accuracy") -> list[float]:
 
 
 def split(runs: Runs) -> tuple[list[str], list[str]]:
-    """The rows and the columns of the entries called `row | column`, in order."""
+    """The rows and the columns of the entries called `row | column`, in order, TWA's rows last."""
     names = [name.split(" | ") for run in runs for name in run if " | " in name]
     rows, columns = (list(dict.fromkeys(parts)) for parts in zip(*names, strict=True))
+    rows.sort(key=lambda row: row.startswith("TWA"))
     numbers = all(c.replace(".", "").isdecimal() for c in columns)
     return rows, sorted(columns, key=float) if numbers else columns
 
@@ -214,7 +219,9 @@ def head(runs: Runs, figure: Path) -> list[str]:
     lines = [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
     lines += [*plain(runs), "", *both(runs, "after so many epochs more"), ""]
     lines += ["Points of test accuracy that TWA is ahead of the rival with the highest mean:", ""]
-    lines += [*ahead(runs, rows, budgets), ""]
+    lines += [*ahead(runs, rows, budgets, "accuracy", "+.2f"), ""]
+    lines += ["How far TWA's test loss is below that of the rival with the lowest mean:", ""]
+    lines += [*ahead(runs, rows, budgets, "loss", "+.4f"), ""]
     lines += [f"- {row}: {reached(runs, row)}." for row in rows]
     draw_head(runs, rows, budgets, figure)
     return lines
@@ -237,26 +244,28 @@ def seconds(runs: Runs, cost: dict[str, dict]) -> list[str]:
     return lines
 
 
-def rival(runs: Runs, budget: str) -> str:
-    """The entry with the highest mean at this budget; the averages, which cost nothing, are in."""
+def rival(runs: Runs, budget: str, key: str = "accuracy") -> str:
+    """The entry with the best mean at this budget; the averages, which cost nothing, are in."""
     rows, _ = split(runs)
     there = [f"{row} | {budget}" for row in rows if not row.startswith("TWA")] + averages(runs)
-    return max((n for n in there if of(runs, n)), key=lambda n: statistics.mean(of(runs, n)))
+    means = {name: statistics.mean(found) for name in there if (found := of(runs, name, key))}
+    return min(means, key=means.get) if key == "loss" else max(means, key=means.get)
 
 
-def gains(runs: Runs, row: str, budget: str) -> list[float]:
-    """Points of accuracy that each seed is ahead of the rival."""
-    pairs = [(run.get(f"{row} | {budget}"), run.get(rival(runs, budget))) for run in runs]
-    return [ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs if ours and theirs]
+def gains(runs: Runs, row: str, budget: str, key: str = "accuracy") -> list[float]:
+    """How much each seed is ahead of the rival: points of accuracy, or loss less."""
+    other, sign = rival(runs, budget, key), -1 if key == "loss" else 1
+    pairs = [(run.get(f"{row} | {budget}"), run.get(other)) for run in runs]
+    return [sign * (ours[key] - theirs[key]) for ours, theirs in pairs if ours and theirs]
 
 
-def ahead(runs: Runs, rows: list[str], budgets: list[str]) -> list[str]:
+def ahead(runs: Runs, rows: list[str], budgets: list[str], key: str, form: str) -> list[str]:
     """TWA against the best rival at each budget."""
     lines = ["| | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
     for row in (r for r in rows if r.startswith("TWA")):
-        cells = [cell(gains(runs, row, budget), "+.2f") for budget in budgets]
+        cells = [cell(gains(runs, row, budget, key), form) for budget in budgets]
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    names = [rival(runs, budget).split(" | ")[0] for budget in budgets]
+    names = [rival(runs, budget, key).split(" | ")[0] for budget in budgets]
     return [*lines, f"| the rival | {' | '.join(names)} |"]
 
 
