@@ -36,6 +36,26 @@ def test_the_readme_shows_the_four_rows_of_the_results():
     assert four_rows in (ROOT / "README.md").read_text()
 
 
+def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_path):
+    def entry(accuracy: float, loss: float) -> dict:
+        return {"accuracy": accuracy, "loss": loss}
+
+    seed = {
+        "mean of all": entry(80.0, 0.5),
+        "SGD | 1": entry(82.0, 0.6),
+        f"{evidence_report.RECIPE} | 1": entry(81.5, 0.375),
+    }
+    (tmp_path / "head.D.A.1.json").write_text(json.dumps(seed))
+    (tmp_path / "head.D.A.2.json").write_text(json.dumps({"SGD | 1": entry(0.0, 9.0)}))
+    runs = evidence_report.read(tmp_path)["head"]["A on D"]
+    assert runs == [seed]
+    assert evidence_report.gains(runs, evidence_report.RECIPE, "1") == [-0.5]
+    assert evidence_report.gains(runs, evidence_report.RECIPE, "1", "loss") == [0.125]
+
+    rates = {f"AdamW | {f}": entry(a, 1.0) for f, a in (("0.1", 70.0), ("1", 71.0), ("10", 71.5))}
+    assert evidence_report.best_rate([rates], "AdamW") == ("10", 0.5)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Studies of one SGD run of two epochs on FashionMNIST's format."""
