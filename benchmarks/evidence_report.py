@@ -112,8 +112,8 @@ def answers(studies: Studies) -> list[str]:
     """What the studies of the head stage and of the rates say, each in a sentence or two."""
     lines = ["", "## In short", ""]
     for name, runs in studies["head"].items():
-        _, budgets = split(runs)
-        if RECIPE in split(runs)[0]:
+        rows, budgets = split(runs)
+        if RECIPE in rows:
             accuracy, loss = (leads(runs, budgets, key) for key in ("accuracy", "loss"))
             lines += bullet(
                 f"**{name}**, {seeds(runs)}: {RECIPE} {reached(runs, RECIPE)}. In the mean it is "

@@ -222,7 +222,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, archive, recwarn):
     assert "code" in message
     assert not proof.exists()
     assert recwarn.list == []  # the message stands alone
-    # The trap is a real one: a reader that trusts the file springs it.
+    # The trap is a real one: readers that trust the file, as `weights_only=False` does, spring it.
     if archive == "bare pickle":
         pickle.loads(path.read_bytes())
     else:

@@ -145,7 +145,8 @@ def test_what_stands_is_not_run_again_and_what_is_damaged_is(folder, tmp_path):
     call(finetune, *finetune_arguments(folder), "--save-dir", tmp_path)
     for name, time in times.items():
         assert ((tmp_path / name).stat().st_mtime_ns == time) == (name != "002.pt")
-    again, first = torch.load(tmp_path / "002.pt"), torch.load(folder / "models/002.pt")
+    again = torch.load(tmp_path / "002.pt", weights_only=True)
+    first = torch.load(folder / "models/002.pt", weights_only=True)
     assert all(torch.equal(again[key], first[key]) for key in first)  # the same run
 
 
@@ -209,10 +210,10 @@ def test_soups_are_the_means_of_their_ingredients(folder):
     model = models.build("PreResNet20", 10, 1, 8)
     trainable = [name for name, _ in model.named_parameters()]
     for name in ("uniform", "greedy", "TWA-t", "TWA-v"):
-        states = [torch.load(path) for path in results[name]["models"]]
+        states = [torch.load(path, weights_only=True) for path in results[name]["models"]]
         alpha = results[name].get("averaging_weights")
         shares = [1 / len(states)] * len(states) if alpha is None else alpha.values()
-        saved = torch.load(folder / f"soup/{name}.pt")
+        saved = torch.load(folder / f"soup/{name}.pt", weights_only=True)
         for key in trainable:
             mean = sum(a * state[key].double() for a, state in zip(shares, states, strict=True))
             torch.testing.assert_close(saved[key].double(), mean, rtol=1e-4, atol=1e-5)
@@ -234,7 +235,7 @@ def test_ensemble_equals_a_plain_computation(folder, tmp_path):
     logits = torch.zeros(len(labels), 10)
     for path in results["ensemble"]["models"]:
         model = models.build("PreResNet20", 10, 1, 8)
-        model.load_state_dict(torch.load(path))
+        model.load_state_dict(torch.load(path, weights_only=True))
         batches = list(train)[:4]  # 200 images, in whole batches of 64
         torch.optim.swa_utils.update_bn(batches, model)
         model.eval()
