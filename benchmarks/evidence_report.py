@@ -114,11 +114,11 @@ def answers(studies: Studies) -> list[str]:
     for name, runs in studies["head"].items():
         rows, budgets = split(runs)
         if RECIPE in rows:
-            accuracy, loss = (leads(runs, budgets, key) for key in ("accuracy", "loss"))
             lines += bullet(
-                f"**{name}**, {seeds(runs)}: {RECIPE} {reached(runs, RECIPE)}. In the mean it is "
-                f"ahead of every rival and every average by accuracy after {accuracy} epochs more, "
-                f"by loss after {loss}, of {', '.join(budgets)}."
+                f"**{name}**, {seeds(runs)}: {RECIPE} {reached(runs, RECIPE)}. Of budgets of "
+                f"{', '.join(budgets)} epochs more it is, in the mean, ahead of every rival and "
+                f"every average by accuracy at {leads(runs, budgets, 'accuracy')}, by loss at "
+                f"{leads(runs, budgets, 'loss')}."
             )
     cases = {
         f"{name}, {row}": (best_rate(runs, row)[1], start_gain(runs, row))
@@ -137,9 +137,14 @@ def answers(studies: Studies) -> list[str]:
 
 
 def leads(runs: Runs, budgets: list[str], key: str) -> str:
-    """The budgets at which the recipe is ahead of the best rival in the mean."""
-    first = [b for b in budgets if (g := gains(runs, RECIPE, b, key)) and statistics.mean(g) > 0]
-    return ", ".join(first) or "no"
+    """The budgets at which the recipe leads in the mean, and at which of them beyond scatter."""
+    found = {budget: gains(runs, RECIPE, budget, key) for budget in budgets}
+    first = [b for b, gain in found.items() if gain and statistics.mean(gain) > 0]
+    if len(runs) == 1 or not first:
+        return ", ".join(first) or "none"
+    errors = {b: statistics.stdev(found[b]) / len(found[b]) ** 0.5 for b in first}
+    clear = [b for b in first if statistics.mean(found[b]) > 2 * errors[b]]
+    return f"{', '.join(first)} (by more than two standard errors at {', '.join(clear) or 'none'})"
 
 
 def seeds(runs: Runs) -> str:
@@ -307,8 +312,18 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
         style = "o-" if row.startswith("TWA") else "s--"
         colour = "C3" if row == RECIPE else next(shades[row.startswith("TWA")])
         right.plot([float(b) for b in there], means, style, color=colour, label=row)
+        if row == RECIPE and len(runs) > 1:
+            spread = [statistics.stdev(of(runs, f"{row} | {b}")) for b in there]
+            low, high = (
+                [m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1)
+            )
+            right.fill_between([float(b) for b in there], low, high, color=colour, alpha=0.15)
     right.axhline(full, color="#7f7f7f", linestyle=":", label="SGD, the full run")
-    right.set(xscale="log", xlabel="epochs after the head", title="equal budgets")
+    right.set(
+        xscale="log",
+        xlabel="epochs after the head",
+        title="equal budgets; shaded: ± standard deviation",
+    )
     right.set_xticks([float(b) for b in budgets], budgets)
     right.minorticks_off()
     left.set_ylim(full - 12, full + 2)

@@ -36,6 +36,21 @@ def test_the_readme_shows_the_four_rows_of_the_results():
     assert four_rows in (ROOT / "README.md").read_text()
 
 
+def test_a_lead_is_told_from_the_scatter_of_the_seeds():
+    def run(*ahead: float) -> dict:  # of the rival by so many points, at budgets 1, 2 and 5
+        ours = {
+            f"{evidence_report.RECIPE} | {b}": 80 + a for b, a in zip("125", ahead, strict=True)
+        }
+        rival = {f"SGD | {budget}": 80.0 for budget in "125"}
+        return {name: {"accuracy": value} for name, value in (ours | rival).items()}
+
+    runs = [run(0.2, 0.1, -0.1), run(0.3, 0.9, -0.2), run(0.4, -0.4, -0.3)]
+    told = evidence_report.leads(runs, ["1", "2", "5"], "accuracy")
+    assert told == "1, 2 (by more than two standard errors at 1)"
+    assert evidence_report.leads(runs[:1], ["1", "2", "5"], "accuracy") == "1, 2"
+    assert evidence_report.leads(runs, ["5"], "accuracy") == "none"
+
+
 def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_path):
     def entry(accuracy: float, loss: float) -> dict:
         return {"accuracy": accuracy, "loss": loss}
