@@ -25,4 +25,5 @@ done
 seed=1
 study plane PreResNet20
 study cost PreResNet20
+study cost $cnn
 "$PYTHON" evidence.py report

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from study import EPOCHS, EVERY, HEAD, ROOT, SAVES
+from study import DATA, EPOCHS, EVERY, HEAD, ROOT, SAVES
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -34,14 +34,16 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
         measurements: holds `PART.DATA.ARCH.SEED.json`.
     """
     studies = read(measurements)
+    costs = {name.split(" on ")[0]: runs[0] for name, runs in studies.get("cost", {}).items()}
     figures.mkdir(parents=True, exist_ok=True)
     parts = [INTRODUCTION, *summary(studies), *answers(studies)]
     for part, (title, note, section) in SECTIONS.items():
         for name, runs in studies.get(part, {}).items():
             figure = figures / f"{part}.{name.replace(' on ', '.')}.png"
             lines = section(runs, figure)
-            if part == "head" and name in studies.get("cost", {}):
-                lines += ["", *seconds(runs, studies["cost"][name][0])]
+            arch, training = name.split(" on ")
+            if part == "head" and arch in costs:
+                lines += ["", *seconds(runs, costs[arch], DATA[training].steps)]
             parts += ["", f"## {title}: {name}, {seeds(runs)}", "", fill(note, 98), "", *lines]
             if figure.exists():
                 parts += ["", f"![{title}]({figure.relative_to(target.parent)})"]
@@ -232,10 +234,9 @@ def head(runs: Runs, figure: Path) -> list[str]:
     return lines
 
 
-def seconds(runs: Runs, cost: dict[str, dict]) -> list[str]:
-    """What the methods took, from the cost of a step with nothing beside it."""
+def seconds(runs: Runs, cost: dict[str, dict], steps: int) -> list[str]:
+    """What the methods took, from the cost of a step with nothing beside it, so many an epoch."""
     ways = {"TWA": "model", "TWA by layer": "layer", "TWA by channel": "channel"}
-    steps = cost["process"]["steps_an_epoch"]
     _, budgets = split(runs)
     lines = ["The same in seconds of one quiet core, from the cost of a step below; TWA's with"]
     lines += ["building the basis and measuring the rate. The head itself took "]

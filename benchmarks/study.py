@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks/results"  # what was measured, small, in the reposi
 WORK = ROOT / "results/evidence"  # checkpoints and logs
 EPOCHS, HEAD = 24, 12  # of the full run, and of those that leave the checkpoints
 SAVES, EVERY = 20, 4  # checkpoints an epoch, of which every fourth is in a window: five an epoch
+BATCH = 128  # images a step
 VALIDATION = 10_000  # training images, the last ones, that settings are chosen by
 
 
@@ -38,8 +39,13 @@ VALIDATION = 10_000  # training images, the last ones, that settings are chosen 
 class Data:
     """A training set: so many images of FashionMNIST, and the share of labels that are wrong."""
 
-    images: int | None = None  # None: all
+    images: int | None = None  # None: all 60,000
     noise: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return math.ceil((self.images or 60_000) / BATCH)
 
 
 DATA = {
@@ -92,7 +98,7 @@ class Bench:
         self.model = build(arch, training.spec, cpu, layout)
 
     def _loader(self, split: data.Split) -> data.Loader:
-        return data.Loader(split, 128, train=True, seed=self.seed, channels_last=True)
+        return data.Loader(split, BATCH, train=True, seed=self.seed, channels_last=True)
 
     def held_out(self, count: int) -> data.Loader:
         """So many images, with clean labels, that the run never saw."""
@@ -107,7 +113,7 @@ class Bench:
             command += ["--model-factory" if ":" in self.arch else "--arch", self.arch, "--amp"]
             command += ["--images", self._data.images] if self._data.images else []
             command += ["--data-dir", self._data_dir, "--randomseed", self.seed, "-p", 1000]
-            command += ["--epochs", epochs, "--saves-per-epoch", saves]
+            command += ["--batch-size", BATCH, "--epochs", epochs, "--saves-per-epoch", saves]
             command += ["--save-dir", folder, "--log-dir", folder, "--resume"]
             subprocess.run([str(word) for word in command], check=True)
             metrics = utils.read_metrics(folder / "metrics.jsonl")
