@@ -233,7 +233,7 @@ class Trainer:
             those that are left.
         label_smoothing: of the training loss, in [0, 1].
         clip_grad: largest norm of the gradient, of all parameters together; None for no limit.
-        top5: whether the accuracy among the five best classes is told, too.
+        top5: whether the accuracy among the five best classes is reported, too.
         name: what stands before "epoch 3/10" in the log.
         progress: kept up to date, so that it can be saved after any step; what it holds is gone
             on from.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,8 @@ class SGDRun:
     def read(cls, log_dir: Path) -> SGDRun:
         """What is known of the run; of one that left no metrics, nothing (and a save an epoch)."""
         description = log_dir / "run.json"
-        arguments = json.loads(description.read_text())["arguments"] if description.exists() else {}
+        text = description.read_text() if description.exists() else '{"arguments": {}}'
+        arguments = utils.of_json(text, description)["arguments"]
         return cls(
             utils.read_metrics(log_dir / "metrics.jsonl"),
             arguments.get("saves_per_epoch", 1),

@@ -4,7 +4,9 @@
 #     bash run.sh [DATASET [ARCH [DATA_DIR]]]     Digits, PreResNet20 and ./datasets if left out
 #     bash run.sh ImageNet resnet18 /path/to/imagenet
 #
-# Run again, it goes on where it was stopped. Edit the settings below for your own.
+# Run again, it goes on where it was stopped. Edit the settings below for your own, and DST with
+# them: what stands there was made with others (for other settings of TWA alone, remove
+# $DST/checkpoints/twa_state.pt).
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
@@ -59,4 +61,4 @@ esac
 "$PYTHON" -u train_twa.py --datasets "$datasets" --arch="$model" --data-dir "$data_dir" \
     --epochs $twa_epochs --extract Schmidt --params_start 0 --params_end $params_end \
     --wd 0.00001 --batch-size $batch_size $amp $twa \
-    --save-dir="$DST/checkpoints" --log-dir="$DST" -p 100
+    --save-dir="$DST/checkpoints" --log-dir="$DST" -p 100 --resume

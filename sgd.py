@@ -34,9 +34,14 @@ RESUME_WITH = (
     "lr",
     "momentum",
     "weight_decay",
+    "warmup_epochs",
+    "label_smoothing",
+    "clip_grad",
     "saves_per_epoch",
     "randomseed",
     "images",
+    "randaugment",
+    "amp",
 )
 
 
@@ -56,7 +61,7 @@ def add_arguments(
         "--schedule",
         default="step",
         choices=("step", "constant", "cosine"),
-        help=f"of the rate; step divides it by 10 {step_help}",
+        help=f"{utils.SCHEDULE_HELP}; step divides the rate by 10 {step_help}",
     )
     add("--lr", "--learning-rate", type=number(float, 0), default=0.1, help="learning rate")
     add("--weight-decay", "--wd", type=number(float, 0), default=1e-4, help="weight decay")
@@ -82,7 +87,7 @@ def run(
         factor: the rate's, at x, the share of the training that is done, in [0, 1).
         start_epoch: how many epochs count as done if there is no state to go on from.
         resume_with: the arguments that must be the same when a run is resumed.
-        top5: whether the accuracy among the five best classes is told, too.
+        top5: whether the accuracy among the five best classes is reported, too.
 
     Raises:
         UserError, CheckpointError: what a user can mend, as `Trainer.epoch` and `utils.resume`.
@@ -105,7 +110,7 @@ def run(
     progress = Progress()
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "progress": progress}
     state = utils.state_path(args, "state.pt")
-    resumed = utils.resume(args, state, settings, **parts)
+    resumed = utils.resume(args, state, {} if args.evaluate else settings, **parts)
     if args.evaluate:
         tested, skipped = evaluate(model, test, args.amp, top5), skipped_images(test)
         if parallel.rank() == 0:

@@ -21,13 +21,8 @@ def parse_arguments():
     parser = utils.Parser("SGD training on an image folder that leaves the checkpoints for TWA")
     add = parser.add_argument
     add("data_dir", metavar="DIR", help="holds train/ and val/, each with a folder per class")
-    utils.add_model_arguments(
-        *(parser, "--arch", "-a"),
-        default="resnet18",
-        choices=models.imagenet.CLASSIFIERS,
-        metavar="ARCH",
-        help=f"architecture: {', '.join(models.imagenet.CLASSIFIERS)}",
-    )
+    architectures = models.imagenet.CLASSIFIERS
+    utils.add_model_arguments(parser, "--arch", "-a", choices=architectures, default="resnet18")
     add("--pretrained", action="store_true", help="start from torchvision's weights of --arch")
     start_help = "epochs that count as done; --resume knows this itself"
     add("--start-epoch", type=number(int, 0), default=0, help=start_help)

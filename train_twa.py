@@ -60,6 +60,8 @@ RESUME_WITH = (
     "randomseed",
     "images",
     "image_size",
+    "randaugment",
+    "amp",
 )
 RATE_HELP = (
     "(1 - momentum) / curvature for SGD, with the largest curvature of the training loss along the "
@@ -106,10 +108,10 @@ def parse_arguments():
         help="what has coefficients of its own",
     )
     add("--opt", default="SGD", choices=("SGD", "AdamW"), help="optimizer of the coefficients")
-    add("--schedule", default="step", choices=tuple(SCHEDULES), help="of the rate")
+    add("--schedule", default="step", choices=tuple(SCHEDULES), help=utils.SCHEDULE_HELP)
     add("--lr", type=number(float, 0), help="rate of the coefficients; left out: " + RATE_HELP)
     add("--weight-decay", "--wd", type=number(float, 0), default=1e-5, help="weight decay")
-    add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches a projected step")
+    add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches per projected step")
     add(
         "--reshard-after-forward",
         action="store_true",
@@ -135,8 +137,13 @@ def safe_rate(
     What a rate of SGD does depends on its product with the curvature alone, whatever the model, the
     granularity and the number of checkpoints; what one of Adam's does on the angle by which a step,
     which is about rate · √n long, turns the weights.
+
+    Raises:
+        UserError: there are no coefficients, or the loss does not depend on them.
     """
     coefficients = optimizer.coefficients.detach()
+    if len(coefficients) == 0:
+        raise UserError("the checkpoints hold nothing but zeros: there is nothing to average")
     if momentum is None:
         return 0.01 * coefficients.norm().item() / math.sqrt(len(coefficients))
     train.set_epoch(0)
@@ -152,7 +159,10 @@ def safe_rate(
             part.backward()
         return part
 
-    return (1 - momentum) / optimizer.curvature(loss)
+    curvature = optimizer.curvature(loss)
+    if not 0 < curvature < math.inf:
+        raise UserError(f"--lr: needed here, since the loss has a curvature of {curvature}")
+    return (1 - momentum) / curvature
 
 
 def window_paths(save_dir: Path, start: int, end: int) -> list[Path]:
@@ -174,7 +184,7 @@ def averages_of(window: list[Path], args, model: nn.Module) -> tuple[dict, str]:
     expected = model.state_dict()
     averages = {
         "last": window[-1],
-        "mean of last 5": average(window[-5:], expected),
+        f"mean of last {min(5, len(window))}": average(window[-5:], expected),
         "SWA": average(window, expected),
     }
     if args.start_average:
@@ -291,6 +301,8 @@ def train_twa(args):
     def save(epochs: int) -> None:
         utils.save_state(save_dir / "twa_state.pt", epochs, settings, **parts)
 
+    if done == 0 and progress.iteration == 0:
+        save(0)
     with utils.Signals(held=True) as signals:
         for epoch in range(done + 1, args.epochs + 1):
             stop = partial(signals.check, partial(save, epoch - 1))

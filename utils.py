@@ -125,9 +125,13 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:  # a disk that is full, a path too long, a pipe that nobody reads
         line, status = f"error: {error.filename or 'a file'}: {error.strerror or error}", 2
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if str(error).startswith("DataLoader worker"):
+            line = f"error: {error} (try fewer --workers: each needs memory)"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            line = f"error: --compile: {str(error).splitlines()[0]}; leave it out"
+        else:
             raise
-        line, status = f"error: {error} (try fewer --workers: each needs memory)", 2
+        status = 2
     except Stopped as stopped:
         line, status = str(stopped), stopped.status
     if status:
@@ -182,10 +186,14 @@ def factory(text: str) -> str:
     return text
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *flags: str, **named) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *flags: str, choices: Iterable[str], **named
+) -> None:
     """The flag of an architecture's name, `flags`, and the one of a model that the user brings."""
     group = parser.add_mutually_exclusive_group(required="default" not in named)
-    group.add_argument(*flags, dest="arch", **{"help": "architecture"} | named)
+    # argparse would show the choices, a hundred, in place of the metavar: three times in all.
+    named |= {"metavar": "ARCH", "help": f"architecture: {', '.join(choices)}"}
+    group.add_argument(*flags, dest="arch", choices=choices, **named)
     group.add_argument(
         "--model-factory",
         dest="arch",
@@ -212,16 +220,17 @@ def add_training_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
     add = parser.add_argument
     seed = {"type": number(int, 0, 2**31 - 1), "default": 1}
     add("--workers", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
-    add("--batch-size", "-b", type=number(int, 1), default=batch_size, help="images a step")
+    add("--batch-size", "-b", type=number(int, 1), default=batch_size, help="images per step")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--randomseed", "--seed", **seed, help="seed of all randomness")
     add("--save-dir", default="save_temp", help="where checkpoints are saved")
     add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
-    add("--evaluate", "-e", action="store_true", help="test what there is and end")
+    add("--evaluate", "-e", action="store_true", help=EVALUATE_HELP)
     add_data_arguments(parser)
     add_run_arguments(parser)
 
 
+EVALUATE_HELP = "test the model, with --resume the saved one, and end; TWA: the averages"
 WORKERS_HELP = (
     "processes that decode and augment the images of ImageNet, on each rank; the other data sets "
     "live on the device and need none"
@@ -263,10 +272,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a training recipe, transformers' above all, beside rate and weight decay."""
     add = parser.add_argument
     add("--warmup-epochs", type=number(float, 0), default=0.0, help=WARMUP_HELP)
-    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="share spread evenly")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help=SMOOTHING_HELP)
     add("--clip-grad", type=number(float, 0), metavar="NORM", help=CLIP_HELP)
 
 
+SMOOTHING_HELP = "share of a label that is spread evenly over all classes"
+SCHEDULE_HELP = "learning rate schedule"
 WARMUP_HELP = "epochs of a linear rise of the rate; the schedule takes the rest"
 CLIP_HELP = "largest norm of the gradient, all parameters together; left out, any"
 
@@ -279,7 +290,7 @@ def add_soup_arguments(
     add_model_arguments(parser, "--arch", "-a", choices=architectures, default="PreResNet20")
     add("--datasets", default="CIFAR10", choices=datasets, help="data set")
     add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
-    add("--batch-size", "-b", type=number(int, 1), default=128, help="images a step")
+    add("--batch-size", "-b", type=number(int, 1), default=128, help="images per step")
     ratio_help = "percent of the training set that is held out, drawn by --randomseed"
     add("--val-ratio", type=percentage, default=10, help=ratio_help)
     add("--randomseed", type=number(int, 0, 2**31 - 1), default=1, help="seed of all randomness")
@@ -332,7 +343,7 @@ def choose_device(name: str | None) -> torch.device:
             device = torch.device(device.type, parallel.local_rank())
         torch.zeros((), device=device).item()  # "meta" holds nothing
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
 
@@ -469,7 +480,15 @@ def read_metrics(path: Path) -> list[dict]:
     """The epochs of a `metrics.jsonl`, in order; none if the file is not there."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [of_json(line, path) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def of_json(text: str, path: Path) -> dict:
+    """The JSON object that `text`, read from `path`, holds; a `UserError` if it is damaged."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it") from None
 
 
 def clear(save_dir: Path, overwrite: bool) -> None:
@@ -610,7 +629,7 @@ def start_wandb(args: argparse.Namespace):
     return import_wandb().init(project="TWA", name=args.EXP, config=vars(args))
 
 
-STATE_FORMAT = 2  # 1: without the progress within an epoch
+STATE_FORMAT = 3  # 1: without the progress within an epoch; 2: with fewer settings
 
 
 def state_path(args: argparse.Namespace, name: str) -> Path:
@@ -667,7 +686,8 @@ def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int
         if state["settings"].get(key) != value:
             raise UserError(
                 f"{path}: was saved with {key} {state['settings'].get(key)}, "
-                f"but this run has {key} {value}"
+                f"but this run has {key} {value}; give that, or another --save-dir, or remove "
+                "this file to start anew"
             )
     load_into(parts.pop("model"), state["model"], name=str(path))
     for name, part in parts.items():

@@ -504,7 +504,7 @@ OTHERS = (
 # The paper's runs: architecture, data set, epochs of SGD in the head, epochs of TWA.
 PAPER = (
     ("VGG16BN", "CIFAR100", 100, 10),
-    ("PreResNet164", "CIFAR100", 150, 10),
+    ("PreResNet164", "CIFAR100", 100, 10),
     ("resnet18", "ImageNet", 60, 2),
 )
 

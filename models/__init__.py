@@ -67,20 +67,28 @@ def _of_factory(name: str, num_classes: int, in_channels: int, image_size: int) 
     module, _, function = name.partition(":")
     try:
         model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: cannot be imported and called ({error})") from None
+    except Exception as error:  # whatever the user's code may raise
+        raise UserError(f"{name}: cannot be imported and called ({_said(error)})") from None
     if not isinstance(model, nn.Module):
         raise UserError(f"{name}: returns a {type(model).__name__}, not an nn.Module")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{name}: returns a model without parameters to train")
     shape = (2, in_channels, image_size, image_size)
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(shape))
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name}: does not take images of shape {shape} ({reason})") from None
+    except Exception as error:
+        raise UserError(f"{name}: does not take images of shape {shape} ({_said(error)})") from None
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(f"{name}: gives a {type(logits).__name__}, not a tensor of logits")
     if logits.shape != (2, num_classes):
         raise UserError(
             f"{name}: gives logits of shape {list(logits.shape)} for two images, and the data set "
             f"has {num_classes} classes"
         )
     return model
+
+
+def _said(error: Exception) -> str:
+    """What an error of the user's code says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

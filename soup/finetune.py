@@ -54,7 +54,7 @@ def parse_arguments():
     add("--images", type=number(int, 1), help="of the training part to use; left out, all")
     add("--optimizer", default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--schedule", default="cosine", choices=tuple(SCHEDULES), help="of the rate")
+    add("--schedule", default="cosine", choices=tuple(SCHEDULES), help=utils.SCHEDULE_HELP)
     add("--warmup-epochs", type=number(float, 0), default=0.0, help=utils.WARMUP_HELP)
     add("--clip-grad", type=number(float, 0), metavar="NORM", help=utils.CLIP_HELP)
 
@@ -66,7 +66,9 @@ def parse_arguments():
         "--weight-decay", "--wd", nargs="+", type=number(float, 0), default=[1e-4], help="decays"
     )
     grid.add_argument("--epochs", nargs="+", type=natural, default=[5], help="lengths of the runs")
-    grid.add_argument("--label-smoothing", nargs="+", type=share, default=[0.0], help="shares")
+    grid.add_argument(
+        "--label-smoothing", nargs="+", type=share, default=[0.0], help=utils.SMOOTHING_HELP
+    )
     grid.add_argument(
         "--randaugment",
         nargs="+",
@@ -124,7 +126,7 @@ def stands(record: dict | None, settings: dict, path: Path, expected: dict) -> b
         if record["settings"].get(key) != value:
             raise UserError(
                 f"{path}: stands already, with {key} {record['settings'].get(key)} instead of "
-                f"{value}; give another --save-dir, or remove this one"
+                f"{value}; give another --save-dir, or remove {path.parent}"
             )
     if record["validation"] is None:
         return True

@@ -42,15 +42,15 @@ case $dataset/$model in
         ;;
 esac
 # What is held out is the same for all three: the share and the seed decide.
-common="--datasets $dataset --arch $model --data-dir $data_dir --batch-size $batch_size $amp
-    --val-ratio $val_ratio --randomseed $seed -p 100"
+common=(--datasets "$dataset" --arch "$model" --data-dir "$data_dir" --batch-size $batch_size $amp
+    --val-ratio $val_ratio --randomseed "$seed" -p 100)
 
-"$PYTHON" -u ../train_sgd_cifar.py $common --split --epochs $base_epochs $base \
+"$PYTHON" -u ../train_sgd_cifar.py "${common[@]}" --split --epochs $base_epochs $base \
     --save-dir "$dir/checkpoints" --log-dir "$dir" --resume
 
-"$PYTHON" -u finetune.py $common --base "$dir/checkpoints/$base_epochs.pt" --models 12 $finetune \
+"$PYTHON" -u finetune.py "${common[@]}" --base "$dir/checkpoints/$base_epochs.pt" --models 12 $finetune \
     --save-dir "$dir/models"
 
 for kind in "t v" "v --granularity layer" "v --granularity layer --bits 4"; do
-    "$PYTHON" -u soup.py $common --checkpoints "$dir/models/*.pt" $soup --log-dir "$dir" --twa $kind
+    "$PYTHON" -u soup.py "${common[@]}" --checkpoints "$dir/models/*.pt" $soup --log-dir "$dir" --twa $kind
 done

@@ -91,7 +91,9 @@ def parse_arguments():
         "--epochs", type=number(int, 1), default=5, help="passes over as many images as held out"
     )
     twa.add_argument("--opt", default="AdamW", choices=("SGD", "AdamW"), help="optimizer")
-    twa.add_argument("--schedule", default="cosine", choices=tuple(SCHEDULES), help="of the rate")
+    twa.add_argument(
+        "--schedule", default="cosine", choices=tuple(SCHEDULES), help=utils.SCHEDULE_HELP
+    )
     twa.add_argument("--lr", type=number(float, 0), help="rate; left out: " + RATE_HELP)
     twa.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     twa.add_argument(

@@ -35,4 +35,4 @@ dir=../results/swa_${model}_${dataset}
 "$PYTHON" -u ../train_twa.py --datasets "$dataset" --arch "$model" --data-dir "$data_path" \
     --opt SGD --extract Schmidt --params_start $params_start --params_end $params_end \
     --epochs $epochs --batch-size $batch_size $amp $twa --randomseed "$seed" \
-    --save-dir "$dir/checkpoints" --log-dir "$dir" -p 100
+    --save-dir "$dir/checkpoints" --log-dir "$dir" -p 100 --resume

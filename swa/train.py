@@ -32,7 +32,7 @@ def parse_arguments():
     add("--dir", dest="log_dir", required=True, help="where everything is written")
     add("--dataset", dest="datasets", default="CIFAR10", choices=data.DATASETS, help="data set")
     add("--data_path", dest="data_dir", default="./datasets", help="where data sets lie")
-    add("--batch_size", type=number(int, 1), default=128, help="images a step")
+    add("--batch_size", type=number(int, 1), default=128, help="images per step")
     add("--num_workers", type=number(int, 0), default=4, help=utils.WORKERS_HELP)
     utils.add_model_arguments(parser, "--model", choices=models.ARCHITECTURES)
     add("--epochs", type=number(int, 1), default=200, help="epochs in all")
@@ -78,7 +78,8 @@ def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
 # What has to be the same when a run is resumed: it would not be that run otherwise.
 RESUME_WITH = (
     *("arch", "datasets", "epochs", "batch_size", "lr_init", "momentum", "wd"),
-    *("swa", "swa_start", "swa_lr", "swa_c_epochs", "randomseed", "images"),
+    *("swa", "swa_start", "swa_lr", "swa_c_epochs"),
+    *("randomseed", "images", "randaugment", "amp"),
 )
 
 

@@ -564,6 +564,25 @@ def test_frozen_parameters_stay_at_the_start():
     assert not torch.equal(model.fc.weight, small_run()[1]["fc.weight"])
 
 
+@pytest.mark.parametrize("scale", [0.1, 10], ids=["gradient below 0", "gradient above 0"])
+def test_the_curvature_of_one_coefficient(scale):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(20, 5, generator=generator)
+    model = nn.Linear(5, 1, bias=False)
+    nn.init.constant_(model.weight, scale)
+    optimizer = TWA(model, [model.state_dict()], SGD, lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        return loss
+
+    direction = model.weight.detach().double().flatten()
+    exact = 2 * (inputs.double() @ (direction / direction.norm())).square().mean()
+    assert optimizer.curvature(closure) == pytest.approx(exact.item(), rel=1e-3)
+
+
 # --- drop-in ---
 
 

@@ -368,8 +368,9 @@ def test_evaluate_prints_the_test_accuracy_and_writes_nothing(run):
         ("--opt", "AdamW", "--schedule", "cosine"),
         ("--opt", "SGD", "--granularity", "layer", "--train_start", 4),
         ("--opt", "SGD", "--start-average", 2, "-acc", 3, "--schedule", "linear"),
+        ("--opt", "SGD", "--params_start", 4),
     ],
-    ids=["SGD", "AdamW", "layer", "accumulate"],
+    ids=["SGD", "AdamW", "layer", "accumulate", "one checkpoint"],
 )
 def test_the_rate_that_is_picked_trains(run, flags):
     succeed(call(TWA, *where(run), "--params_start", 1, "--params_end", 5, "--epochs", 3, *flags))
@@ -507,13 +508,21 @@ def test_a_finished_run_that_is_resumed_does_nothing_more(head, tmp_path):
         (["--epochs", 5], "epochs 4"),
         (["--epochs", 4, "--arch", "ResNet18"], "arch PreResNet20"),
         (["--epochs", 4, "--saves-per-epoch", 2], "saves_per_epoch 1"),
+        (["--epochs", 4, "--warmup-epochs", 1], "warmup_epochs 0"),
+        (["--epochs", 4, "--label-smoothing", 0.1], "label_smoothing 0"),
+        (["--epochs", 4, "--clip-grad", 1], "clip_grad None"),
+        (["--epochs", 4, "--randaugment", 3], "randaugment 0"),
+        (["--epochs", 4, "--amp"], "amp False"),
     ],
-    ids=["epochs", "architecture", "saves"],
+    ids=lambda value: value.partition(" ")[0] if isinstance(value, str) else "",
 )
-def test_a_state_of_other_settings_is_refused(run, flags, words):
+def test_a_state_of_other_settings_is_refused_and_can_be_tested(run, flags, words):
     line = refuse(run, SGD, *where(run), "--resume", *flags)
     assert "state.pt" in line
     assert words in line
+    assert "remove this file" in line
+    if "--arch" not in flags:
+        succeed(call(SGD, *where(run), "--resume", *flags, "--evaluate"))
 
 
 def test_twa_refuses_the_state_of_another_window(run):
@@ -594,6 +603,71 @@ def test_refusals_in_processes_of_their_own(run):
 def test_odd_values_are_refused(run, script, flags, words):
     window = ["--params_end", 5] if script == TWA else []
     assert words in refuse(run, script, *where(run), *window, *flags)
+
+
+FACTORIES = """
+from torch import nn
+
+class Logits(nn.Linear):
+    def __init__(self, of):
+        super().__init__(64, 10)
+        self.of = of
+
+    def forward(self, x):
+        return self.of(super().forward(x.flatten(1)))
+
+def unknown_name():
+    return undefined
+
+def frozen():
+    return Logits(lambda y: y).requires_grad_(False)
+
+def a_dict():
+    return Logits(lambda y: {"logits": y})
+
+def out_of_range():
+    return Logits(lambda y: [y][3])
+"""
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        ("unknown_name", "NameError"),
+        ("frozen", "without parameters"),
+        ("a_dict", "a dict"),
+        ("out_of_range", "IndexError"),
+    ],
+)
+def test_a_model_of_the_users_that_does_not_work_is_refused(run, function, words, monkeypatch):
+    (run / "own_models.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(run)
+    monkeypatch.delitem(sys.modules, "own_models", raising=False)
+    flags = [word for word in where(run) if word not in ("--arch", "PreResNet20")]
+    line = refuse(run, SGD, *flags, "--epochs", 1, "--model-factory", f"own_models:{function}")
+    assert f"own_models:{function}" in line
+    assert words in line
+
+
+def test_a_compiler_that_is_missing_is_named(run, monkeypatch):
+    class InductorError(RuntimeError):  # PyTorch's own is made in another way in each version
+        __module__ = "torch._inductor.exc"
+
+    def compile_model(model):
+        raise InductorError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_model)
+    line = refuse(run, SGD, *where(run), "--epochs", 1, "--compile", "--overwrite")
+    assert "--compile: " in line
+    assert "No working C++ compiler found" in line
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_a_damaged_description_of_the_run_is_refused(run, name):
+    (run / name).write_text("{'epoch}\n")
+    line = refuse(run, TWA, *where(run), "--params_end", 5, "--epochs", 1)
+    assert str(run / name) in line
+    assert "damaged" in line
 
 
 def test_too_many_saves_are_refused_before_anything_is_replaced(run):
@@ -946,25 +1020,55 @@ def test_odd_values_are_refused_by_swa(tail_copy, flags, words):
 # --- the result ---
 
 
+THIS_PYTHON = f'exec "{sys.executable}" "$@"'
+
+
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory) -> Path:
     """What `bash run.sh` leaves in a fresh copy of the tree, with the settings that stand there."""
     copy = tmp_path_factory.mktemp("copy") / "twa"
     ignored = shutil.ignore_patterns(".*", "results", "datasets", "save_temp", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    path = copy.parent / "bin"
-    path.mkdir()
-    (path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    bash(copy / "run.sh", THIS_PYTHON)
+    return copy / "results" / "PreResNet20_Digits"
+
+
+def bash(script: Path, python: str, *args: str) -> None:
+    """Runs a shell script with a `python` on the PATH that is this line of a shell."""
+    path = script.parents[1] / "bin"
+    path.mkdir(exist_ok=True)
+    (path / "python").write_text(f"#!/bin/sh\n{python}\n")
     (path / "python").chmod(0o755)
     done = subprocess.run(
-        ["bash", "run.sh"],
-        cwd=copy,
+        ["bash", script, *args],
         env=ENVIRONMENT | {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return copy / "results" / "PreResNet20_Digits"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_run_sh_goes_on_with_what_stands(digits_run):
+    before = [(digits_run / f"{name}metrics.jsonl").read_text() for name in ("", "twa_")]
+    bash(digits_run.parents[1] / "run.sh", THIS_PYTHON)
+    after = [(digits_run / f"{name}metrics.jsonl").read_text() for name in ("", "twa_")]
+    assert after == before  # the seconds too: nothing was trained again
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("name", ["run.sh", "swa/run.sh", "swa/run_twa.sh", "soup/run.sh"])
+def test_a_folder_of_data_may_have_a_space_in_its_name(tmp_path, name):
+    script = tmp_path / "twa" / name
+    script.parent.mkdir(parents=True)
+    shutil.copy(ROOT / name, script)
+    shutil.copy(ROOT / "env.sh", tmp_path / "twa")
+    calls = tmp_path / "calls"
+    # The first call is that of env.sh, which feeds a program to it.
+    python = f'[ "$1" = - ] || printf "%s\\n" "$@" >> "{calls}"'
+    bash(script, python, "Digits", "PreResNet20", "/some where")
+    arguments = calls.read_text().splitlines()
+    assert arguments.count("/some where") == sum(word.endswith(".py") for word in arguments) > 0
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -144,6 +144,8 @@ class TWA(torch.optim.Optimizer):
         generator = torch.Generator().manual_seed(0)  # the same direction on every rank
         chance = torch.randn(len(here), generator=generator).to(here)
         direction = start / start.norm().clamp(min=1e-12) + chance / chance.norm()
+        if len(here) == 1:  # the one direction there is; the two above may cancel
+            direction = torch.ones_like(here)
         directions = here.new_zeros(min(iterations, len(here)), len(here))
         products = torch.zeros_like(directions)
         for i in range(len(directions)):
