@@ -274,7 +274,9 @@ def test_a_model_of_the_users_own(folder, tmp_path, monkeypatch, capsys):
     line = error_of(capsys, soup, *arguments, "--model-factory", "mine:other")
     assert "mine:other" in line
     line = error_of(capsys, soup, *arguments, "--model-factory", "torch.nn:Flatten")
-    assert "torch.nn:Flatten" in line and "10 classes" in line
+    assert "torch.nn:Flatten" in line and "without parameters" in line
+    line = error_of(capsys, soup, *arguments, "--model-factory", "torch.nn:PReLU")
+    assert "torch.nn:PReLU" in line and "10 classes" in line
     assert "MODULE:FUNCTION" in error_of(capsys, soup, *arguments, "--model-factory", "mine.net")
 
 
