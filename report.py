@@ -1,9 +1,10 @@
-"""What a run shows at its end: a table of solutions and a figure."""
+"""What a run shows at its end, a table of solutions and a figure, and a study: the mean of runs."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 
+import flags
 import utils
 from twa.checkpoints import replacing
 
@@ -34,7 +36,7 @@ class SGDRun:
 
     metrics: list[dict]
     saves_per_epoch: int
-    held_out: str | None  # as `utils.held_out` says it
+    held_out: str | None  # as `flags.held_out` says it
 
     @classmethod
     def read(cls, log_dir: Path) -> SGDRun:
@@ -45,7 +47,7 @@ class SGDRun:
         return cls(
             utils.read_metrics(log_dir / "metrics.jsonl"),
             arguments.get("saves_per_epoch", 1),
-            utils.held_out(argparse.Namespace(**{"split": False} | arguments)),
+            flags.held_out(argparse.Namespace(**{"split": False} | arguments)),
         )
 
     def spent(self, checkpoint: int) -> dict[str, float]:
@@ -113,6 +115,14 @@ def table(
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     )
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """`mean ± deviation`, the sample's, which one value alone does not have; "" of none."""
+    if not values:
+        return ""
+    mean, unsigned = format(statistics.mean(values), form), form.removeprefix("+")
+    return f"{mean} ± {statistics.stdev(values):{unsigned}}" if len(values) > 1 else mean
 
 
 def figure(

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 import data
+import flags
 import parallel
 import utils
 from engine import (
@@ -21,7 +22,8 @@ from engine import (
     schedule_of,
     skipped_images,
 )
-from utils import UserError, number
+from flags import number
+from utils import UserError
 
 # What has to be the same when a run is resumed: it would not be that run otherwise.
 RESUME_WITH = (
@@ -61,14 +63,15 @@ def add_arguments(
         "--schedule",
         default="step",
         choices=("step", "constant", "cosine"),
-        help=f"{utils.SCHEDULE_HELP}; step divides the rate by 10 {step_help}",
+        help=f"{flags.SCHEDULE_HELP}; step divides the rate by 10 {step_help}",
     )
     add("--lr", "--learning-rate", type=number(float, 0), default=0.1, help="learning rate")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=number(float, 0), default=1e-4, help="weight decay")
     saves = {"type": number(int, 1), "default": saves_per_epoch}
     add("--saves-per-epoch", **saves, help="checkpoints an epoch")
-    add("--overwrite", action="store_true", help=utils.OVERWRITE_HELP)
-    utils.add_recipe_arguments(parser)
+    add("--overwrite", action="store_true", help=flags.OVERWRITE_HELP)
+    flags.add_recipe_arguments(parser)
 
 
 def run(
@@ -106,7 +109,7 @@ def run(
     scheduler = schedule_of(factor, optimizer, steps, warmup, first=start_epoch * len(train))
 
     settings = {key: getattr(args, key) for key in resume_with}
-    settings["held_out"] = utils.held_out(args)
+    settings["held_out"] = flags.held_out(args)
     progress = Progress()
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "progress": progress}
     state = utils.state_path(args, "state.pt")

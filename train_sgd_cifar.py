@@ -7,6 +7,7 @@ Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resum
 """
 
 import data
+import flags
 import models
 import sgd
 import utils
@@ -14,8 +15,8 @@ from engine import SCHEDULES, set_up
 
 
 def parse_arguments():
-    parser = utils.Parser("SGD training that leaves the checkpoints for TWA")
-    utils.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    parser = flags.Parser("SGD training that leaves the checkpoints for TWA")
+    flags.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
     step_help = "at half and at three quarters of the epochs"
     sgd.add_arguments(parser, epochs=200, saves_per_epoch=1, step_help=step_help)
     return parser.parse_args()

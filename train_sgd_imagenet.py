@@ -8,28 +8,30 @@ initialisation), `1.pt`, `2.pt`, …, five an epoch, and `state.pt` (to resume) 
 Under `torchrun` each rank trains on its share of every batch.
 """
 
+import flags
 import imagefolder
 import models
 import parallel
 import sgd
 import utils
 from engine import SCHEDULES, set_up
-from utils import UserError, number
+from flags import number
+from utils import UserError
 
 
 def parse_arguments():
-    parser = utils.Parser("SGD training on an image folder that leaves the checkpoints for TWA")
+    parser = flags.Parser("SGD training on an image folder that leaves the checkpoints for TWA")
     add = parser.add_argument
     add("data_dir", metavar="DIR", help="holds train/ and val/, each with a folder per class")
     architectures = models.imagenet.CLASSIFIERS
-    utils.add_model_arguments(parser, "--arch", "-a", choices=architectures, default="resnet18")
+    flags.add_model_arguments(parser, "--arch", "-a", choices=architectures, default="resnet18")
     add("--pretrained", action="store_true", help="start from torchvision's weights of --arch")
     start_help = "epochs that count as done; --resume knows this itself"
     add("--start-epoch", type=number(int, 0), default=0, help=start_help)
     step_help = "every 30 epochs"
     sgd.add_arguments(parser, epochs=90, saves_per_epoch=5, step_help=step_help)
-    utils.add_training_arguments(parser, batch_size=256)
-    utils.add_image_arguments(parser, imagefolder.SIZE)
+    flags.add_training_arguments(parser, batch_size=256)
+    flags.add_image_arguments(parser, imagefolder.SIZE)
     parser.set_defaults(datasets=imagefolder.NAME)
     args = parser.parse_args()
     if args.pretrained and args.arch not in models.imagenet.CLASSIFIERS:

@@ -13,14 +13,13 @@ Under `torchrun` the ranks hold model and basis together, a shard each, and all 
 import math
 import time
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
+import coefficients
 import data
+import flags
 import imagefolder
 import models
 import parallel
@@ -30,16 +29,15 @@ from engine import (
     SCHEDULES,
     Progress,
     Trainer,
-    autocast,
     evaluate,
     reestimate_bn,
     schedule_of,
     set_up,
     skipped_images,
 )
-from twa import TWA
+from flags import number
 from twa.checkpoints import average, load_into, verify
-from utils import UserError, number
+from utils import UserError
 
 # What has to be the same when a run is resumed: it would not be that run otherwise.
 RESUME_WITH = (
@@ -63,18 +61,12 @@ RESUME_WITH = (
     "randaugment",
     "amp",
 )
-RATE_HELP = (
-    "(1 - momentum) / curvature for SGD, with the largest curvature of the training loss along the "
-    "coefficients, which is measured; 0.01 · ‖coefficients‖ / sqrt(their number) for AdamW"
-)
-# Images of which the curvature is measured, in whole batches.
-CURVATURE_IMAGES = 128
 
 
 def parse_arguments():
-    parser = utils.Parser("trains the averaging coefficients over a window of checkpoints")
+    parser = flags.Parser("trains the averaging coefficients over a window of checkpoints")
     architectures = dict.fromkeys((*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS))
-    utils.add_common_arguments(parser, architectures, (*data.DATASETS, imagefolder.NAME))
+    flags.add_common_arguments(parser, architectures, (*data.DATASETS, imagefolder.NAME))
     add = parser.add_argument
     epochs_help = "epochs over the training set, or over its held-out part with --split"
     add("--epochs", type=number(int, 0), default=100, help=epochs_help)
@@ -100,17 +92,7 @@ def parse_arguments():
         help="how the basis is made: Gram-Schmidt, or the window's principal directions",
     )
     add("--components", type=number(int, 1), help="directions that --extract SVD keeps")
-    add("--bits", type=int, default=32, choices=(32, 16, 8, 4), help="of a stored basis element")
-    add(
-        "--granularity",
-        default="model",
-        choices=("model", "layer", "channel"),
-        help="what has coefficients of its own",
-    )
-    add("--opt", default="SGD", choices=("SGD", "AdamW"), help="optimizer of the coefficients")
-    add("--schedule", default="step", choices=tuple(SCHEDULES), help=utils.SCHEDULE_HELP)
-    add("--lr", type=number(float, 0), help="rate of the coefficients; left out: " + RATE_HELP)
-    add("--weight-decay", "--wd", type=number(float, 0), default=1e-5, help="weight decay")
+    coefficients.add_arguments(parser, opt="SGD", schedule="step")
     add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches per projected step")
     add(
         "--reshard-after-forward",
@@ -118,7 +100,7 @@ def parse_arguments():
         help="under torchrun, gather the weights of a block once more for its backward pass: for "
         "models that one device cannot hold",
     )
-    utils.add_image_arguments(parser, None)
+    flags.add_image_arguments(parser, None)
     args = parser.parse_args()
     if args.datasets == imagefolder.NAME:
         args.image_size = args.image_size or imagefolder.SIZE
@@ -127,42 +109,6 @@ def parse_arguments():
     if (args.extract == "SVD") != (args.components is not None):
         parser.error("--extract SVD and --components belong together")
     return args
-
-
-def safe_rate(
-    optimizer: TWA, model: nn.Module, train: data.Loader, momentum: float | None, amp: bool
-) -> float:
-    """A rate for the coefficients at the start point (see RATE_HELP).
-
-    What a rate of SGD does depends on its product with the curvature alone, whatever the model, the
-    granularity and the number of checkpoints; what one of Adam's does on the angle by which a step,
-    which is about rate · √n long, turns the weights.
-
-    Raises:
-        UserError: there are no coefficients, or the loss does not depend on them.
-    """
-    coefficients = optimizer.coefficients.detach()
-    if len(coefficients) == 0:
-        raise UserError("the checkpoints hold nothing but zeros: there is nothing to average")
-    if momentum is None:
-        return 0.01 * coefficients.norm().item() / math.sqrt(len(coefficients))
-    train.set_epoch(0)
-    batches = list(islice(train, math.ceil(CURVATURE_IMAGES / train.batch_size)))
-    model.train()
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        for i, (images, labels) in enumerate(batches):
-            share = parallel.world() / train.images_in(i) / len(batches)
-            with autocast(images.device, amp):
-                part = F.cross_entropy(model(images), labels, reduction="sum") * share
-            part.backward()
-        return part
-
-    curvature = optimizer.curvature(loss)
-    if not 0 < curvature < math.inf:
-        raise UserError(f"--lr: needed here, since the loss has a curvature of {curvature}")
-    return (1 - momentum) / curvature
 
 
 def window_paths(save_dir: Path, start: int, end: int) -> list[Path]:
@@ -237,24 +183,15 @@ def train_twa(args):
         return
 
     started = time.perf_counter()
-    base_arguments = {"lr": args.lr or 0.0, "weight_decay": args.weight_decay}
-    if args.opt == "SGD":
-        base_arguments["momentum"] = args.momentum
-    optimizer = TWA(
+    optimizer = coefficients.optimizer_of(
+        args,
         model,
         window,
-        getattr(torch.optim, args.opt),
+        train,
         start=averages[start],
         extract=args.extract,
         components=args.components,
-        bits=args.bits,
-        granularity=args.granularity,
-        **base_arguments,
     )
-    if args.lr is None:
-        optimizer.param_groups[0]["lr"] = safe_rate(
-            optimizer, model, train, base_arguments.get("momentum"), args.amp
-        )
     rate = optimizer.param_groups[0]["lr"]
     build_seconds = time.perf_counter() - started
     steps = args.epochs * math.ceil(len(train) / args.accumulate)
@@ -263,7 +200,7 @@ def train_twa(args):
     settings |= {
         "window": f"[{args.params_start}, {args.params_end})",
         "start": start,
-        "held_out": utils.held_out(args),
+        "held_out": flags.held_out(args),
     }
     progress = Progress()
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "progress": progress}
@@ -272,11 +209,10 @@ def train_twa(args):
     log = utils.RunLog(args, prefix="twa_", resumed_epoch=done)
     log.line(
         f"{args.arch} on {args.datasets}: TWA over checkpoints {args.params_start} to "
-        f"{args.params_end - 1} from {start}: {len(optimizer.subspace)} coefficients, "
-        f"rate {rate:.3g}, basis of {optimizer.subspace.nbytes / 2**20:.1f} MiB in "
+        f"{args.params_end - 1} from {start}: {coefficients.described(optimizer)} in "
         f"{build_seconds:.1f} s"
     )
-    if args.split and sgd.held_out != utils.held_out(args):
+    if args.split and sgd.held_out != flags.held_out(args):
         log.line(
             f"note: the checkpoints' run held out {sgd.held_out or 'nothing'}, so its models know "
             "images that the coefficients are trained on; give both the same --split"
@@ -317,12 +253,11 @@ def train_twa(args):
         "epochs": spent["epochs"] + args.epochs * (args.val_ratio / 100 if args.split else 1),
         "seconds": spent["seconds"] + seconds,
     }
-    alpha = optimizer.averaging_weights()
+    alpha = coefficients.averaging_weights(optimizer)
     skipped = skipped_images(train, test)
     if parallel.rank() > 0:
         return
-    alpha = alpha.mean(0) if alpha.dim() == 2 else alpha  # at finer granularity the blocks' mean
-    averaging_weights = {path.name: a for path, a in zip(window, alpha.tolist(), strict=True)}
+    averaging_weights = {path.name: a for path, a in zip(window, alpha, strict=True)}
     utils.write_json(
         {
             "results": solutions,

@@ -38,6 +38,7 @@ from study import (
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 
+import flags
 import utils
 from engine import autocast
 from twa import TWA, Subspace
@@ -51,7 +52,7 @@ LAYER = {"granularity": "layer"}
 
 
 def main():
-    parser = utils.Parser("the studies behind RESULTS.md")
+    parser = flags.Parser("the studies behind RESULTS.md")
     parser.add_argument("part", choices=(*PARTS, "report"))
     parser.add_argument("--data", choices=DATA, default="FashionMNIST-12k", help="training set")
     arch_help = "architecture: a name of this project's, or module:function"

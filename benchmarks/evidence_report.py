@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import models
+from report import spread
 
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
@@ -103,10 +104,10 @@ def summary(studies: Studies) -> list[str]:
     lines = ["", f"The head stage in four rows ({name}, {seeds(runs)}):", ""]
     lines += ["| solution | epochs | test accuracy (%) | test loss |", "| --- | --- | --- | --- |"]
     for title, (entry, epochs) in rows.items():
-        accuracy, loss = cell(of(runs, entry), ".2f"), cell(of(runs, entry, "loss"), ".4f")
+        accuracy, loss = spread(of(runs, entry), ".2f"), spread(of(runs, entry, "loss"), ".4f")
         lines.append(f"| {title} | {epochs} | {accuracy} | {loss} |")
-    accuracy = cell([e["test_accuracy"] for e in end], ".2f")
-    loss = cell([e["test_loss"] for e in end], ".4f")
+    accuracy = spread([e["test_accuracy"] for e in end], ".2f")
+    loss = spread([e["test_loss"] for e in end], ".4f")
     return [*lines, f"| SGD, the full run | {EPOCHS} | {accuracy} | {loss} |"]
 
 
@@ -157,15 +158,6 @@ def bullet(text: str) -> list[str]:
     return [fill(f"- {text}", 98, subsequent_indent="  ")]
 
 
-def cell(values: list[float], form: str) -> str:
-    """`mean ± deviation`, the sample's, which one seed alone does not have."""
-    if not values:
-        return ""
-    mean = format(statistics.mean(values), form)
-    deviation = form.removeprefix("+")
-    return f"{mean} ± {statistics.stdev(values):{deviation}}" if len(values) > 1 else mean
-
-
 def of(runs: Runs, name: str, key: str = "accuracy") -> list[float]:
     """What the seeds that have the entry say."""
     return [run[name][key] for run in runs if name in run]
@@ -186,7 +178,7 @@ def table(
     """Entries called `row | column`, as Markdown."""
     lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for row in rows:
-        cells = [cell(of(runs, f"{row} | {column}", key), form) for column in columns]
+        cells = [spread(of(runs, f"{row} | {column}", key), form) for column in columns]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
 
@@ -200,7 +192,7 @@ def plain(runs: Runs, images: str = "test") -> list[str]:
     """What the head is worth without training."""
     lines = [f"| solution | {images} accuracy (%) | {images} loss |", "| --- | --- | --- |"]
     for name in averages(runs):
-        accuracy, loss = cell(of(runs, name), ".2f"), cell(of(runs, name, "loss"), ".4f")
+        accuracy, loss = spread(of(runs, name), ".2f"), spread(of(runs, name, "loss"), ".4f")
         lines.append(f"| {name} | {accuracy} | {loss} |")
     return lines
 
@@ -221,8 +213,8 @@ def choice(runs: Runs, what: str) -> list[str]:
 def head(runs: Runs, figure: Path) -> list[str]:
     rows, budgets = split(runs)
     ends = [run["SGD"]["curve"][-1] for run in runs]
-    accuracy = cell([end["test_accuracy"] for end in ends], ".2f")
-    loss = cell([end["test_loss"] for end in ends], ".4f")
+    accuracy = spread([end["test_accuracy"] for end in ends], ".2f")
+    loss = spread([end["test_loss"] for end in ends], ".4f")
     lines = [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
     lines += [*plain(runs), "", *both(runs, "after so many epochs more"), ""]
     lines += ["Points of test accuracy that TWA is ahead of the rival with the highest mean:", ""]
@@ -269,7 +261,7 @@ def ahead(runs: Runs, rows: list[str], budgets: list[str], key: str, form: str) 
     """TWA against the best rival at each budget."""
     lines = ["| | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
     for row in (r for r in rows if r.startswith("TWA")):
-        cells = [cell(gains(runs, row, budget, key), form) for budget in budgets]
+        cells = [spread(gains(runs, row, budget, key), form) for budget in budgets]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     names = [rival(runs, budget, key).split(" | ")[0] for budget in budgets]
     return [*lines, f"| the rival | {' | '.join(names)} |"]
@@ -314,9 +306,9 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
         colour = "C3" if row == RECIPE else next(shades[row.startswith("TWA")])
         right.plot([float(b) for b in there], means, style, color=colour, label=row)
         if row == RECIPE and len(runs) > 1:
-            spread = [statistics.stdev(of(runs, f"{row} | {b}")) for b in there]
+            deviations = [statistics.stdev(of(runs, f"{row} | {b}")) for b in there]
             low, high = (
-                [m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1)
+                [m + sign * s for m, s in zip(means, deviations, strict=True)] for sign in (-1, 1)
             )
             right.fill_between([float(b) for b in there], low, high, color=colour, alpha=0.15)
     right.axhline(full, color="#7f7f7f", linestyle=":", label="SGD, the full run")

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 import data
 import utils
+from coefficients import averaging_weights, safe_rate
 from engine import SCHEDULES, autocast, build, evaluate, reestimate_bn, schedule_of
-from train_twa import safe_rate
 from twa import TWA
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
 
@@ -164,10 +164,7 @@ class Bench:
         entry["seconds"] = time.perf_counter() - started
         if isinstance(optimizer, TWA):
             entry["lr"] = optimizer.defaults["lr"]
-            alpha = optimizer.averaging_weights()
-            entry["averaging_weights"] = [
-                round(a, 6) for a in (alpha.mean(0) if alpha.dim() == 2 else alpha).tolist()
-            ]
+            entry["averaging_weights"] = [round(a, 6) for a in averaging_weights(optimizer)]
         return self.judged(loader) | entry
 
 

@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import data
+import flags
 import models
 import utils
 from engine import OPTIMIZERS, SCHEDULES, Diverged, Trainer, build, describe, schedule_of
+from flags import number
 from twa.checkpoints import (
     CheckpointError,
     check,
@@ -35,12 +37,12 @@ from twa.checkpoints import (
     save,
     verify,
 )
-from utils import UserError, number
+from utils import UserError
 
 
 def parse_arguments():
-    parser = utils.Parser("fine-tunes one base model many times, each time with other settings")
-    utils.add_soup_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    parser = flags.Parser("fine-tunes one base model many times, each time with other settings")
+    flags.add_soup_arguments(parser, models.ARCHITECTURES, data.DATASETS)
     add = parser.add_argument
     base = parser.add_mutually_exclusive_group(required=True)
     base.add_argument("--base", metavar="FILE", help="state_dict that every run starts from")
@@ -54,9 +56,9 @@ def parse_arguments():
     add("--images", type=number(int, 1), help="of the training part to use; left out, all")
     add("--optimizer", default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--schedule", default="cosine", choices=tuple(SCHEDULES), help=utils.SCHEDULE_HELP)
-    add("--warmup-epochs", type=number(float, 0), default=0.0, help=utils.WARMUP_HELP)
-    add("--clip-grad", type=number(float, 0), metavar="NORM", help=utils.CLIP_HELP)
+    add("--schedule", default="cosine", choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
+    add("--warmup-epochs", type=number(float, 0), default=0.0, help=flags.WARMUP_HELP)
+    add("--clip-grad", type=number(float, 0), metavar="NORM", help=flags.CLIP_HELP)
 
     grid = parser.add_argument_group("settings that vary, one value or more each")
     lr_help = "rates; a draw is log-uniform between the lowest and the highest"
@@ -67,14 +69,14 @@ def parse_arguments():
     )
     grid.add_argument("--epochs", nargs="+", type=natural, default=[5], help="lengths of the runs")
     grid.add_argument(
-        "--label-smoothing", nargs="+", type=share, default=[0.0], help=utils.SMOOTHING_HELP
+        "--label-smoothing", nargs="+", type=share, default=[0.0], help=flags.SMOOTHING_HELP
     )
     grid.add_argument(
         "--randaugment",
         nargs="+",
         type=number(int, 0, 30),
         default=[0],
-        help=utils.RANDAUGMENT_HELP,
+        help=flags.RANDAUGMENT_HELP,
     )
     args = parser.parse_args()
     if args.warmup_epochs > min(args.epochs):
@@ -161,7 +163,7 @@ def fine_tune(args):
     fixed = {
         "model": args.arch,
         "datasets": args.datasets,
-        "held_out": utils.held_out(args),
+        "held_out": flags.held_out(args),
         "base": origin,
         "images": len(training),
         "batch_size": args.batch_size,

@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
+import coefficients
 import data
+import flags
 import models
 import report
 import utils
@@ -43,8 +45,7 @@ from engine import (
     schedule_of,
     score,
 )
-from train_twa import RATE_HELP, safe_rate
-from twa import TWA
+from flags import number
 from twa.checkpoints import (
     Checkpoint,
     average,
@@ -55,12 +56,12 @@ from twa.checkpoints import (
     save,
     verify,
 )
-from utils import UserError, number
+from utils import UserError
 
 
 def parse_arguments():
-    parser = utils.Parser("soups of fine-tuned models: uniform, greedy, TWA")
-    utils.add_soup_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    parser = flags.Parser("soups of fine-tuned models: uniform, greedy, TWA")
+    flags.add_soup_arguments(parser, models.ARCHITECTURES, data.DATASETS)
     add = parser.add_argument
     add(
         "--checkpoints",
@@ -90,24 +91,7 @@ def parse_arguments():
     twa.add_argument(
         "--epochs", type=number(int, 1), default=5, help="passes over as many images as held out"
     )
-    twa.add_argument("--opt", default="AdamW", choices=("SGD", "AdamW"), help="optimizer")
-    twa.add_argument(
-        "--schedule", default="cosine", choices=tuple(SCHEDULES), help=utils.SCHEDULE_HELP
-    )
-    twa.add_argument("--lr", type=number(float, 0), help="rate; left out: " + RATE_HELP)
-    twa.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    twa.add_argument(
-        "--weight-decay", "--wd", type=number(float, 0), default=1e-5, help="weight decay"
-    )
-    twa.add_argument(
-        "--granularity",
-        default="model",
-        choices=("model", "layer", "channel"),
-        help="what gets coefficients of its own",
-    )
-    twa.add_argument(
-        "--bits", type=int, default=32, choices=(32, 16, 8, 4), help="of an element of the basis"
-    )
+    coefficients.add_arguments(parser, opt="AdamW", schedule="cosine")
     return parser.parse_args()
 
 
@@ -128,7 +112,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
 
 def refuse_other_split(paths: Sequence[Path], args) -> None:
     """Refuses models of `finetune.py` that were trained on what is held out here."""
-    here = utils.held_out(args)
+    here = flags.held_out(args)
     for folder in sorted({path.parent for path in paths}):
         for record in utils.read_metrics(folder / "runs.jsonl"):
             path, there = folder / record["file"], record["settings"]["held_out"]
@@ -253,30 +237,11 @@ def train_coefficients(
     Returns:
         α of every checkpoint; at a finer granularity the mean over its blocks.
     """
-    base_arguments = {"lr": args.lr or 0.0, "weight_decay": args.weight_decay}
-    if args.opt == "SGD":
-        base_arguments["momentum"] = args.momentum
-    optimizer = TWA(
-        bench.model,
-        paths,
-        getattr(torch.optim, args.opt),
-        start=start,
-        bits=args.bits,
-        granularity=args.granularity,
-        **base_arguments,
-    )
     train = data.Loader(
         images, args.batch_size, train=True, seed=args.randomseed, channels_last=args.amp
     )
-    if args.lr is None:
-        optimizer.param_groups[0]["lr"] = safe_rate(
-            optimizer, bench.model, train, base_arguments.get("momentum"), args.amp
-        )
-    print(
-        f"{name}: {len(optimizer.subspace)} coefficients, rate "
-        f"{optimizer.param_groups[0]['lr']:.3g}, basis of "
-        f"{optimizer.subspace.nbytes / 2**20:.1f} MiB"
-    )
+    optimizer = coefficients.optimizer_of(args, bench.model, paths, train, start=start)
+    print(f"{name}: {coefficients.described(optimizer)}")
     scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, args.epochs * len(train))
     trainer = Trainer(
         bench.model,
@@ -293,9 +258,7 @@ def train_coefficients(
     for epoch in range(1, args.epochs + 1):
         trainer.epoch(epoch)
     bench.reestimate_bn()
-    alpha = optimizer.averaging_weights()
-    alpha = alpha.mean(0) if alpha.dim() == 2 else alpha
-    return dict(zip(map(str, paths), alpha.tolist(), strict=True))
+    return dict(zip(map(str, paths), coefficients.averaging_weights(optimizer), strict=True))
 
 
 def main():
@@ -336,7 +299,7 @@ def make_soups(args):
     settings = {
         "checkpoints": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
         "datasets": args.datasets,
-        "held_out": utils.held_out(args),
+        "held_out": flags.held_out(args),
         **{key: getattr(args, key) for key in ("batch_size", "bn_images", "amp")},
     }
 

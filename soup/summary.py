@@ -4,15 +4,12 @@ python summary.py [results/1.jsonl ...]        all of results/ if left out
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def cell(values: list[float], form: str) -> str:
-    """`mean ± deviation`, the sample's, which one seed alone does not have."""
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+from report import spread
 
 
 def main():
@@ -26,10 +23,10 @@ def main():
     print("| --- | --- | --- | --- | --- | --- |")
     for name, records in soups.items():
         cells = [
-            cell([r["validation"]["accuracy"] for r in records], ".2f"),
-            cell([r["test"]["accuracy"] for r in records], ".2f"),
-            cell([r["test"]["loss"] for r in records], ".4f"),
-            cell([r["seconds"] for r in records], ".0f"),
+            spread([r["validation"]["accuracy"] for r in records], ".2f"),
+            spread([r["test"]["accuracy"] for r in records], ".2f"),
+            spread([r["test"]["loss"] for r in records], ".4f"),
+            spread([r["seconds"] for r in records], ".0f"),
             str(len(records)),
         ]
         print(f"| {' | '.join([name, *cells])} |")

@@ -6,9 +6,13 @@ Reads `results/*.json`, which `study.sh` writes, and prints Markdown.
 """
 
 import json
-import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from report import spread
 
 # Row of the table: (file of a seed, solution in it).
 ROWS = {
@@ -39,13 +43,8 @@ def main():
                 for key, value in result.items():
                     found[key].append(value)
         if len(found["accuracy"]) > 1:
-            accuracy, loss = spread(found["accuracy"], 2), spread(found["loss"], 4)
+            accuracy, loss = spread(found["accuracy"], ".2f"), spread(found["loss"], ".4f")
             print(f"| {title} | {accuracy} | {loss} | {found['epochs'][0]:.4g} |")
-
-
-def spread(values: list[float], digits: int) -> str:
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -18,23 +18,24 @@ from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 import data
+import flags
 import models
 import parallel
 import report
 import utils
 from engine import Progress, Trainer, evaluate, reestimate_bn, set_up
-from utils import number
+from flags import number
 
 
 def parse_arguments():
-    parser = utils.Parser("SGD with stochastic weight averaging")
+    parser = flags.Parser("SGD with stochastic weight averaging")
     add = parser.add_argument
     add("--dir", dest="log_dir", required=True, help="where everything is written")
     add("--dataset", dest="datasets", default="CIFAR10", choices=data.DATASETS, help="data set")
     add("--data_path", dest="data_dir", default="./datasets", help="where data sets lie")
     add("--batch_size", type=number(int, 1), default=128, help="images per step")
-    add("--num_workers", type=number(int, 0), default=4, help=utils.WORKERS_HELP)
-    utils.add_model_arguments(parser, "--model", choices=models.ARCHITECTURES)
+    add("--num_workers", type=number(int, 0), default=4, help=flags.WORKERS_HELP)
+    flags.add_model_arguments(parser, "--model", choices=models.ARCHITECTURES)
     add("--epochs", type=number(int, 1), default=200, help="epochs in all")
     add("--save_freq", type=number(int, 1), default=1, help="epochs between resumable states")
     add("--eval_freq", type=number(int, 1), default=5, help="epochs between tests of the average")
@@ -52,9 +53,9 @@ def parse_arguments():
         default=1,
         help="seed of all randomness",
     )
-    utils.add_data_arguments(parser)
-    add("--overwrite", action="store_true", help=utils.OVERWRITE_HELP)
-    utils.add_run_arguments(parser)
+    flags.add_data_arguments(parser)
+    add("--overwrite", action="store_true", help=flags.OVERWRITE_HELP)
+    flags.add_run_arguments(parser)
     args = parser.parse_args()
     if args.swa and args.swa_start > args.epochs:
         parser.error(f"--swa_start {args.swa_start} lies past --epochs {args.epochs}")
@@ -100,7 +101,7 @@ def train_swa(args):
     scheduler = swa_schedule(optimizer, args, len(train))
 
     settings = {key: getattr(args, key) for key in RESUME_WITH}
-    settings["held_out"] = utils.held_out(args)
+    settings["held_out"] = flags.held_out(args)
     progress = Progress()
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     parts |= {"average": average, "progress": progress}

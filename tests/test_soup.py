@@ -15,8 +15,8 @@ import train_twa
 import utils
 from data import DATASETS, Split
 from engine import SCHEDULES, schedule_of
+from report import spread
 from soup import finetune, soup
-from soup.summary import cell
 from twa.checkpoints import average, save
 from utils import UserError
 
@@ -326,6 +326,8 @@ def test_pretrained_weights_that_are_not_to_be_had(tmp_path, capsys, monkeypatch
 # --- the study's table ---
 
 
-def test_cells_hold_mean_and_deviation():
-    assert cell([92.0, 93.0, 94.0], ".2f") == "93.00 ± 1.00"
-    assert cell([92.0], ".2f") == "92.00"
+def test_mean_and_deviation():
+    assert spread([92.0, 93.0, 94.0], ".2f") == "93.00 ± 1.00"
+    assert spread([0.1, 0.3], "+.1f") == "+0.2 ± 0.1"
+    assert spread([92.0], ".2f") == "92.00"
+    assert spread([], ".2f") == ""

@@ -1,0 +1,185 @@
+"""The flags that scripts share, and what their values may be."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+
+EVALUATE_HELP = "test the model, with --resume the saved one, and end; TWA: the averages"
+WORKERS_HELP = (
+    "processes that decode and augment the images of ImageNet, on each rank; the other data sets "
+    "live on the device and need none"
+)
+IMAGE_SIZE_HELP = "height and width of the images that the model gets, in pixels"
+RANDAUGMENT_HELP = "strength of RandAugment, two operations an image; 0: none"
+SMOOTHING_HELP = "share of a label that is spread evenly over all classes"
+SCHEDULE_HELP = "learning rate schedule"
+WARMUP_HELP = "epochs of a linear rise of the rate; the schedule takes the rest"
+CLIP_HELP = "largest norm of the gradient, all parameters together; left out, any"
+OVERWRITE_HELP = "replace the checkpoints of an earlier run"
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that shows defaults in `--help` and says errors in one line."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argument type: a finite `kind` (int or float) in [low, high]."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says it: "invalid int value: …"
+    return parse
+
+
+def percentage(text: str) -> float:
+    """An argument type: a share in percent that leaves something on both sides."""
+    value = float(text)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100, both excluded")
+    return value
+
+
+def factory(text: str) -> str:
+    """An argument type: `module:function`, which `models.build` imports and calls."""
+    if not all(text.partition(":")):
+        raise argparse.ArgumentTypeError(f"{text} is not MODULE:FUNCTION")
+    return text
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *flags: str, choices: Iterable[str], **named
+) -> None:
+    """The flag of an architecture's name, `flags`, and the one of a model that the user brings."""
+    group = parser.add_mutually_exclusive_group(required="default" not in named)
+    # argparse would show the choices, a hundred, in place of the metavar: three times in all.
+    named |= {"metavar": "ARCH", "help": f"architecture: {', '.join(choices)}"}
+    group.add_argument(*flags, dest="arch", choices=choices, **named)
+    group.add_argument(
+        "--model-factory",
+        dest="arch",
+        default=argparse.SUPPRESS,
+        type=factory,
+        metavar="MODULE:FUNCTION",
+        help="a function of your own that returns the nn.Module; called without arguments",
+    )
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
+) -> None:
+    """The flags of both trainers of the head stage, with the names of the paper's release."""
+    add = parser.add_argument
+    add_model_arguments(parser, "--arch", "-a", choices=architectures, default="VGG16BN")
+    add("--datasets", default="CIFAR10", choices=datasets, help="data set")
+    add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
+    add_training_arguments(parser, batch_size=128)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """The flags of every trainer of the head stage, but for the model and the data set."""
+    add = parser.add_argument
+    seed = {"type": number(int, 0, 2**31 - 1), "default": 1}
+    add("--workers", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
+    add("--batch-size", "-b", type=number(int, 1), default=batch_size, help="images per step")
+    add("--randomseed", "--seed", **seed, help="seed of all randomness")
+    add("--save-dir", default="save_temp", help="where checkpoints are saved")
+    add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
+    add("--evaluate", "-e", action="store_true", help=EVALUATE_HELP)
+    add_data_arguments(parser)
+    add_run_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every trainer that say on what it trains."""
+    add = parser.add_argument
+    add(
+        "--split",
+        action="store_true",
+        help="hold out a part of the training set, drawn by --randomseed: SGD does not train on "
+        "it, TWA trains the coefficients on it alone",
+    )
+    add("--val-ratio", type=percentage, default=10, help="percent that --split holds out")
+    add("--images", type=number(int, 1), help="training images to use, the first N; left out, all")
+    add("--randaugment", type=number(int, 0, 30), default=0, help=RANDAUGMENT_HELP)
+
+
+def add_image_arguments(parser: argparse.ArgumentParser, size: int | None) -> None:
+    """The flags of every trainer on image folders; images have `size` pixels if left out."""
+    add = parser.add_argument
+    add("--image-size", type=number(int, 1), default=size, help=IMAGE_SIZE_HELP)
+    strict_help = "stop at an image that cannot be read, rather than skip it"
+    add("--strict-images", action="store_true", help=strict_help)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a training recipe, transformers' above all, beside rate and weight decay."""
+    add = parser.add_argument
+    add("--warmup-epochs", type=number(float, 0), default=0.0, help=WARMUP_HELP)
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help=SMOOTHING_HELP)
+    add("--clip-grad", type=number(float, 0), metavar="NORM", help=CLIP_HELP)
+
+
+def add_soup_arguments(
+    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
+) -> None:
+    """The flags of both scripts of the fine-tune stage, which always hold out validation data."""
+    add = parser.add_argument
+    add_model_arguments(parser, "--arch", "-a", choices=architectures, default="PreResNet20")
+    add("--datasets", default="CIFAR10", choices=datasets, help="data set")
+    add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
+    add("--batch-size", "-b", type=number(int, 1), default=128, help="images per step")
+    ratio_help = "percent of the training set that is held out, drawn by --randomseed"
+    add("--val-ratio", type=percentage, default=10, help=ratio_help)
+    add("--randomseed", type=number(int, 0, 2**31 - 1), default=1, help="seed of all randomness")
+    add("--print-freq", "-p", type=number(int, 1), default=100, help="iterations between lines")
+    add_compute_arguments(parser)
+    parser.set_defaults(split=True)
+
+
+def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where and how a script computes."""
+    add = parser.add_argument
+    add("--device", help="torch device; left out, the accelerator if there is one, else cpu")
+    amp_help = "bfloat16 autocast and channels_last memory format"
+    add("--amp", "--half", action="store_true", help=amp_help)
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every trainer: where and how a run computes, what it logs, resuming."""
+    add_compute_arguments(parser)
+    add = parser.add_argument
+    add("--print-freq", "-p", type=number(int, 1), default=50, help="iterations between lines")
+    add("--log-name", default="log", help="name of the log file")
+    add("--wandb", action="store_true", help="send the metrics to Weights & Biases as well")
+    add("--EXP", default="TWA", help="name of the Weights & Biases run")
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="STATE",
+        help="go on from STATE; without a value from the state that the run saved, or from the "
+        "start if there is none yet",
+    )
+
+
+def held_out(args: argparse.Namespace) -> str | None:
+    """Which images `--split` holds out: runs that say the same hold out the same."""
+    return f"{args.val_ratio:g} % by seed {args.randomseed}" if args.split else None
