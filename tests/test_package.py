@@ -1,0 +1,43 @@
+"""`pip install .` gives another project the package `twa`, and nothing else."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "twa")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("setuptools"), reason="needs setuptools")
+def test_installed_it_is_imported_from_anywhere(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in SOURCES:  # pip builds in place, and would leave build/ in the repository
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", target, source], check=True, capture_output=True)
+    installed = {path.name for path in target.iterdir() if path.suffix != ".dist-info"}
+    assert installed == {"twa"}
+    code = "from twa import TWA, Subspace; import twa; print(twa.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(target)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert Path(done.stdout.strip()) == target / "twa/__init__.py"
+
+
+def test_the_package_needs_nothing_that_the_scripts_do_not():
+    text = (ROOT / "pyproject.toml").read_text()
+    needed = re.findall(r'"([^"]+)"', re.search(r"dependencies = \[(.*?)\]", text, re.S)[1])
+    assert needed
+    assert set(needed) <= set((ROOT / "requirements.txt").read_text().split())
