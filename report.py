@@ -8,10 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 import flags
 import utils
@@ -141,7 +138,8 @@ def figure(
         averaging_weights: name of a checkpoint file to α.
     """
     panels = 1 if averaging_weights is None else 2
-    fig, axes = plt.subplots(1, panels, figsize=(6 * panels, 4), squeeze=False)
+    fig = Figure(figsize=(6 * panels, 4))
+    axes = fig.subplots(1, panels, squeeze=False)
     left = axes[0][0]
     for name, (epochs, accuracies) in curves.items():
         left.plot(epochs, accuracies, color=COLOURS.get(name, OTHER), label=name)
@@ -192,7 +190,8 @@ def scatter(
         models: (validation, test) accuracies in percent of the individual models.
         soups: name to the same of a soup; those of TWA become stars.
     """
-    fig, axes = plt.subplots(figsize=(6, 4.5))
+    fig = Figure(figsize=(6, 4.5))
+    axes = fig.subplots()
     axes.plot(
         *zip(*models, strict=True), "d", color=COLOURS["SGD"], alpha=0.6, label="individual models"
     )
@@ -214,8 +213,7 @@ def scatter(
     _write(fig, path)
 
 
-def _write(fig, path: Path) -> None:
+def _write(fig: Figure, path: Path) -> None:
     """Writes the figure, all or nothing, in the format that the suffix of `path` names."""
     with replacing(path) as temporary:
         fig.savefig(temporary, dpi=150, format=path.suffix[1:])
-    plt.close(fig)

@@ -9,11 +9,8 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from study import DATA, EPOCHS, EVERY, HEAD, ROOT, SAVES
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -282,7 +279,8 @@ def reached(runs: Runs, row: str) -> str:
 
 def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> None:
     """Left, accuracy over all epochs; right, over the epochs spent after the head."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
+    fig = Figure(figsize=(11, 4.6))
+    left, right = fig.subplots(1, 2)
     curves = [[m["test_accuracy"] for m in run["SGD"]["curve"]] for run in runs]
     mean = [statistics.mean(accuracies) for accuracies in zip(*curves, strict=True)]
     full = mean[-1]
@@ -329,7 +327,6 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
 def save(fig, path: Path) -> None:
     fig.tight_layout()
     fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 def rates(runs: Runs, figure: Path) -> list[str]:
@@ -370,7 +367,8 @@ def checkpoints(runs: Runs, figure: Path) -> list[str]:
 
 def draw_averaging(runs: Runs, path: Path) -> None:
     """What became of the averaging coefficients, in the first seed."""
-    fig, axes = plt.subplots(figsize=(8, 3.4))
+    fig = Figure(figsize=(8, 3.4))
+    axes = fig.subplots()
     for i, saves in enumerate((1, 2, 5)):  # of more, neighbours cancel each other
         entry = runs[0].get(f"{saves} an epoch | 0")
         if entry:
@@ -421,7 +419,8 @@ def cost(runs: Runs, figure: Path) -> list[str]:
 
 def plane(runs: Runs, figure: Path) -> list[str]:
     found = runs[0]["plane"]
-    fig, axes = plt.subplots(figsize=(6, 4.6))
+    fig = Figure(figsize=(6, 4.6))
+    axes = fig.subplots()
     losses = torch.tensor(found["loss"])
     levels = torch.logspace(losses.min().log10().item(), losses.max().log10().item(), 18).tolist()
     contours = axes.contourf(found["x"], found["y"], losses, levels, cmap="viridis_r")

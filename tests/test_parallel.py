@@ -141,14 +141,15 @@ def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks
 
 
 @linux
-def test_a_run_of_three_ranks_goes_on_in_two(alone, copy):
+@pytest.mark.parametrize(("before", "after"), [(2, 0), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_ranks(alone, copy, before, after):
     arguments = twa_flags(copy)
-    with subprocess.Popen(command(3, TWA, *arguments), env=ENVIRONMENT, text=True) as process:
+    with subprocess.Popen(command(before, TWA, *arguments), env=ENVIRONMENT, text=True) as process:
         wait_for(lambda: len(lines(copy, "twa_metrics.jsonl")) == 1, process)
         os.kill(rank_of(process, 1), signal.SIGKILL)
         assert process.wait(timeout=60) != 0
     assert not (copy / "twa.pt").exists()
-    succeed(2, TWA, *arguments, "--resume")
+    succeed(after, TWA, *arguments, "--resume")
     assert difference(copy / "twa.pt", alone / "twa.pt") < 1e-4
     assert [m["epoch"] for m in lines(copy, "twa_metrics.jsonl")] == [1, 2]
 

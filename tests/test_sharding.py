@@ -39,7 +39,10 @@ def whole(folder) -> dict:
     return torch.load(folder / "whole.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow), 4],
+)
 def ranks(folder, request) -> list[dict]:
     """The results of each rank."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
