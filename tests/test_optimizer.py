@@ -419,6 +419,13 @@ def test_a_state_of_another_window_is_refused_and_changes_nothing(other):
     assert target.param_groups[0]["lr"] == 0.2
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    model = Small()
+    target = TWA(model, small_run(), SGD, lr=0.2)
+    with pytest.raises(ValueError, match="not that of a TWA optimizer"):
+        target.load_state_dict(SGD(model.parameters(), lr=0.1).state_dict())
+
+
 def test_a_start_that_was_rounded_elsewhere_is_no_other_window():
     optimizer = TWA(Small(), small_run(), SGD, start=small_run()[0], lr=0.1)
     state = optimizer.state_dict()

@@ -32,9 +32,8 @@ class TWA(torch.optim.Optimizer):
     Args:
         model: the module to train, whole or sharded by FSDP2 (`fully_shard`, called before). Its
             trainable parameters are set to the start point, and so are its buffers and frozen
-            parameters. Batch norm's running statistics belong to the
-            data, not to the average: re-estimate them (`torch.optim.swa_utils.update_bn`) before
-            you evaluate.
+            parameters. Batch norm's running statistics belong to the data, not to the average:
+            re-estimate them (`torch.optim.swa_utils.update_bn`) before you evaluate.
         checkpoints: paths (`.pt`, `.safetensors`) or `state_dict`s, in the order of training.
         base: the class of the optimizer that steps on the coefficients, float32 of shape [n].
         start: the start point, a path or a `state_dict`; the checkpoints' mean (SWA) if None.
@@ -158,7 +157,7 @@ class TWA(torch.optim.Optimizer):
                 break  # The directions span a space that the Hessian maps to itself.
         self._set_coefficients(here)
         self.zero_grad()
-        within = (directions @ products.T).double().cpu()
+        within = (directions @ products.T).cpu().double()  # MPS has no float64
         return float(torch.linalg.eigvalsh((within + within.T) / 2).abs().max())
 
     def averaging_weights(self) -> Tensor:
@@ -180,9 +179,12 @@ class TWA(torch.optim.Optimizer):
         """Resumes where `state_dict()` was taken, the model's weights included.
 
         Raises:
-            ValueError: the state belongs to another window, start point or kind of basis.
+            ValueError: the state belongs to another window, start point or kind of basis, or is not
+                that of a TWA optimizer.
         """
         state = dict(state_dict)
+        if not {"coefficients", "start_coefficients"} <= state.keys():
+            raise ValueError("the state holds no coefficients: it is not that of a TWA optimizer")
         coefficients, start = state.pop("coefficients"), state.pop("start_coefficients")
         expected = self._start_coefficients
         rounding = 1e-5 * float(expected.norm())

@@ -236,7 +236,8 @@ class Subspace:
                 weights[batch.numbers] = (
                     coefficients[batch.numbers, None].to(transform) @ transform
                 )[:, 0].double()
-        weights = self._ranks.sum(weights.to(self.parameters[0].device)).cpu()
+        if self._ranks.count > 1:  # NCCL sums on its devices alone; MPS has no float64.
+            weights = self._ranks.sum(weights.to(self.parameters[0].device)).cpu()
         return weights[0] if self._granularity == "model" else weights
 
     def empty(self) -> Tensor:
