@@ -18,7 +18,8 @@ for seed; do
     study head PreResNet20
     study head $cnn
     for arch in PreResNet20 $cnn $vit; do study rates $arch; done
-    for part in checkpoints settings second-order little; do study $part PreResNet20; done
+    for arch in PreResNet20 $cnn; do study settings $arch; done
+    for part in checkpoints second-order little; do study $part PreResNet20; done
     study little PreResNet20 FashionMNIST-12k-noisy
     study head PreResNet20 FashionMNIST
 done
