@@ -442,7 +442,7 @@ def start_wandb(args: argparse.Namespace):
     return import_wandb().init(project="TWA", name=args.EXP, config=vars(args))
 
 
-STATE_FORMAT = 3  # 1: without the progress within an epoch; 2: with fewer settings
+STATE_FORMAT = 4  # 1: without progress within an epoch; 2: fewer settings; 3: no fingerprint of TWA
 
 
 def state_path(args: argparse.Namespace, name: str) -> Path:

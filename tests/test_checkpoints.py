@@ -106,6 +106,19 @@ def test_load_into_takes_the_prefix_off_and_sets_buffers_too():
     assert_same(target.state_dict(), source.state_dict())
 
 
+def test_load_into_tells_the_modules_their_versions():
+    class Versioned(torch.nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, metadata, *args):
+            assert metadata.get("version") == 2
+            super()._load_from_state_dict(state, prefix, metadata, *args)
+
+    source, target = Versioned(2, 2), Versioned(2, 2)
+    load_into(target, dict(source.state_dict()))
+    assert_same(target.state_dict(), source.state_dict())
+
+
 # --- what is refused ---
 
 
@@ -402,6 +415,19 @@ def test_average_takes_integer_buffers_from_the_last():
     assert mean["1.num_batches_tracked"].dtype == torch.int64
     mean["1.num_batches_tracked"] += 1
     assert states[-1]["1.num_batches_tracked"] == 4  # a copy, not the checkpoint's own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_average_of_half_precision_has_the_precision_of_the_model(dtype):
+    states = [
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        for state in trained_states(3)
+    ]
+    mean = average(states, small_model().state_dict())
+    exact = sum(state["0.weight"].double() for state in states) / 3
+    assert mean["0.weight"].dtype == torch.float32
+    assert torch.equal(mean["0.weight"], exact.float())
+    assert average(states)["0.weight"].dtype == dtype
 
 
 def test_average_of_one_is_that_one_and_leaves_it_alone():

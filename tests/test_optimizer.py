@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
 import data
 import models
-from twa import TWA, CheckpointError
+from twa import TWA, CheckpointError, Subspace
 from twa.checkpoints import average
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -419,6 +421,15 @@ def test_a_state_of_another_window_is_refused_and_changes_nothing(other):
     assert target.param_groups[0]["lr"] == 0.2
 
 
+def test_a_state_of_another_window_with_the_same_start_is_refused():
+    """Where the start is the first checkpoint, its coefficients are the same in both."""
+    first, *others = small_run()
+    optimizer = TWA(Small(), [first, *others[::-1]], SGD, start=first, lr=0.1)
+    target = TWA(Small(), [first, *others], SGD, start=first, lr=0.1)
+    with pytest.raises(ValueError, match="another window"):
+        target.load_state_dict(optimizer.state_dict())
+
+
 def test_the_state_of_another_optimizer_is_refused():
     model = Small()
     target = TWA(model, small_run(), SGD, lr=0.2)
@@ -433,6 +444,13 @@ def test_a_start_that_was_rounded_elsewhere_is_no_other_window():
     noise = torch.randn(5, generator=torch.Generator().manual_seed(0))
     state["start_coefficients"] += 1e-6 * noise * state["start_coefficients"].norm()
     optimizer.load_state_dict(state)
+
+
+def test_a_copy_is_refused():
+    optimizer = TWA(Small(), small_run(), SGD, lr=0.1)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            duplicate(optimizer)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -521,6 +539,18 @@ def test_averaging_weights_make_the_weights_of_the_model(run):
     assert (alpha @ rows - weights_of(model)).norm() < 1e-6 * size
 
 
+@pytest.mark.parametrize(("bits", "rounding"), [(16, 2**-11), (8, 2**-7), (4, 2**-3)])
+def test_below_32_bits_the_weights_are_off_by_the_rounding_of_the_basis(bits, rounding):
+    model, checkpoints = digits_run("relu")
+    model = copy.deepcopy(model)
+    optimizer = TWA(model, checkpoints, AdamW, lr=0.05, bits=bits)
+    train(model, optimizer, range(10))
+    alpha, rows = optimizer.averaging_weights(), rows_of(model, checkpoints)
+    moved = (optimizer.coefficients - optimizer.state_dict()["start_coefficients"]).norm().item()
+    assert moved > 0.1
+    assert (alpha @ rows - weights_of(model)).norm() < rounding * rows[0].norm()
+
+
 def test_a_repeated_checkpoint_has_no_weight():
     first, second = small_run()[:2]
     with pytest.warns(UserWarning, match="were dropped"):
@@ -563,6 +593,90 @@ def test_a_parameter_without_gradient_counts_as_zero():
     assert_equal(without.state_dict(), zeros.state_dict())
 
 
+def test_a_sparse_gradient_is_that_of_the_dense_one():
+    """An embedding's, of which a batch touches a few rows."""
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 4, sparse=sparse), nn.Linear(4, 3))
+        checkpoints = [
+            {k: v + i * torch.ones_like(v) ** i for k, v in model.state_dict().items()}
+            for i in range(2)
+        ]
+        optimizer = TWA(model, checkpoints, SGD, lr=0.1)
+        F.cross_entropy(model(torch.tensor([1, 5])), torch.tensor([0, 2])).backward()
+        optimizer.step()
+        found.append(model.state_dict())
+    assert_equal(*found)
+
+
+def test_what_the_base_does_not_take_is_said_before_the_model_is_changed():
+    model = Small()
+    before = state_of(model)
+    with pytest.raises(TypeError, match="momentum"):
+        TWA(model, small_run(), AdamW, lr=0.1, momentum=0.9)
+    assert_equal(model.state_dict(), before)
+
+
+def test_a_checkpointed_model_is_trained_whole():
+    """The wrapper that recomputes activations names parameters otherwise than `state_dict`."""
+    found = []
+    for wrap in (lambda module: module, checkpoint_wrapper):
+        torch.manual_seed(0)
+        hidden, head = nn.Linear(64, 8), nn.Linear(8, 10)
+        model = nn.Sequential(nn.Flatten(), wrap(hidden), nn.Tanh(), head)
+        generator = torch.Generator().manual_seed(1)
+        checkpoints = [
+            {k: v + torch.randn(v.shape, generator=generator) for k, v in state_of(model).items()}
+            for _ in range(3)
+        ]
+        optimizer = TWA(model, checkpoints, SGD, lr=0.1)
+        train(model, optimizer, range(3))
+        found.append(model.state_dict())
+    assert_equal(*found)
+
+
+def test_parameters_that_cannot_be_trained_are_refused_by_name():
+    class Shy(nn.Linear):
+        def state_dict(self, *args, prefix="", **kwargs):
+            state = super().state_dict(*args, prefix=prefix, **kwargs)
+            del state[f"{prefix}bias"]
+            return state
+
+    model = nn.Sequential(nn.Linear(3, 3), Shy(3, 2))
+    with pytest.raises(ValueError, match=r"does not hold 1\.bias"):
+        TWA(model, [model.state_dict()], SGD, lr=0.1)
+    model = nn.Linear(3, 3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="weight is complex"):
+        TWA(model, [model.state_dict()], SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_callers_autocast_and_default_type_round_nothing(bits):
+    def steps() -> TWA:
+        model = Small()
+        optimizer = TWA(model, small_run(), SGD, lr=0.1, bits=bits)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            shape = parameter.shape
+            parameter.grad = torch.randn(shape, generator=generator, dtype=torch.float32)
+        optimizer.step()
+        return optimizer
+
+    expected = steps()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = steps()
+    assert torch.equal(actual.coefficients, expected.coefficients)
+    assert torch.equal(actual.averaging_weights(), expected.averaging_weights())
+    torch.set_default_dtype(torch.float64)
+    try:
+        basis = Subspace(Small().float(), small_run(), bits=bits)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert basis.nbytes == expected.subspace.nbytes
+    assert basis.empty().dtype == torch.float32
+
+
 def test_frozen_parameters_stay_at_the_start():
     model = Small()
     optimizer = TWA(model, small_run(), SGD, start=small_run()[1], lr=0.1)
@@ -588,6 +702,23 @@ def test_the_curvature_of_one_coefficient(scale):
     direction = model.weight.detach().double().flatten()
     exact = 2 * (inputs.double() @ (direction / direction.norm())).square().mean()
     assert optimizer.curvature(closure) == pytest.approx(exact.item(), rel=1e-3)
+
+
+def test_a_closure_that_fails_leaves_the_model_where_it_was():
+    model = Small()
+    optimizer = TWA(model, small_run(), SGD, lr=0.1)
+    before, calls = state_of(model), []
+
+    def closure() -> Tensor:
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return closure_for(model, optimizer, digits_batches()[0])()
+
+    model.eval()  # batch norm keeps its statistics
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.curvature(closure)
+    assert_equal(model.state_dict(), before)
 
 
 # --- drop-in ---

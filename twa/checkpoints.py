@@ -134,6 +134,15 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str
     model, in this rank's part).
     """
     expected = unwrapped(expected)
+    check_shapes(state, expected, name)
+    for key in state:
+        if key not in expected:
+            raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
+    check_finite({k: sharding.part(tensor, expected[k]) for k, tensor in state.items()}, name)
+
+
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """Raises `CheckpointError` if `state` lacks a key of `expected`, or has it in another shape."""
     for key, tensor in expected.items():
         if key not in state:
             raise CheckpointError(f"{name}: of another architecture: {key} is missing")
@@ -142,10 +151,6 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str
                 f"{name}: of another architecture: {key} is {list(state[key].shape)} there "
                 f"and {list(tensor.shape)} in the model"
             )
-    for key in state:
-        if key not in expected:
-            raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
-    check_finite({k: sharding.part(tensor, expected[k]) for k, tensor in state.items()}, name)
 
 
 def check_finite(state: Mapping[str, Tensor], name: str) -> None:
@@ -168,27 +173,29 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint, name: str | None =
     """
     state, own = load_state_dict(checkpoint), model.state_dict()
     check(state, own, name or name_of(checkpoint))
-    plain = unwrapped({key: key for key in own})
-    model.load_state_dict({k: sharding.shard(state[name], own[k]) for name, k in plain.items()})
+    keys = unwrapped({key: key for key in own})
+    # Into the model's own, which tells the modules their versions as well.
+    own.update({key: sharding.shard(state[plain], own[key]) for plain, key in keys.items()})
+    model.load_state_dict(own)
 
 
 def average(
     checkpoints: Sequence[Checkpoint], expected: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018), in their own dtypes.
+    """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018).
 
     Summed in float64, one checkpoint in memory at a time. What has no mean (the integer
     counters of batch norm) is taken from the last.
 
     Args:
-        expected: the `state_dict` that each has to fit; the first checkpoint's if None. Where it
-            is sharded, so is the mean, and each rank reads its own part.
+        expected: the `state_dict` that each has to fit, and whose dtypes the mean gets; the first
+            checkpoint's if None. Where it is sharded, so is the mean, and each rank reads its own
+            part.
 
     Raises:
         CheckpointError: one of them cannot be read, does not fit, or holds NaN or infinity.
     """
-    first = load_state_dict(checkpoints[0])
-    like = unwrapped(first if expected is None else expected)
+    like = load_state_dict(checkpoints[0]) if expected is None else unwrapped(expected)
     total: dict[str, Tensor] = {}
     for checkpoint in checkpoints:
         state = load_state_dict(checkpoint)
@@ -199,8 +206,13 @@ def average(
             else:
                 exact = torch.float64 if value.is_floating_point() else value.dtype
                 total[key] = sharding.part(value, like[key]).to(exact, copy=True)
-    mean = {k: t / len(checkpoints) if t.is_floating_point() else t for k, t in total.items()}
-    return {k: sharding.shard(mean[k].to(v.dtype), like[k]) for k, v in first.items()}
+    mean = {}
+    for key, tensor in like.items():
+        value = total.pop(key)  # So that there are never two of the whole.
+        if value.is_floating_point():
+            value /= len(checkpoints)
+        mean[key] = sharding.shard(value.to(tensor.dtype), tensor)
+    return mean
 
 
 def save(obj, path: str | os.PathLike) -> None:

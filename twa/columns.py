@@ -13,7 +13,13 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from twa.checkpoints import Checkpoint, CheckpointError, load_state_dict, unwrapped
+from twa.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    check_shapes,
+    load_state_dict,
+    unwrapped,
+)
 from twa.sharding import Ranks, first_row, local, part
 
 
@@ -43,8 +49,8 @@ class Blocks:
 
     def of(self, rows: Tensor) -> Tensor:
         """These columns of `rows` [height, D], a view of shape [count, height, width]."""
-        part = rows[:, self.start : self.stop]
-        return part.unflatten(1, (self.count, self.width)).transpose(0, 1)
+        columns = rows[:, self.start : self.stop]
+        return columns.unflatten(1, (self.count, self.width)).transpose(0, 1)
 
     def follows(self, other: Blocks) -> bool:
         """Whether these and the `other` before them can be one item."""
@@ -62,25 +68,37 @@ class Blocks:
 class Columns:
     """The layout of the columns.
 
-    Each trainable parameter of `model` once, in the order of `named_parameters`, flattened in
-    logical row-major order whatever its memory format.
+    Each trainable parameter of `model` once, in the order of `state_dict`, flattened in logical
+    row-major order whatever its memory format.
 
     Attributes:
         ranks: those that hold the columns together.
+        names, parameters: in order, by their names in a `state_dict` without wrappers' prefixes.
+        known: all names of the model's `state_dict`.
         total: columns on this rank.
+
+    Raises:
+        ValueError: the model has no trainable parameters, or one that is complex or that its
+            `state_dict` does not hold.
     """
 
     def __init__(self, model: nn.Module):
         self.ranks = Ranks(model)
-        named = dict(model.named_parameters())
-        self.known = unwrapped({key: key for key in model.state_dict()})
-        trained = {name: named[key] for name, key in self.known.items() if key in named}
-        trained = {name: p for name, p in trained.items() if p.requires_grad}
+        # By identity: wrappers, such as activation checkpointing's, may have names of their own.
+        state = unwrapped(model.state_dict(keep_vars=True))
+        missing = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in state.items() if missing.pop(id(p), None)}
+        if missing:
+            raise ValueError(f"the model's state_dict does not hold {', '.join(missing.values())}")
+        self.known = state.keys()
         self.names, self.parameters = list(trained), list(trained.values())
         self.widths = [local(p).numel() for p in self.parameters]
         self.total = sum(self.widths)
         if not sum(p.numel() for p in self.parameters):
             raise ValueError("the model has no trainable parameters")
+        for name, parameter in trained.items():
+            if parameter.is_complex():
+                raise ValueError(f"{name} is complex: coefficients are real numbers")
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
         """`flat` [D] as views in the shapes of the parameters, or of their shards."""
@@ -108,14 +126,7 @@ class Columns:
             begin += width
 
     def _check(self, state: dict[str, Tensor], name: str) -> None:
-        for key, parameter in zip(self.names, self.parameters, strict=True):
-            if key not in state:
-                raise CheckpointError(f"{name}: of another architecture: {key} is missing")
-            if state[key].shape != parameter.shape:
-                raise CheckpointError(
-                    f"{name}: of another architecture: {key} is {list(state[key].shape)} there "
-                    f"and {list(parameter.shape)} in the model"
-                )
+        check_shapes(state, dict(zip(self.names, self.parameters, strict=True)), name)
         for key, value in state.items():
             # Whole numbers are counters, such as batch norm's, and no sign of another model.
             if key not in self.known and value.is_floating_point():

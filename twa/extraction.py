@@ -30,7 +30,7 @@ SMALL_AMPLIFICATION = 4
 Products = Callable[[Tensor | None, torch.dtype], Tensor]
 
 
-def gram_schmidt(products: Products) -> tuple[Tensor, Tensor, torch.dtype]:
+def gram_schmidt(products: Products, single: bool = True) -> tuple[Tensor, Tensor, torch.dtype]:
     """Gram–Schmidt in the order of the checkpoints (Li et al., ICLR 2023, Section 3).
 
     With the Cholesky factor `X Xᵀ = L Lᵀ` the basis is `P = L⁻¹ X`. Where X is too close to
@@ -38,15 +38,16 @@ def gram_schmidt(products: Products) -> tuple[Tensor, Tensor, torch.dtype]:
     a basis first, and the products of the result tell which checkpoints are dependent (shifted
     Cholesky QR: Fukaya et al., SIAM J. Sci. Comput. 2020).
 
+    Args:
+        single: whether products with factors in float32 are worth a try.
+
     Returns:
         T with `P = T X`, float64 [blocks, n, n]: the rows of the basis, then zero rows for the
         checkpoints that depend on the ones before them; which ones do not, bool [blocks, n]; and
         the precision that computing `T X` takes.
     """
-    for dtype, limit in (
-        (torch.float32, SMALL_AMPLIFICATION),
-        (torch.float64, AMPLIFICATION),
-    ):
+    attempts = [(torch.float32, SMALL_AMPLIFICATION)] if single else []
+    for dtype, limit in [*attempts, (torch.float64, AMPLIFICATION)]:
         gram = products(None, dtype)
         norms = _norms(gram)
         transform, regular = _cholesky(gram, DEPENDENT * norms)

@@ -59,6 +59,8 @@ class TWA(torch.optim.Optimizer):
         granularity: str = "model",
         **base_arguments,
     ):
+        # What `base` does not take, it says here, before the model is changed.
+        base([torch.nn.Parameter(torch.zeros(1))], **base_arguments)
         self.subspace = Subspace(
             model,
             checkpoints,
@@ -74,6 +76,8 @@ class TWA(torch.optim.Optimizer):
         self._start_coefficients = self.subspace.project(self._start)
         back = self.subspace.expand(self._start_coefficients, out=self._flat)
         self._start_coefficients += self.subspace.project(self._start - back)
+        # Of another window this is another vector, even where both begin with the start point.
+        self._fingerprint = self.subspace.project(self._flat.fill_(1))
         self.coefficients = torch.nn.Parameter(self._start_coefficients.clone())
         self.base = base([self.coefficients], **base_arguments)
         super().__init__(self.base.param_groups, self.base.defaults)
@@ -84,6 +88,8 @@ class TWA(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of `base` on the coefficients; the weights follow.
+
+        A parameter without a gradient counts as one whose gradient is zero.
 
         Args:
             closure: clears the gradients, computes the loss, calls `backward` and returns the
@@ -115,10 +121,10 @@ class TWA(torch.optim.Optimizer):
                 parameter.grad.zero_()
 
     def curvature(self, closure: Callable[[], Tensor], iterations: int = 4) -> float:
-        """The largest curvature of the loss along the coefficients, at where they are.
+        """The largest curvature of the loss along the coefficients, at where they are, ≥ 0.
 
-        The eigenvalue of `P H Pᵀ`, H the Hessian, that is largest in magnitude, by the Lanczos
-        method; its products are differences of gradients. What SGD does at a rate depends on
+        The largest magnitude of an eigenvalue of `P H Pᵀ`, H the Hessian, by the Lanczos method;
+        its products are differences of gradients. What SGD does at a rate depends on
         rate · curvature: with momentum m a full-batch step is stable below
         `2 (1 + m) / curvature`, and `(1 - m) / curvature` suits small batches. Costs
         `iterations + 1` calls of `closure`.
@@ -129,8 +135,6 @@ class TWA(torch.optim.Optimizer):
             iterations: of the Lanczos method; a few find the largest within a tenth or two.
         """
         here = self.coefficients.detach().clone()
-        # As far as float32 gradients tell the difference, and the loss is still quadratic.
-        length = 1e-3 * here.norm().clamp(min=1e-3)
 
         def gradient(coefficients: Tensor) -> Tensor:
             self._set_coefficients(coefficients)
@@ -138,33 +142,19 @@ class TWA(torch.optim.Optimizer):
             self._project_gradients()
             return self.coefficients.grad.clone()
 
-        start = gradient(here)
-        # The gradient leans towards large curvature; chance sees to it that nothing is left out.
-        generator = torch.Generator().manual_seed(0)  # the same direction on every rank
-        chance = torch.randn(len(here), generator=generator).to(here)
-        direction = start / start.norm().clamp(min=1e-12) + chance / chance.norm()
-        if len(here) == 1:  # the one direction there is; the two above may cancel
-            direction = torch.ones_like(here)
-        directions = here.new_zeros(min(iterations, len(here)), len(here))
-        products = torch.zeros_like(directions)
-        for i in range(len(directions)):
-            directions[i] = direction / direction.norm()
-            products[i] = (gradient(here + length * directions[i]) - start) / length
-            direction = products[i]
-            for _ in range(2):  # the second time against the rounding of the first
-                direction = direction - directions.T @ (directions @ direction)
-            if direction.norm() <= 1e-4 * products[i].norm():
-                break  # The directions span a space that the Hessian maps to itself.
-        self._set_coefficients(here)
-        self.zero_grad()
-        within = (directions @ products.T).cpu().double()  # MPS has no float64
+        try:
+            within = _hessian_within(gradient, here, iterations)
+        finally:
+            self._set_coefficients(here)
+            self.zero_grad()
         return float(torch.linalg.eigvalsh((within + within.T) / 2).abs().max())
 
     def averaging_weights(self) -> Tensor:
         """α with `w = Σ α_i w_i`: how much of each checkpoint the model now holds.
 
         Float64 of shape [checkpoints], zero where a checkpoint was dropped; at granularity
-        "layer" or "channel" [blocks, checkpoints]. Exact where the start point lies in the span.
+        "layer" or "channel" [blocks, checkpoints]. Exact where the start point lies in the span
+        and the basis has 32 bits; below, the model holds the rounding of the basis as well.
         """
         return self.subspace.averaging_weights(self.coefficients.detach())
 
@@ -173,6 +163,7 @@ class TWA(torch.optim.Optimizer):
         state = super().state_dict()
         state["coefficients"] = self.coefficients.detach().clone()
         state["start_coefficients"] = self._start_coefficients.clone()
+        state["fingerprint"] = self._fingerprint.clone()
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -183,19 +174,30 @@ class TWA(torch.optim.Optimizer):
                 that of a TWA optimizer.
         """
         state = dict(state_dict)
-        if not {"coefficients", "start_coefficients"} <= state.keys():
+        keys = ("coefficients", "start_coefficients", "fingerprint")
+        if not set(keys) <= state.keys():
             raise ValueError("the state holds no coefficients: it is not that of a TWA optimizer")
-        coefficients, start = state.pop("coefficients"), state.pop("start_coefficients")
-        expected = self._start_coefficients
-        rounding = 1e-5 * float(expected.norm())
-        if start.shape != expected.shape or not torch.allclose(
-            start.to(expected.device), expected, rtol=0, atol=rounding
+        coefficients, start, fingerprint = (state.pop(key) for key in keys)
+        # Another number of ranks, or another device, rounds in another way.
+        for found, own, rounding in (
+            (start, self._start_coefficients, 1e-5 * float(self._start_coefficients.norm())),
+            (fingerprint, self._fingerprint, 1e-2 + 1e-4 * float(self._fingerprint.norm())),
         ):
-            raise ValueError("the state belongs to another window of checkpoints or start point")
+            if found.shape != own.shape or not torch.allclose(
+                found.to(own.device), own, rtol=0, atol=rounding
+            ):
+                raise ValueError(
+                    "the state belongs to another window of checkpoints or start point"
+                )
         super().load_state_dict(state)
         self.base.param_groups = self.param_groups
         self.base.state = self.state
         self._set_coefficients(coefficients)
+
+    def __getstate__(self) -> dict:
+        raise TypeError(
+            "a TWA optimizer, with its model and basis, is not copied: use state_dict()"
+        )
 
     def _project_gradients(self) -> None:
         gradients = self.subspace.flatten(
@@ -212,3 +214,35 @@ class TWA(torch.optim.Optimizer):
     def _write_weights(self) -> None:
         moved = self.coefficients - self._start_coefficients
         self.subspace.assign(self.subspace.expand(moved, out=self._flat).add_(self._start))
+
+
+def _hessian_within(gradient: Callable[[Tensor], Tensor], here: Tensor, iterations: int) -> Tensor:
+    """The Hessian within the Krylov space of so many of its products, by the Lanczos method.
+
+    Args:
+        gradient: of the loss, [n], at coefficients [n].
+        here: where the Hessian is taken, [n].
+
+    Returns:
+        float64 on the CPU, [products, products]; symmetric up to rounding.
+    """
+    # As far as float32 gradients tell the difference, and the loss is still quadratic.
+    length = 1e-3 * here.norm().clamp(min=1e-3)
+    start = gradient(here)
+    # The gradient leans towards large curvature; chance sees to it that nothing is left out.
+    generator = torch.Generator("cpu").manual_seed(0)  # the same direction on every rank
+    chance = torch.randn(len(here), generator=generator, device="cpu").to(here)
+    direction = start / start.norm().clamp(min=1e-12) + chance / chance.norm()
+    if len(here) == 1:  # the one direction there is; the two above may cancel
+        direction = torch.ones_like(here)
+    directions = here.new_zeros(min(iterations, len(here)), len(here))
+    products = torch.zeros_like(directions)
+    for i in range(len(directions)):
+        directions[i] = direction / direction.norm()
+        products[i] = (gradient(here + length * directions[i]) - start) / length
+        direction = products[i]
+        for _ in range(2):  # the second time against the rounding of the first
+            direction = direction - directions.T @ (directions @ direction)
+        if direction.norm() <= 1e-4 * products[i].norm():
+            break  # The directions span a space that the Hessian maps to itself.
+    return (directions @ products.T).cpu().double()  # MPS has no float64

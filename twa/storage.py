@@ -123,13 +123,13 @@ class Compressed:
         dtype = {16: torch.float16, 8: torch.int8, 4: torch.uint8}[bits]
         width = TILE // 2 if bits == 4 else TILE
         self.values = torch.empty(tiles, height, width, dtype=dtype, device=device)
-        self.scales = torch.empty(tiles, height, device=device)
+        self.scales = torch.empty(tiles, height, dtype=torch.float32, device=device)
         self._filled = 0
-        self._rest = torch.empty(height, 0, device=device)
+        self._rest = torch.empty(height, 0, dtype=torch.float32, device=device)
         self._compiled = self.values[..., :1].numel() * TILE >= COMPILE_FROM
         self._compiled_part = max(1, COMPILED_PART // (height * TILE))
         self._part = max(1, PART.get(device.type, PART["cpu"]) // (height * TILE))
-        self._room = torch.empty(self._part, height, TILE, device=device)
+        self._room = torch.empty(self._part, height, TILE, dtype=torch.float32, device=device)
         self._lay_out(blocks)
 
     @property

@@ -3,15 +3,17 @@
 The n checkpoints, flattened, are the rows of `W ∈ R^{n×D}`; `Subspace` turns them into the
 orthonormal rows of `P = T W`, by Gram–Schmidt or as the window's principal directions. T comes
 from n×n inner products in float64 (`twa.extraction`), so the long dimension is passed over twice,
-in cache-sized chunks: once for the inner products, once to apply T.
+in cache-sized chunks: once for the inner products, once to apply T. Where checkpoints are close to
+dependent, the inner products are taken again, up to three times.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,19 @@ PARTS = 8
 SMALL = 2**26
 
 
+def _exactly(method: Callable) -> Callable:
+    """`method` without gradients, and without a caller's autocast, which would round products."""
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        device = self.parameters[0].device.type
+        cpu, other = (torch.autocast(kind, enabled=False) for kind in ("cpu", device))
+        with torch.no_grad(), cpu, other:
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
 class Subspace:
     """An orthonormal basis of the span of checkpoints, and products with it.
 
@@ -42,10 +57,10 @@ class Subspace:
         model: its trainable parameters are the columns, and their device is the basis's. Where
             FSDP2 (`fully_shard`) has sharded them, the shards of a rank are its columns, and D
             below is their number; what is called here is then called on every rank.
-        checkpoints: n paths or `state_dict`s, in the order of training; what is not a trainable
-            parameter of `model` is ignored. They are read one at a time, and once where the basis
-            is built in place ("Schmidt" at 32 bits); else in eight parts, and blocks larger than
-            a part twice.
+        checkpoints: n paths or `state_dict`s, in the order of training; buffers and frozen
+            parameters are ignored. They are read one at a time, and once where the basis is built
+            in place ("Schmidt" at 32 bits); else in up to eight parts, and blocks larger than a
+            part once for each pass over them.
         extract: "Schmidt", Gram–Schmidt in the order of the checkpoints (Section 3 of Li et al.,
             ICLR 2023); or "SVD", the principal directions of the window.
         components: for "SVD", how many of the leading principal directions of the window centred
@@ -68,7 +83,8 @@ class Subspace:
         CheckpointError: a checkpoint cannot be read, does not fit the model, or holds NaN or
             infinity.
         MemoryError: the basis does not fit into the memory that is free.
-        ValueError: an argument is out of its range, or no checkpoint was given.
+        ValueError: an argument is out of its range, no checkpoint was given, or the model has no
+            trainable parameters, or some that are complex or not in its `state_dict`.
     """
 
     def __init__(
@@ -99,13 +115,17 @@ class Subspace:
         if bits < 32:
             self._storage = Compressed(bits, height, blocks, self._count, total, device)
         else:
-            rows = window.rows if in_place else torch.empty(height, total, device=device)
+            rows = (
+                window.rows
+                if in_place
+                else torch.empty(height, total, dtype=torch.float32, device=device)
+            )
             self._storage = Dense(rows, blocks, self._count)
         # From checkpoints to basis, [blocks, height, n]; float32 where there are many channels.
         self._transforms: list[tuple[Blocks, Tensor]] = []
         dtype = torch.float32 if granularity == "channel" else torch.float64
-        used = torch.zeros(n)
-        real = torch.zeros(self._count, height)
+        used = torch.zeros(n, dtype=torch.float32, device="cpu")
+        real = torch.zeros(self._count, height, dtype=torch.float32, device="cpu")
         with tqdm(
             desc="building the basis",
             total=2 * total,
@@ -128,6 +148,7 @@ class Subspace:
                 stacklevel=2,
             )
 
+    @_exactly
     def _extract(
         self, batch: Blocks, window: _Window, components: int | None, bar: tqdm
     ) -> tuple[Tensor, Tensor]:
@@ -156,7 +177,8 @@ class Subspace:
             return total
 
         if components is None:
-            transform, kept, dtype = extraction.gram_schmidt(products)
+            single = _precise(torch.float32, device) == torch.float32
+            transform, kept, dtype = extraction.gram_schmidt(products, single)
         else:
             transform, dtype = extraction.principal_directions(products, components), torch.float64
             kept = torch.ones(1, n, dtype=torch.bool, device=device)
@@ -189,7 +211,7 @@ class Subspace:
         """The memory of the stored basis in bytes, scales included; on this rank."""
         return self._storage.nbytes
 
-    @torch.no_grad()
+    @_exactly
     def project(self, gradients: Tensor) -> Tensor:
         """`P g`: the gradient with respect to the coefficients.
 
@@ -202,7 +224,7 @@ class Subspace:
         products = self._ranks.sum(self._storage.project(gradients)).flatten()
         return products if self._index is None else products[self._index]
 
-    @torch.no_grad()
+    @_exactly
     def expand(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """`Pᵀ β`: weights from coefficients.
 
@@ -218,7 +240,7 @@ class Subspace:
         self._storage.expand(self._by_block(coefficients), out)
         return out
 
-    @torch.no_grad()
+    @_exactly
     def averaging_weights(self, coefficients: Tensor) -> Tensor:
         """α with `w = Σ α_i w_i`, where `w` is `expand(coefficients)`.
 
@@ -230,7 +252,8 @@ class Subspace:
             Zero where a checkpoint was dropped.
         """
         coefficients = self._by_block(coefficients).cpu()
-        weights = torch.zeros(self._count, self._transforms[0][1].shape[2], dtype=torch.float64)
+        shape = (self._count, self._transforms[0][1].shape[2])
+        weights = torch.zeros(shape, dtype=torch.float64, device="cpu")
         for batch, transform in self._transforms:
             if self._ranks.first or not batch.shared:  # What all ranks know counts once.
                 weights[batch.numbers] = (
@@ -242,7 +265,8 @@ class Subspace:
 
     def empty(self) -> Tensor:
         """A vector for the columns, float32 [D], not filled."""
-        return torch.empty(self._columns.total, device=self.parameters[0].device)
+        device = self.parameters[0].device
+        return torch.empty(self._columns.total, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def flatten(self, tensors: Iterable[Tensor | None], out: Tensor | None = None) -> Tensor:
@@ -260,7 +284,7 @@ class Subspace:
             if tensor is None:
                 part.zero_()
             else:
-                part.copy_(local(tensor))
+                part.copy_(local(tensor).to_dense())  # An embedding's gradient may be sparse.
         return out
 
     @torch.no_grad()
@@ -304,7 +328,7 @@ class _Window:
             str(index) if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
             for index, checkpoint in enumerate(checkpoints)
         ]
-        self.rows = torch.empty(len(checkpoints), width, device=device)
+        self.rows = torch.empty(len(checkpoints), width, dtype=torch.float32, device=device)
         # One place for all differences: fresh memory for each chunk takes longer than to fill it.
         self._room = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
         self._columns, self._checkpoints, self._chunk = columns, checkpoints, chunk
