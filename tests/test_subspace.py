@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from twa import CheckpointError, Subspace, memory, storage, subspace
+from twa import TWA, CheckpointError, Subspace, memory, storage, subspace
+from twa.checkpoints import average
 from twa.storage import Compressed
 
 BITS = (32, 16, 8, 4)
@@ -164,16 +165,19 @@ def test_duplicates_and_combinations_are_dropped_and_named(bits, tmp_path):
     assert alpha.isfinite().all() and (alpha[[1, 3, 5]] == 0).all()
 
 
-def test_frozen_and_tied_parameters_and_counters_are_no_columns():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(11, 5)
-            self.norm = nn.BatchNorm1d(5)
-            self.head = nn.Linear(5, 11, bias=False)
-            self.head.weight = self.embedding.weight
-            self.norm.bias.requires_grad_(False)
+class Tied(nn.Module):
+    """The embedding is the head; a parameter is frozen."""
 
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.norm.bias.requires_grad_(False)
+
+
+def test_frozen_and_tied_parameters_and_counters_are_no_columns():
     model = Tied()
     states = walk(model, 4)
     for state in states:
@@ -181,6 +185,24 @@ def test_frozen_and_tied_parameters_and_counters_are_no_columns():
     basis = Subspace(model, states)
     assert [tuple(p.shape) for p in basis.parameters] == [(11, 5), (5,)]
     assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+
+
+@pytest.mark.parametrize("left_out", ["embedding.weight", "head.weight"])
+def test_a_tied_weight_may_have_one_of_its_names(left_out, tmp_path):
+    """As safetensors saves it, which refuses tensors that share memory."""
+    model, checkpoints = Tied(), walk(Tied(), 3)
+    for number, state in enumerate(checkpoints):
+        state["head.weight"] = state["embedding.weight"]
+        save_file(
+            {k: v for k, v in state.items() if k != left_out}, tmp_path / f"{number}.safetensors"
+        )
+    paths = sorted(tmp_path.iterdir())
+    assert torch.equal(dense(Subspace(model, paths)), dense(Subspace(model, checkpoints)))
+    TWA(model, paths, start=paths[1], lr=0.1)
+    assert torch.equal(model.head.weight, checkpoints[1]["embedding.weight"])
+    TWA(model, paths, lr=0.1)
+    assert torch.equal(model.head.weight, average(checkpoints)["embedding.weight"])
+    assert model.head.weight is model.embedding.weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -121,6 +121,27 @@ def unwrapped(state: Mapping[str, Value]) -> dict[str, Value]:
     return dict(state)
 
 
+def completed(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, with a tied weight under all the names that the model `expected` has for it.
+
+    `safetensors` saves it once, under one of them.
+    """
+    names: dict[tuple, list[str]] = {}
+    for key, tensor in expected.items():
+        names.setdefault(_place(tensor), []).append(key)
+    for tied in names.values():
+        there = [key for key in tied if key in state]
+        if 0 < len(there) < len(tied):
+            state = dict.fromkeys(tied, state[there[0]]) | state
+    return state
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Where `tensor` lies in memory, in which shape."""
+    own = sharding.local(tensor)
+    return own.device, own.data_ptr() or id(tensor), tensor.shape, tensor.stride()
+
+
 def name_of(checkpoint: Checkpoint) -> str:
     """How messages call `checkpoint`: its path, or that it came as a `state_dict`."""
     return "state_dict" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
@@ -171,7 +192,8 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint, name: str | None =
     Raises:
         CheckpointError: as `load_state_dict` and `check`.
     """
-    state, own = load_state_dict(checkpoint), model.state_dict()
+    own = model.state_dict()
+    state = completed(load_state_dict(checkpoint), unwrapped(own))
     check(state, own, name or name_of(checkpoint))
     keys = unwrapped({key: key for key in own})
     # Into the model's own, which tells the modules their versions as well.
@@ -198,7 +220,7 @@ def average(
     like = load_state_dict(checkpoints[0]) if expected is None else unwrapped(expected)
     total: dict[str, Tensor] = {}
     for checkpoint in checkpoints:
-        state = load_state_dict(checkpoint)
+        state = completed(load_state_dict(checkpoint), like)
         check(state, like, name_of(checkpoint))
         for key, value in state.items():
             if value.is_floating_point() and key in total:

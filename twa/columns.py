@@ -17,6 +17,7 @@ from twa.checkpoints import (
     Checkpoint,
     CheckpointError,
     check_shapes,
+    completed,
     load_state_dict,
     unwrapped,
 )
@@ -74,7 +75,6 @@ class Columns:
     Attributes:
         ranks: those that hold the columns together.
         names, parameters: in order, by their names in a `state_dict` without wrappers' prefixes.
-        known: all names of the model's `state_dict`.
         total: columns on this rank.
 
     Raises:
@@ -90,7 +90,7 @@ class Columns:
         trained = {name: p for name, p in state.items() if missing.pop(id(p), None)}
         if missing:
             raise ValueError(f"the model's state_dict does not hold {', '.join(missing.values())}")
-        self.known = state.keys()
+        self._state = state
         self.names, self.parameters = list(trained), list(trained.values())
         self.widths = [local(p).numel() for p in self.parameters]
         self.total = sum(self.widths)
@@ -112,7 +112,7 @@ class Columns:
             CheckpointError: it cannot be read or does not fit the model; `name` is what to call
                 it.
         """
-        state = load_state_dict(checkpoint)
+        state = completed(load_state_dict(checkpoint), self._state)
         self._check(state, name)
         begin = 0
         for key, parameter, width in zip(self.names, self.parameters, self.widths, strict=True):
@@ -129,7 +129,7 @@ class Columns:
         check_shapes(state, dict(zip(self.names, self.parameters, strict=True)), name)
         for key, value in state.items():
             # Whole numbers are counters, such as batch norm's, and no sign of another model.
-            if key not in self.known and value.is_floating_point():
+            if key not in self._state and value.is_floating_point():
                 raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
 
     def blocks(self, granularity: str) -> tuple[list[Blocks], int]:
