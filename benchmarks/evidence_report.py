@@ -137,10 +137,13 @@ def answers(studies: Studies) -> list[str]:
 
 
 def leads(runs: Runs, budgets: list[str], key: str) -> str:
-    """The budgets at which the recipe leads in the mean, and at which of them beyond scatter."""
+    """The budgets at which the recipe leads in the mean, and at which of them beyond scatter.
+
+    The scatter of fewer than three seeds says nothing.
+    """
     found = {budget: gains(runs, RECIPE, budget, key) for budget in budgets}
     first = [b for b, gain in found.items() if gain and statistics.mean(gain) > 0]
-    if len(runs) == 1 or not first:
+    if len(runs) < 3 or not first:
         return ", ".join(first) or "none"
     errors = {b: statistics.stdev(found[b]) / len(found[b]) ** 0.5 for b in first}
     clear = [b for b in first if statistics.mean(found[b]) > 2 * errors[b]]
