@@ -493,7 +493,8 @@ def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int
         raise UserError(f"{path}: is not a resumable state")
     if state["format"] != STATE_FORMAT:
         raise UserError(
-            f"{path}: has format {state['format']}, this version reads format {STATE_FORMAT}"
+            f"{path}: has format {state['format']}, this version reads format {STATE_FORMAT}; "
+            "go on with the version that wrote it, or remove this file to start anew"
         )
     for key, value in settings.items():
         if state["settings"].get(key) != value:
