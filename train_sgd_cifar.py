@@ -6,12 +6,10 @@
 Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resume) to --save-dir.
 """
 
-import data
-import flags
 import models
-import sgd
 import utils
-from engine import SCHEDULES, set_up
+from training import data, flags, sgd
+from training.loop import SCHEDULES, set_up
 
 
 def parse_arguments():

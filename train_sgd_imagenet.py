@@ -8,14 +8,11 @@ initialisation), `1.pt`, `2.pt`, …, five an epoch, and `state.pt` (to resume) 
 Under `torchrun` each rank trains on its share of every batch.
 """
 
-import flags
-import imagefolder
 import models
-import parallel
-import sgd
 import utils
-from engine import SCHEDULES, set_up
-from flags import number
+from training import flags, image_folders, ranks, sgd
+from training.flags import number
+from training.loop import SCHEDULES, set_up
 from utils import UserError
 
 
@@ -31,8 +28,8 @@ def parse_arguments():
     step_help = "every 30 epochs"
     sgd.add_arguments(parser, epochs=90, saves_per_epoch=5, step_help=step_help)
     flags.add_training_arguments(parser, batch_size=256)
-    flags.add_image_arguments(parser, imagefolder.SIZE)
-    parser.set_defaults(datasets=imagefolder.NAME)
+    flags.add_image_arguments(parser, image_folders.SIZE)
+    parser.set_defaults(datasets=image_folders.NAME)
     args = parser.parse_args()
     if args.pretrained and args.arch not in models.imagenet.CLASSIFIERS:
         parser.error("--pretrained: only with --arch, whose weights torchvision has")
@@ -51,7 +48,7 @@ def train_sgd(args):
     utils.set_seed(args.randomseed)
     model, train, test = set_up(args)
     if args.pretrained:
-        with parallel.first_rank_first():
+        with ranks.first_rank_first():
             models.imagenet.load_pretrained(model, args.arch)
 
     def every_30_epochs(x: float) -> float:

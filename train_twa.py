@@ -17,15 +17,11 @@ from pathlib import Path
 
 from torch import nn
 
-import coefficients
-import data
-import flags
-import imagefolder
 import models
-import parallel
-import report
 import utils
-from engine import (
+from training import coefficients, data, flags, image_folders, ranks, report
+from training.flags import number
+from training.loop import (
     SCHEDULES,
     Progress,
     Trainer,
@@ -35,7 +31,6 @@ from engine import (
     set_up,
     skipped_images,
 )
-from flags import number
 from twa.checkpoints import average, load_into, verify
 from utils import UserError
 
@@ -66,7 +61,7 @@ RESUME_WITH = (
 def parse_arguments():
     parser = flags.Parser("trains the averaging coefficients over a window of checkpoints")
     architectures = dict.fromkeys((*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS))
-    flags.add_common_arguments(parser, architectures, (*data.DATASETS, imagefolder.NAME))
+    flags.add_common_arguments(parser, architectures, (*data.DATASETS, image_folders.NAME))
     add = parser.add_argument
     epochs_help = "epochs over the training set, or over its held-out part with --split"
     add("--epochs", type=number(int, 0), default=100, help=epochs_help)
@@ -102,10 +97,10 @@ def parse_arguments():
     )
     flags.add_image_arguments(parser, None)
     args = parser.parse_args()
-    if args.datasets == imagefolder.NAME:
-        args.image_size = args.image_size or imagefolder.SIZE
+    if args.datasets == image_folders.NAME:
+        args.image_size = args.image_size or image_folders.SIZE
     elif args.image_size or args.strict_images:
-        parser.error(f"--image-size and --strict-images: only with --datasets {imagefolder.NAME}")
+        parser.error(f"--image-size and --strict-images: only with --datasets {image_folders.NAME}")
     if (args.extract == "SVD") != (args.components is not None):
         parser.error("--extract SVD and --components belong together")
     return args
@@ -157,12 +152,12 @@ def train_twa(args):
     save_dir, log_dir = Path(args.save_dir), Path(args.log_dir)
     window = window_paths(save_dir, args.params_start, args.params_end)
     model, train, test = set_up(args, on_held_out=True, shard=True)
-    on_imagenet = args.datasets == imagefolder.NAME
-    bn_images = imagefolder.BN_IMAGES if on_imagenet else None
+    on_imagenet = args.datasets == image_folders.NAME
+    bn_images = image_folders.BN_IMAGES if on_imagenet else None
 
     # Each file read once, by one of the ranks: the others touch their own columns only.
     start_point = [save_dir / f"{args.train_start}.pt"] if args.train_start >= 0 else []
-    for path in [*window, *start_point][parallel.rank() :: parallel.world()]:
+    for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
         verify(path)
 
     # Batch norm is re-estimated for every solution: its statistics belong to the data.
@@ -176,7 +171,7 @@ def train_twa(args):
         solutions[name] = evaluate(model, test, args.amp, on_imagenet) | spent
     if args.evaluate:
         skipped = skipped_images(train, test)
-        if parallel.rank() == 0:
+        if ranks.rank() == 0:
             print(report.table(solutions))
             if skipped:
                 print(skipped)
@@ -247,7 +242,7 @@ def train_twa(args):
 
     # The end of training is what is reported: test data choose nothing.
     reestimate_bn(model, train, args.amp, bn_images)
-    parallel.save_model(model, save_dir / "twa.pt")
+    ranks.save_model(model, save_dir / "twa.pt")
     seconds = build_seconds + sum(m["seconds"] for m in log.epochs)
     solutions["TWA"] = evaluate(model, test, args.amp, on_imagenet) | {
         "epochs": spent["epochs"] + args.epochs * (args.val_ratio / 100 if args.split else 1),
@@ -255,7 +250,7 @@ def train_twa(args):
     }
     alpha = coefficients.averaging_weights(optimizer)
     skipped = skipped_images(train, test)
-    if parallel.rank() > 0:
+    if ranks.rank() > 0:
         return
     averaging_weights = {path.name: a for path, a in zip(window, alpha, strict=True)}
     utils.write_json(

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import parallel
+from training import ranks
 from twa.checkpoints import (
     CheckpointError,
     check_finite,
@@ -74,7 +74,7 @@ class Signals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
-        if not parallel.launched():
+        if not ranks.launched():
             for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
                 self._before[number] = signal.signal(number, self._take)
         return self
@@ -113,7 +113,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         with Signals():
             main()
-            parallel.stop()
+            ranks.stop()
     except (UserError, CheckpointError, MemoryError) as error:
         line, status = f"error: {error}", 2
     except ValueError as error:
@@ -134,10 +134,10 @@ def run(main: Callable[[], None]) -> None:
     except Stopped as stopped:
         line, status = str(stopped), stopped.status
     if status:
-        who = f"rank {parallel.rank()}: " if parallel.world() > 1 else ""
+        who = f"rank {ranks.rank()}: " if ranks.world() > 1 else ""
         print(who + " ".join(line.splitlines()), file=sys.stderr)
-    if parallel.launched():
-        parallel.leave(status)
+    if ranks.launched():
+        ranks.leave(status)
     if status:
         sys.exit(status)
 
@@ -152,8 +152,8 @@ def choose_device(name: str | None) -> torch.device:
         name = torch.accelerator.current_accelerator().type if there else "cpu"
     try:
         device = torch.device(name)
-        if parallel.launched() and device.type != "cpu" and device.index is None:
-            device = torch.device(device.type, parallel.local_rank())
+        if ranks.launched() and device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, ranks.local_rank())
         torch.zeros((), device=device).item()  # "meta" holds nothing
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
@@ -217,7 +217,7 @@ class RunLog:
         self._wandb = None
         self._has_header = False
         self._logger = logging.Logger("run")
-        self._writes = parallel.rank() == 0
+        self._writes = ranks.rank() == 0
         if not self._writes:
             self._logger.addHandler(logging.NullHandler())
             return
@@ -312,7 +312,7 @@ def clear(save_dir: Path, overwrite: bool) -> None:
     Raises:
         UserError: the directory cannot be made, or holds checkpoints that must not go.
     """
-    if parallel.rank() > 0:
+    if ranks.rank() > 0:
         return
     make_directory(save_dir)
     earlier = [path for path in save_dir.glob("*.pt") if path.stem.isdecimal()]
@@ -342,7 +342,7 @@ class Lock:
         self._file = None
 
     def __enter__(self) -> None:
-        if fcntl is None or not parallel.first():
+        if fcntl is None or not ranks.first():
             return
         ways = (self._path.parent, *self._path.parent.parents)
         self._made = [directory for directory in ways if not directory.exists()]
@@ -393,7 +393,7 @@ def write_json(content: dict, path: Path) -> None:
 
 def refuse_ranks() -> None:
     """Raises a `UserError` where `torchrun` started a script that runs in one process."""
-    if parallel.launched():
+    if ranks.launched():
         raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
 
 
@@ -466,9 +466,9 @@ def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:
         "settings": settings,
         "random": random_states(),
         **{name: part.state_dict() for name, part in parts.items() if name != "model"},
-        "model": parallel.state_dict_of(parts["model"]),
+        "model": ranks.state_dict_of(parts["model"]),
     }
-    if parallel.rank() == 0:
+    if ranks.rank() == 0:
         check_finite(state["model"], f"{path} is left as it was")
         save(state, path)
 
@@ -483,10 +483,10 @@ def resume(args: argparse.Namespace, path: Path, settings: dict, **parts) -> int
         UserError: the file is no such state, or one of another format or setting.
         CheckpointError: the file cannot be read, or belongs to another architecture.
     """
-    wanted = args.resume is not None or parallel.restarts() > 0
+    wanted = args.resume is not None or ranks.restarts() > 0
     if not wanted or not (args.resume or path.exists()):
         return None
-    if parallel.rank() == 0:  # reads all of it; the others read their part
+    if ranks.rank() == 0:  # reads all of it; the others read their part
         verify(path)
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:

@@ -29,8 +29,8 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import imagefolder
 import utils
+from training import image_folders
 
 WIDTH, HEIGHT = 500, 375  # pixels, what is usual in ImageNet
 
@@ -110,11 +110,11 @@ def main() -> None:
         directory = args.data_dir or Path(temporary)
         if args.data_dir is None:
             write_photographs(directory, args.images)
-        train, _ = imagefolder.load(directory)
+        train, _ = image_folders.load(directory)
         print(f"{len(train)} images, batches of {args.batch_size}, {args.workers} workers each\n")
         example = partial(Example, directory, args.batch_size, args.workers, device)
         ours = partial(
-            imagefolder.Loader,
+            image_folders.Loader,
             train,
             args.batch_size,
             train=True,

@@ -22,8 +22,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data
 import utils
+from training import data
 
 
 def usual_loader(spec: data.Spec, data_dir: str, batch_size: int) -> DataLoader:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from subspace import checkpoints, peak_memory, write_checkpoints
 
-import parallel
+from training import ranks
 from twa import TWA
 
 BATCH = 32
@@ -86,8 +86,8 @@ def launch(processes: int, folder: str) -> list[dict]:
 def measure(args):
     """A rank: builds the basis, takes some steps, and prints what all ranks saw."""
     device = torch.device("cpu")
-    parallel.start(device)
-    model = parallel.shard(make_model(args), device)
+    ranks.start(device)
+    model = ranks.shard(make_model(args), device)
     window = checkpoints(args.folder, args)
     torch.load(window[0], mmap=True, weights_only=True)  # What PyTorch imports for it, untimed.
 
@@ -113,15 +113,15 @@ def measure(args):
         "step": statistics.median(steps[1:]),
         "twa": statistics.median(twa[1:]),
     }
-    everyone = [None] * parallel.world()
+    everyone = [None] * ranks.world()
     dist.all_gather_object(everyone, own)
-    if parallel.rank() == 0:
+    if ranks.rank() == 0:
         print(json.dumps(everyone))
-    parallel.stop()
-    parallel.leave(0)
+    ranks.stop()
+    ranks.leave(0)
 
 
-def print_measured(args, ranks: dict[int, list[dict]]):
+def print_measured(args, by_count: dict[int, list[dict]]):
     total = sum(p.numel() for p in make_model(args).parameters())
     print(
         f"{args.checkpoints} checkpoints of {total:,} weights, {args.blocks} shard groups; "
@@ -132,7 +132,7 @@ def print_measured(args, ranks: dict[int, list[dict]]):
         "| processes | basis MB a rank | peak while building MB a rank | build s | step ms "
         "| of which TWA ms |\n" + "| --- " * 6 + "|"
     )
-    for count, seen in ranks.items():
+    for count, seen in by_count.items():
         most = {key: max(rank[key] for rank in seen) for key in seen[0]}
         row = [str(count), f"{most['basis'] / 1e6:.1f}", f"{most['peak'] / 1e6:.1f}"]
         row += [f"{most['build']:.1f}", f"{most['step'] * 1e3:.0f}", f"{most['twa'] * 1e3:.0f}"]
@@ -200,12 +200,12 @@ def print_computed(args):
         "| on the wire GB | basis ms | wire ms | floor ms |\n" + "| --- " * 11 + "|"
     )
     for name, (weights, count) in MODELS.items():
-        for ranks in (8, 64, 512):
+        for count_of_ranks in (8, 64, 512):
             for bits in (32, 8, 4):
-                plan = Plan(weights, count, bits, ranks)
-                link = args.link if ranks <= args.node else args.network
+                plan = Plan(weights, count, bits, count_of_ranks)
+                link = args.link if count_of_ranks <= args.node else args.network
                 basis, wire = plan.seconds(args.memory_bandwidth, link)
-                row = [name, str(count), str(ranks), str(bits)]
+                row = [name, str(count), str(count_of_ranks), str(bits)]
                 sizes = (plan.basis, plan.memory, plan.building, plan.wire)
                 row += [f"{size / 1e9:.3g}" for size in sizes]
                 row += [f"{1e3 * t:.2g}" for t in (basis, wire, basis + wire)]

@@ -22,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import data
-import flags
 import models
 import utils
-from engine import OPTIMIZERS, SCHEDULES, Diverged, Trainer, build, describe, schedule_of
-from flags import number
+from training import data, flags
+from training.flags import number
+from training.loop import OPTIMIZERS, SCHEDULES, Diverged, Trainer, build, describe, schedule_of
 from twa.checkpoints import (
     CheckpointError,
     check,

@@ -27,13 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-import coefficients
-import data
-import flags
 import models
-import report
 import utils
-from engine import (
+from training import coefficients, data, flags, report
+from training.flags import number
+from training.loop import (
     SCHEDULES,
     Trainer,
     build,
@@ -45,7 +43,6 @@ from engine import (
     schedule_of,
     score,
 )
-from flags import number
 from twa.checkpoints import (
     Checkpoint,
     average,

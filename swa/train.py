@@ -17,14 +17,11 @@ import torch
 from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 from torch.optim.swa_utils import SWALR, AveragedModel
 
-import data
-import flags
 import models
-import parallel
-import report
 import utils
-from engine import Progress, Trainer, evaluate, reestimate_bn, set_up
-from flags import number
+from training import data, flags, ranks, report
+from training.flags import number
+from training.loop import Progress, Trainer, evaluate, reestimate_bn, set_up
 
 
 def parse_arguments():
@@ -112,7 +109,7 @@ def train_swa(args):
     done = done or 0
     if done == 0 and progress.iteration == 0:
         utils.save_state(save_dir / "state.pt", 0, settings, **parts)
-        parallel.save_model(model, save_dir / "0.pt")
+        ranks.save_model(model, save_dir / "0.pt")
     log = utils.RunLog(args, resumed_epoch=done)
     log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
     trainer = Trainer(
@@ -146,7 +143,7 @@ def train_swa(args):
             metrics |= {f"SWA_{key}": value for key, value in averaged.items()}
             metrics["seconds"] = metrics.pop("seconds")  # stays the last column
         log.epoch(metrics)
-        parallel.save_model(model, save_dir / f"{epoch}.pt")
+        ranks.save_model(model, save_dir / f"{epoch}.pt")
         if epoch % args.save_freq == 0 or epoch == args.epochs:
             save(epoch)
         signals.check(partial(save, epoch))
@@ -156,8 +153,8 @@ def train_swa(args):
             one_epoch(epoch, signals)
 
     if args.swa:
-        parallel.save_model(average.module, save_dir / "swa.pt")
-    if parallel.rank() > 0:
+        ranks.save_model(average.module, save_dir / "swa.pt")
+    if ranks.rank() > 0:
         return
     run = report.SGDRun.read(log_dir)
     results = {"SGD": run.end}

@@ -23,7 +23,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
 import models
-import parallel
+from training import ranks
 from twa import TWA, CheckpointError, Subspace
 from twa.sharding import local
 
@@ -179,8 +179,8 @@ def main(folder: Path):
     if rank == 0:
         torch.save(results, folder / f"{world if dist.is_initialized() else 'whole'}.pt")
     if dist.is_initialized():
-        parallel.stop()
-        parallel.leave(0)
+        ranks.stop()
+        ranks.leave(0)
 
 
 if __name__ == "__main__":

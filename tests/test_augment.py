@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandAugment
 
-from augment import OPERATIONS, STRONGEST, rand_augment
-from data import DATASETS, Loader, Split
+from training.augment import OPERATIONS, STRONGEST, rand_augment
+from training.data import DATASETS, Loader, Split
 
 
 def noise(n: int, channels: int, size: int = 32) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-import data
-from data import DATASETS, Loader, Split
+from training import data
+from training.data import DATASETS, Loader, Split
 from utils import UserError
 
 CPU = torch.device("cpu")

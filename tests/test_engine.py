@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import data
-import engine
 import utils
-from engine import SCHEDULES, Totals, Trainer, evaluate, reestimate_bn, schedule_of
+from training import data, loop
+from training.loop import SCHEDULES, Totals, Trainer, evaluate, reestimate_bn, schedule_of
 
 CPU = torch.device("cpu")
 
@@ -232,4 +231,4 @@ def test_schedules(name, points):
 
 
 def test_describe():
-    assert engine.describe({"loss": 0.12345, "accuracy": 95.117}) == "loss 0.1235 accuracy 95.12 %"
+    assert loop.describe({"loss": 0.12345, "accuracy": 95.117}) == "loss 0.1235 accuracy 95.12 %"

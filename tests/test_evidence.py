@@ -13,24 +13,25 @@ import torch
 from test_data import idx
 from torch import nn
 
-import data
+from training import data
 
 ROOT = Path(__file__).resolve().parents[1]
-CNN = "benchmarks.architectures:cnn"
+CNN = "studies.architectures:cnn"
 
 
 def test_results_are_those_of_the_measurements(tmp_path):
-    written = tmp_path / "RESULTS.md"
-    evidence_report.write(study.RESULTS, written, tmp_path / "benchmarks/figures")
-    text = (ROOT / "RESULTS.md").read_text()
+    written = tmp_path / "docs/RESULTS.md"
+    written.parent.mkdir()
+    evidence_report.write(study.RESULTS, written, tmp_path / "studies/figures")
+    text = (ROOT / "docs/RESULTS.md").read_text()
     assert written.read_text() == text
-    for figure in (tmp_path / "benchmarks/figures").iterdir():
-        assert (ROOT / "benchmarks/figures" / figure.name).exists()
-        assert f"(benchmarks/figures/{figure.name})" in text
+    for figure in (tmp_path / "studies/figures").iterdir():
+        assert (ROOT / "studies/figures" / figure.name).exists()
+        assert f"(../studies/figures/{figure.name})" in text
 
 
 def test_the_readme_shows_the_four_rows_of_the_results():
-    lines = (ROOT / "RESULTS.md").read_text().splitlines()
+    lines = (ROOT / "docs/RESULTS.md").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| solution | epochs |"))
     four_rows = "\n".join(lines[first : first + 6])
     assert four_rows in (ROOT / "README.md").read_text()

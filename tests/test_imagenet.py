@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.models import get_model, vision_transformer
 
-import imagefolder
 import models
-from engine import Totals
+from training import image_folders
+from training.loop import Totals
 from twa.checkpoints import load_state_dict
 from utils import UserError
 
@@ -76,13 +76,13 @@ def copy(sound, tmp_path) -> Path:
 # --- the loader ---
 
 
-def loader(folder: Path, train: bool = True, **arguments) -> imagefolder.Loader:
-    split = imagefolder.load(folder, 32)[0 if train else 1]
+def loader(folder: Path, train: bool = True, **arguments) -> image_folders.Loader:
+    split = image_folders.load(folder, 32)[0 if train else 1]
     settings = {"batch_size": 19, "workers": 0, "device": CPU} | arguments
-    return imagefolder.Loader(split, train=train, **settings)
+    return image_folders.Loader(split, train=train, **settings)
 
 
-def epoch_of(loader: imagefolder.Loader, epoch: int = 1) -> list:
+def epoch_of(loader: image_folders.Loader, epoch: int = 1) -> list:
     loader.set_epoch(epoch)
     return list(loader)
 
@@ -363,7 +363,7 @@ def test_the_rate_falls_every_thirty_epochs_and_a_start_epoch_counts(folder, tmp
 
 
 def test_held_out_images_are_those_that_sgd_does_not_train_on(folder):
-    train, _ = imagefolder.load(folder, 32)
+    train, _ = image_folders.load(folder, 32)
     rest, held_out = train.hold_out(20, seed=1)
     assert (len(rest), len(held_out)) == (48, 12)
     assert {*rest.images, *held_out.images} == {*train.images}
@@ -389,7 +389,7 @@ def test_strict_images_end_every_rank(folder, tmp_path):
 
 
 def test_a_worker_that_dies_ends_the_run_in_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(imagefolder, "decode", lambda file: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(image_folders, "decode", lambda file: os.kill(os.getpid(), signal.SIGKILL))
     line = one_line(call(SGD, *sgd_flags(folder, tmp_path, workers=1)))
     assert "DataLoader worker" in line and "--workers" in line
 

@@ -15,8 +15,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
-import data
 import models
+from training import data
 from twa import TWA, CheckpointError, Subspace
 from twa.checkpoints import average
 

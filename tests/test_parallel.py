@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
 import models
-from engine import evaluate
+from training import data
+from training.loop import evaluate
 from twa.checkpoints import load_into
 
 ROOT = Path(__file__).resolve().parents[1]

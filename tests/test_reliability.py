@@ -41,10 +41,9 @@ from test_scripts import (
     without_seconds,
 )
 
-import data
 import models
-import report
 import utils
+from training import data, report
 from twa.checkpoints import CheckpointError, load, load_state_dict, save, verify
 
 FINETUNE, SOUP = "soup/finetune.py", "soup/soup.py"

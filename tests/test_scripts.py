@@ -23,10 +23,10 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-import data
 import models
 import utils
-from engine import evaluate, reestimate_bn
+from training import data
+from training.loop import evaluate, reestimate_bn
 from twa.checkpoints import average, load_into, load_state_dict, save
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
 import models
 import train_sgd_cifar
 import train_twa
 import utils
-from data import DATASETS, Split
-from engine import SCHEDULES, schedule_of
-from report import spread
 from soup import finetune, soup
+from training import data
+from training.data import DATASETS, Split
+from training.loop import SCHEDULES, schedule_of
+from training.report import spread
 from twa.checkpoints import average, save
 from utils import UserError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-import flags
 import utils
+from training import flags
 from twa.checkpoints import replacing
 
 # One colour a method in every figure.

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import data
 import utils
-from coefficients import averaging_weights, safe_rate
-from engine import SCHEDULES, autocast, build, evaluate, reestimate_bn, schedule_of
+from training import data
+from training.coefficients import averaging_weights, safe_rate
+from training.loop import SCHEDULES, autocast, build, evaluate, reestimate_bn, schedule_of
 from twa import TWA
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"  # what was measured, small, in the repository
+RESULTS = ROOT / "studies/results"  # what was measured, small, in the repository
 WORK = ROOT / "results/evidence"  # checkpoints and logs
 EPOCHS, HEAD = 24, 12  # of the full run, and of those that leave the checkpoints
 SAVES, EVERY = 20, 4  # checkpoints an epoch, of which every fourth is in a window: five an epoch

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-from augment import OPERATIONS, rand_augment
+from training.augment import OPERATIONS, rand_augment
 from utils import UserError
 
 

@@ -1,4 +1,4 @@
-"""Small architectures for the studies: `--model-factory benchmarks.architectures:vit`.
+"""Small architectures for the studies: `--model-factory studies.architectures:vit`.
 
 They take FashionMNIST's images, 28×28 and grey; unlike PreResNet20 they have no batch
 norm, so that nothing has to be re-estimated.

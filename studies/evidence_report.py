@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from matplotlib.figure import Figure
 from study import DATA, EPOCHS, EVERY, HEAD, ROOT, SAVES
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import models
-from report import spread
+from training import data
+from training.report import spread
 
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
@@ -26,7 +27,7 @@ RECIPE = "TWA, the recipe"  # the README's, to be held against the rivals
 
 
 def write(measurements: Path, target: Path, figures: Path) -> None:
-    """Writes `target`, with figures into the folder `figures` below its own.
+    """Writes `target`, and its figures into the folder `figures`.
 
     Args:
         measurements: holds `PART.DATA.ARCH.SEED.json`.
@@ -44,7 +45,7 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
                 lines += ["", *seconds(runs, costs[arch], DATA[training].steps)]
             parts += ["", f"## {title}: {name}, {seeds(runs)}", "", fill(note, 98), "", *lines]
             if figure.exists():
-                parts += ["", f"![{title}]({figure.relative_to(target.parent)})"]
+                parts += ["", f"![{title}]({os.path.relpath(figure, target.parent)})"]
     for title, note, script in OTHERS:
         table = subprocess.run([sys.executable, ROOT / script], capture_output=True, check=True)
         parts += ["", f"## {title}", "", fill(note, 98), "", table.stdout.decode().strip()]
@@ -71,8 +72,8 @@ def read(measurements: Path) -> Studies:
 INTRODUCTION = f"""# Results
 
 Does Trainable Weight Averaging save epochs, does it beat the simple averages, and which settings
-are safe? `bash benchmarks/evidence.sh` makes the runs, `python benchmarks/evidence.py report`
-writes this page from their JSON in `benchmarks/results`. All of it ran on two CPU cores, with
+are safe? `bash studies/evidence.sh` makes the runs, `python studies/evidence.py report`
+writes this page from their JSON in `studies/results`. All of it ran on two CPU cores, with
 bf16 autocast, batches of 128, and mean ± standard deviation over the seeds. Test data chose
 nothing: where settings are compared, they are on 10,000 validation images, training images that
 the run never saw.
@@ -82,7 +83,7 @@ hundredth from three quarters on. The *head* is its first {HEAD} epochs, all at 
 leave {SAVES // EVERY} checkpoints an epoch. TWA starts from the mean of the last ten of them and
 trains the coefficients of all {HEAD * SAVES // EVERY}, at the default rate falling linearly to 0.
 The training sets are FashionMNIST's 60,000 images or the first 12,000 of them (12k), of which 40
-% have wrong labels in one (noisy). The cnn and the vit of `benchmarks/architectures.py` have no
+% have wrong labels in one (noisy). The cnn and the vit of `studies/architectures.py` have no
 batch norm; where there is one, it is re-estimated for every solution. "Epochs" count what is
 trained on; measuring the default rate takes five batches more."""
 
@@ -485,13 +486,13 @@ SECTIONS = {
 OTHERS = (
     (
         "Tail stage: PreResNet20 on FashionMNIST",
-        "Measured by `bash swa/study.sh`; swa/README.md describes it.",
-        "swa/summary.py",
+        "Measured by `bash studies/swa/study.sh`; swa/README.md describes it.",
+        "studies/swa/summary.py",
     ),
     (
         "Soups: PreResNet20 on FashionMNIST",
-        "Measured by `bash soup/study.sh`; soup/README.md describes it.",
-        "soup/summary.py",
+        "Measured by `bash studies/soup/study.sh`; soup/README.md describes it.",
+        "studies/soup/summary.py",
     ),
 )
 

@@ -16,11 +16,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-import data
-import imagefolder
 import models
-import parallel
 import utils
+from training import data, image_folders, ranks
 from twa.checkpoints import NotFiniteError
 from utils import UserError
 
@@ -89,7 +87,7 @@ def set_up(
     Args:
         on_held_out: with `--split`, whether the training set is the part that is held out, and not
             the rest.
-        shard: whether the ranks hold the model together (`parallel.shard`) or each a whole one.
+        shard: whether the ranks hold the model together (`ranks.shard`) or each a whole one.
 
     Raises:
         UserError: the device, the data set or a package is not to be had, the architecture cannot
@@ -98,21 +96,21 @@ def set_up(
     if args.wandb:
         utils.import_wandb()  # what is missing is said before anything is written
     device = utils.choose_device(args.device)
-    parallel.start(device)
-    ranks = {"rank": parallel.rank(), "world": parallel.world()}
-    if args.batch_size % ranks["world"]:
+    ranks.start(device)
+    among = {"rank": ranks.rank(), "world": ranks.world()}
+    if args.batch_size % among["world"]:
         raise UserError(
-            f"--batch-size {args.batch_size}: does not divide among {ranks['world']} ranks; "
-            f"give a multiple of {ranks['world']}"
+            f"--batch-size {args.batch_size}: does not divide among {among['world']} ranks; "
+            f"give a multiple of {among['world']}"
         )
-    if args.datasets == imagefolder.NAME:
-        train_set, test_set = imagefolder.load(args.data_dir, args.image_size)
+    if args.datasets == image_folders.NAME:
+        train_set, test_set = image_folders.load(args.data_dir, args.image_size)
         test_batch_size = args.batch_size
         loader = partial(
-            imagefolder.Loader, device=device, workers=args.workers, strict=args.strict_images
+            image_folders.Loader, device=device, workers=args.workers, strict=args.strict_images
         )
     else:
-        with parallel.first_rank_first():
+        with ranks.first_rank_first():
             train_set, test_set = data.load(args.datasets, args.data_dir, device)
         test_batch_size, loader = 1000, data.Loader
     if args.split:
@@ -126,9 +124,9 @@ def set_up(
         seed=args.randomseed,
         channels_last=args.amp,
         randaugment=args.randaugment,
-        **ranks,
+        **among,
     )
-    test = loader(test_set, test_batch_size, train=False, channels_last=args.amp, **ranks)
+    test = loader(test_set, test_batch_size, train=False, channels_last=args.amp, **among)
     model = build(args.arch, train_set.spec, device, args, shard)
     return model, train, test
 
@@ -145,12 +143,12 @@ def build(
     Raises:
         UserError: as `models.build`.
     """
-    if spec.name == imagefolder.NAME and ":" not in name:
+    if spec.name == image_folders.NAME and ":" not in name:
         model = models.imagenet.build(name, spec.classes, spec.size)
     else:
         model = models.build(name, spec.classes, spec.channels, spec.size)
-    if shard and parallel.world() > 1:  # FSDP2 takes contiguous weights only.
-        parallel.shard(model, device, args.reshard_after_forward)
+    if shard and ranks.world() > 1:  # FSDP2 takes contiguous weights only.
+        ranks.shard(model, device, args.reshard_after_forward)
     else:
         model.to(device, memory_format=torch.channels_last if args.amp else torch.contiguous_format)
     if args.compile:
@@ -185,7 +183,7 @@ class Totals:
 
         By the names "loss", "accuracy" and, if asked for, "top5_accuracy".
         """
-        loss, hits, near, count = parallel.sum_over_ranks(self.sums.clone()).tolist()
+        loss, hits, near, count = ranks.sum_over_ranks(self.sums.clone()).tolist()
         totals = {"loss": loss / max(count, 1), "accuracy": 100.0 * hits / max(count, 1)}
         return totals | ({"top5_accuracy": 100.0 * near / max(count, 1)} if self._top5 else {})
 
@@ -225,7 +223,7 @@ class Trainer:
     On several ranks the gradient is that of the whole batch, of which each computes its share.
 
     Args:
-        model: whole, and the same on all ranks, or sharded by `parallel.shard`.
+        model: whole, and the same on all ranks, or sharded by `ranks.shard`.
         scheduler: stepped after each optimizer step.
         line: takes the lines of the log.
         print_every: iterations between two lines (or updates of the bar, on a terminal).
@@ -258,7 +256,7 @@ class Trainer:
     state: Path | None = None
 
     def __post_init__(self):
-        self._forward = parallel.replicate(self.model)
+        self._forward = ranks.replicate(self.model)
 
     def epoch(self, epoch: int, after_step: Callable[[int], None] | None = None) -> dict:
         """Trains epoch `epoch` (from 1 on) and tests; returns rate, losses, accuracies, seconds.
@@ -279,7 +277,7 @@ class Trainer:
         self.train.set_epoch(epoch)
         trained = self._train(title, after_step)
         rate, seconds = self.progress.rate, self.progress.seconds
-        parallel.average_buffers(self.model)
+        ranks.average_buffers(self.model)
         tested = evaluate(self.model, self.test, self.amp, self.top5)
         self._refuse_divergence(tested["loss"], f"{title}, test")
         self.progress.load_state_dict(Progress().state_dict())
@@ -295,11 +293,11 @@ class Trainer:
         self.model.train()
         device = device_of(self.model)
         # The sums are those of all ranks, and are summed over them again.
-        totals = Totals(device, self.top5, self.progress.sums if parallel.rank() == 0 else None)
+        totals = Totals(device, self.top5, self.progress.sums if ranks.rank() == 0 else None)
         count, done = len(self.train), self.progress.iteration
         started = time.perf_counter() - self.progress.seconds
-        watched = device.type == "cpu" and parallel.world() == 1
-        silent = None if parallel.rank() == 0 else True  # None: silent unless on a terminal
+        watched = device.type == "cpu" and ranks.world() == 1
+        silent = None if ranks.rank() == 0 else True  # None: silent unless on a terminal
         batches = self.train.batches(done)
         bar = tqdm(batches, title, count, leave=False, initial=done, disable=silent)
         for i, (images, labels) in enumerate(bar, start=done + 1):
@@ -313,7 +311,7 @@ class Trainer:
                 self._refuse_divergence(loss.item(), f"{title}, iteration {i}")
             left = count - (i - 1) // self.accumulate * self.accumulate  # from this step's first on
             # The mean over the batch; gradients are averaged over the ranks, hence their number.
-            share = parallel.world() / self.train.images_in(i - 1)
+            share = ranks.world() / self.train.images_in(i - 1)
             (loss * share / min(self.accumulate, left)).backward()
             if i % self.print_every == 0 or i == count:  # before a step whose weights are saved
                 so_far = totals.read()
@@ -403,7 +401,7 @@ def reestimate_bn(
         count = min(count, math.ceil(images / train.batch_size))
     with autocast(device_of(model), amp):
         update_bn(train.whole_batches(count), model)
-    parallel.average_buffers(model)
+    ranks.average_buffers(model)
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -417,7 +415,7 @@ def describe(metrics: dict[str, float]) -> str:
 def skipped_images(*loaders: data.Loader) -> str | None:
     """A line that counts the images that any rank skipped and names the first, or None."""
     mine = set().union(*(loader.skipped for loader in loaders))
-    files = sorted(set().union(*parallel.gather(mine)))
+    files = sorted(set().union(*ranks.gather(mine)))
     if not files:
         return None
     more = ", …" if len(files) > 5 else ""

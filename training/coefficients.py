@@ -12,11 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import data
-import flags
-import parallel
-from engine import SCHEDULES, autocast
-from flags import number
+from training import data, flags, ranks
+from training.flags import number
+from training.loop import SCHEDULES, autocast
 from twa import TWA
 from utils import UserError
 
@@ -112,7 +110,7 @@ def safe_rate(
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         for i, (images, labels) in enumerate(batches):
-            share = parallel.world() / train.images_in(i) / len(batches)
+            share = ranks.world() / train.images_in(i) / len(batches)
             with autocast(images.device, amp):
                 part = F.cross_entropy(model(images), labels, reduction="sum") * share
             part.backward()

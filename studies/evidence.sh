@@ -10,8 +10,8 @@ cd "$(dirname "$0")"
 study() { # PART ARCH [DATA]
     "$PYTHON" -u evidence.py "$1" --arch "$2" --data "${3:-FashionMNIST-12k}" --seed "$seed"
 }
-cnn=benchmarks.architectures:cnn
-vit=benchmarks.architectures:vit
+cnn=studies.architectures:cnn
+vit=studies.architectures:vit
 
 [ $# -gt 0 ] || set -- 1 2 3
 for seed; do

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-import data
+from training import data
 from utils import UserError
 
 NAME = "ImageNet"  # what --datasets calls an image folder

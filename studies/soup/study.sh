@@ -7,7 +7,7 @@
 # run side by side (OMP_NUM_THREADS=1 then). Prints the table at the end (python summary.py).
 set -euo pipefail
 cd "$(dirname "$0")"
-. ../env.sh
+. ../../env.sh
 
 base_epochs=4
 base="--lr 0.1 --schedule constant"
@@ -18,15 +18,15 @@ mkdir -p results
 
 [ $# -gt 0 ] || set -- 1 2 3
 for seed; do
-    dir=../results/soup_study/$seed
-    common="--datasets FashionMNIST --data-dir ../datasets --arch PreResNet20 --batch-size 128 --amp
+    dir=../../results/soup_study/$seed
+    common="--datasets FashionMNIST --data-dir ../../datasets --arch PreResNet20 --batch-size 128 --amp
         --val-ratio 10 --randomseed $seed -p 100"
-    "$PYTHON" -u ../train_sgd_cifar.py $common --split --epochs $base_epochs $base \
+    "$PYTHON" -u ../../train_sgd_cifar.py $common --split --epochs $base_epochs $base \
         --save-dir "$dir/checkpoints" --log-dir "$dir" --resume
-    "$PYTHON" -u finetune.py $common --base "$dir/checkpoints/$base_epochs.pt" $finetune \
+    "$PYTHON" -u ../../soup/finetune.py $common --base "$dir/checkpoints/$base_epochs.pt" $finetune \
         --save-dir "$dir/models"
     for kind in "t v" "v --granularity layer" "v --granularity layer --bits 4"; do
-        "$PYTHON" -u soup.py $common --checkpoints "$dir/models/*.pt" --log-dir "$dir" $soup \
+        "$PYTHON" -u ../../soup/soup.py $common --checkpoints "$dir/models/*.pt" --log-dir "$dir" $soup \
             --twa $kind
         cp "$dir/results.jsonl" "results/$seed.jsonl"
     done

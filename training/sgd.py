@@ -9,11 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-import data
-import flags
-import parallel
 import utils
-from engine import (
+from training import data, flags, ranks
+from training.flags import number
+from training.loop import (
     OPTIMIZERS,
     Progress,
     Trainer,
@@ -22,7 +21,6 @@ from engine import (
     schedule_of,
     skipped_images,
 )
-from flags import number
 from utils import UserError
 
 # What has to be the same when a run is resumed: it would not be that run otherwise.
@@ -116,7 +114,7 @@ def run(
     resumed = utils.resume(args, state, {} if args.evaluate else settings, **parts)
     if args.evaluate:
         tested, skipped = evaluate(model, test, args.amp, top5), skipped_images(test)
-        if parallel.rank() == 0:
+        if ranks.rank() == 0:
             print("test", describe(tested))
             if skipped:
                 print(skipped)
@@ -126,7 +124,7 @@ def run(
     done = start_epoch if resumed is None else resumed
     if done == start_epoch and progress.iteration == 0:
         utils.save_state(save_dir / "state.pt", done, settings, **parts)
-        parallel.save_model(model, save_dir / f"{done * args.saves_per_epoch}.pt")
+        ranks.save_model(model, save_dir / f"{done * args.saves_per_epoch}.pt")
     log = utils.RunLog(args, resumed_epoch=done)
     log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
     trainer = Trainer(
@@ -160,7 +158,7 @@ def run(
             def after_step(iteration: int, before: int = epoch - 1):
                 if iteration in save_after:
                     number = before * args.saves_per_epoch + save_after.index(iteration) + 1
-                    parallel.save_model(model, save_dir / f"{number}.pt")
+                    ranks.save_model(model, save_dir / f"{number}.pt")
                 signals.check(lambda: save(before))
 
             log.epoch(trainer.epoch(epoch, after_step))

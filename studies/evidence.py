@@ -1,7 +1,7 @@
 """Does it hold, and how well: the studies behind RESULTS.md, each part alone and resumable.
 
     python evidence.py head --data FashionMNIST-12k --arch PreResNet20 --seed 1
-    python evidence.py report            RESULTS.md and its figures, from results/*.json
+    python evidence.py report            docs/RESULTS.md and its figures, from results/*.json
 
 `bash evidence.sh` runs everything. A part trains what it needs with the project's own scripts,
 below results/evidence, and adds what it measures to `results/PART.DATA.ARCH.SEED.json`, one entry
@@ -38,9 +38,9 @@ from study import (
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 
-import flags
 import utils
-from engine import autocast
+from training import flags
+from training.loop import autocast
 from twa import TWA, Subspace
 from twa.checkpoints import Checkpoint, load_into
 
@@ -61,7 +61,7 @@ def main():
     parser.add_argument("--data-dir", default=ROOT / "datasets", type=Path, help="of data sets")
     args = parser.parse_args()
     if args.part == "report":
-        evidence_report.write(RESULTS, ROOT / "RESULTS.md", ROOT / "benchmarks/figures")
+        evidence_report.write(RESULTS, ROOT / "docs/RESULTS.md", ROOT / "studies/figures")
     else:
         chooses = args.part in CHOOSING
         if chooses and DATA[args.data].images is None:

@@ -1,0 +1,1 @@
+"""What the scripts share: data, the loop, flags, ranks, reports."""
