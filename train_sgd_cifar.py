@@ -8,8 +8,9 @@ Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resum
 
 import models
 import utils
-from training import data, flags, sgd
-from training.loop import SCHEDULES, set_up
+from training import data, entry, flags, sgd
+from training.locks import Lock
+from training.loop import set_up
 
 
 def parse_arguments():
@@ -22,15 +23,10 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    with utils.lock(args):
-        train_sgd(args)
-
-
-def train_sgd(args):
-    utils.set_seed(args.randomseed)
-    model, train, test = set_up(args)
-    sgd.run(args, model, train, test, SCHEDULES[args.schedule])
+    with Lock(args.save_dir, writes=not args.evaluate):
+        utils.set_seed(args.randomseed)
+        sgd.run(args, *set_up(args))
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    entry.run(main)

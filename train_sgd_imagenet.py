@@ -10,9 +10,10 @@ Under `torchrun` each rank trains on its share of every batch.
 
 import models
 import utils
-from training import flags, image_folders, ranks, sgd
+from training import entry, flags, image_folders, sgd
 from training.flags import number
-from training.loop import SCHEDULES, set_up
+from training.locks import Lock
+from training.loop import set_up
 from utils import UserError
 
 
@@ -40,7 +41,7 @@ def main():
     args = parse_arguments()
     if args.start_epoch > args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} lies past --epochs {args.epochs}")
-    with utils.lock(args):
+    with Lock(args.save_dir, writes=not args.evaluate):
         train_sgd(args)
 
 
@@ -48,24 +49,14 @@ def train_sgd(args):
     utils.set_seed(args.randomseed)
     model, train, test = set_up(args)
     if args.pretrained:
-        with ranks.first_rank_first():
-            models.imagenet.load_pretrained(model, args.arch)
+        models.imagenet.load_pretrained(model, args.arch)
 
     def every_30_epochs(x: float) -> float:
         return 0.1 ** int(x * args.epochs / 30 + 1e-9)  # x may be rounded down
 
-    factor = every_30_epochs if args.schedule == "step" else SCHEDULES[args.schedule]
-    sgd.run(
-        args,
-        model,
-        train,
-        test,
-        factor,
-        start_epoch=args.start_epoch,
-        resume_with=(*sgd.RESUME_WITH, "image_size"),
-        top5=True,
-    )
+    factor = every_30_epochs if args.schedule == "step" else None
+    sgd.run(args, model, train, test, factor, args.start_epoch, top5=True)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    entry.run(main)

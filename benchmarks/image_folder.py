@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from training import image_folders
+from training import entry, image_folders
 
 WIDTH, HEIGHT = 500, 375  # pixels, what is usual in ImageNet
 
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    entry.run(main)

@@ -22,8 +22,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
-from training import data
+from training import data, entry
 
 
 def usual_loader(spec: data.Spec, data_dir: str, batch_size: int) -> DataLoader:
@@ -75,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    entry.run(main)

@@ -11,7 +11,6 @@ its settings and its validation accuracy. Runs that already stand are not run ag
 
 import hashlib
 import itertools
-import json
 import math
 import random
 import sys
@@ -24,15 +23,15 @@ import torch
 
 import models
 import utils
-from training import data, flags
+from training import data, entry, flags, locks, logs, optimizers, ranks
 from training.flags import number
-from training.loop import OPTIMIZERS, SCHEDULES, Diverged, Trainer, build, describe, schedule_of
+from training.loop import Diverged, Trainer, build, describe
+from training.optimizers import OPTIMIZERS, SCHEDULES, schedule_of
 from twa.checkpoints import (
     CheckpointError,
     check,
     load_into,
     load_state_dict,
-    replacing,
     save,
     verify,
 )
@@ -141,8 +140,8 @@ def stands(record: dict | None, settings: dict, path: Path, expected: dict) -> b
 
 def main():
     args = parse_arguments()
-    utils.refuse_ranks()
-    with utils.Lock(args.save_dir):
+    ranks.refuse()
+    with locks.Lock(args.save_dir):
         fine_tune(args)
 
 
@@ -158,7 +157,7 @@ def fine_tune(args):
 
     save_dir = Path(args.save_dir)
     utils.make_directory(save_dir)
-    utils.write_json({"arguments": vars(args), **utils.provenance()}, save_dir / "run.json")
+    logs.write_json({"arguments": vars(args), **logs.provenance()}, save_dir / "run.json")
     fixed = {
         "model": args.arch,
         "datasets": args.datasets,
@@ -170,7 +169,7 @@ def fine_tune(args):
         **{key: getattr(args, key) for key in ("warmup_epochs", "clip_grad")},
     }
     runs = save_dir / "runs.jsonl"
-    records = {record["file"]: record for record in utils.read_metrics(runs)}
+    records = {record["file"]: record for record in logs.read_lines(runs)}
     for varied in settings_of_runs(args):
         settings = varied | fixed
         path = save_dir / f"{varied['seed']:03}.pt"
@@ -188,9 +187,10 @@ def fine_tune(args):
             channels_last=args.amp,
             randaugment=varied["randaugment"],
         )
-        optimizer = OPTIMIZERS[args.optimizer](
-            model.parameters(), varied["lr"], varied["weight_decay"], args.momentum
+        base_optimizer, hyperparameters = optimizers.chosen(
+            args.optimizer, varied["lr"], varied["weight_decay"], args.momentum
         )
+        optimizer = base_optimizer(model.parameters(), **hyperparameters)
         steps, warmup = varied["epochs"] * len(train), round(args.warmup_epochs * len(train))
         trainer = Trainer(
             model,
@@ -198,7 +198,6 @@ def fine_tune(args):
             validation,
             optimizer,
             schedule_of(SCHEDULES[args.schedule], optimizer, steps, warmup),
-            print,
             varied["epochs"],
             amp=args.amp,
             print_every=args.print_freq,
@@ -221,9 +220,7 @@ def fine_tune(args):
             "validation": scores,
             "seconds": time.perf_counter() - started,
         }
-        with replacing(runs) as temporary:
-            lines = (json.dumps(records[file]) + "\n" for file in sorted(records))
-            temporary.write_text("".join(lines))
+        logs.write_lines((records[file] for file in sorted(records)), runs)
         if scores:
             told = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
             print(f"{path.name}: validation {describe(scores)} ({told})")
@@ -231,4 +228,4 @@ def fine_tune(args):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    entry.run(main)

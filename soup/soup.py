@@ -29,10 +29,9 @@ from torch import nn
 
 import models
 import utils
-from training import coefficients, data, flags, report
+from training import coefficients, data, entry, flags, locks, logs, ranks, report
 from training.flags import number
 from training.loop import (
-    SCHEDULES,
     Trainer,
     build,
     describe,
@@ -40,16 +39,15 @@ from training.loop import (
     evaluate,
     predict,
     reestimate_bn,
-    schedule_of,
     score,
 )
+from training.optimizers import SCHEDULES, schedule_of
 from twa.checkpoints import (
     Checkpoint,
     average,
     check,
     load_into,
     load_state_dict,
-    replacing,
     save,
     verify,
 )
@@ -111,7 +109,7 @@ def refuse_other_split(paths: Sequence[Path], args) -> None:
     """Refuses models of `finetune.py` that were trained on what is held out here."""
     here = flags.held_out(args)
     for folder in sorted({path.parent for path in paths}):
-        for record in utils.read_metrics(folder / "runs.jsonl"):
+        for record in logs.read_lines(folder / "runs.jsonl"):
             path, there = folder / record["file"], record["settings"]["held_out"]
             if path in paths and there != here:
                 raise UserError(
@@ -125,7 +123,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self.records = {record["name"]: record for record in utils.read_metrics(path)}
+        self.records = {record["name"]: record for record in logs.read_lines(path)}
 
     def stand(self, settings: dict, *names: str) -> bool:
         return all(self.records.get(name, {}).get("settings") == settings for name in names)
@@ -133,9 +131,7 @@ class Results:
     def add(self, name: str, settings: dict, **values) -> None:
         """Puts a record in the place of an older one, and tells of it."""
         self.records[name] = {"name": name, **values, "settings": settings}
-        with replacing(self.path) as temporary:
-            lines = (json.dumps(record) + "\n" for record in self.records.values())
-            temporary.write_text("".join(lines))
+        logs.write_lines(self.records.values(), self.path)
         print(
             f"{name}: validation {describe(values['validation'])}, test {describe(values['test'])}"
         )
@@ -246,7 +242,6 @@ def train_coefficients(
         bench.validation,
         optimizer,
         scheduler,
-        print,
         args.epochs,
         amp=args.amp,
         print_every=args.print_freq,
@@ -260,8 +255,8 @@ def train_coefficients(
 
 def main():
     args = parse_arguments()
-    utils.refuse_ranks()
-    with utils.Lock(args.log_dir):
+    ranks.refuse()
+    with locks.Lock(args.log_dir):
         make_soups(args)
 
 
@@ -290,7 +285,7 @@ def make_soups(args):
     )
 
     utils.make_directory(log_dir)
-    utils.write_json({"arguments": vars(args), **utils.provenance()}, log_dir / "soup_run.json")
+    logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
     results = Results(log_dir / "results.jsonl")
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     settings = {
@@ -379,4 +374,4 @@ COLUMNS = {
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    entry.run(main)

@@ -38,8 +38,7 @@ from study import (
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 
-import utils
-from training import flags
+from training import entry, flags
 from training.loop import autocast
 from twa import TWA, Subspace
 from twa.checkpoints import Checkpoint, load_into
@@ -371,4 +370,4 @@ PARTS = {
 CHOOSING = ("rates", "settings", "checkpoints", "second-order")
 
 if __name__ == "__main__":
-    utils.run(main)
+    entry.run(main)

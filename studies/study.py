@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import utils
-from training import data
+from training import data, logs
 from training.coefficients import averaging_weights, safe_rate
-from training.loop import SCHEDULES, autocast, build, evaluate, reestimate_bn, schedule_of
+from training.loop import autocast, build, evaluate, reestimate_bn
+from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
 
@@ -107,7 +108,7 @@ class Bench:
     def sgd(self, epochs: int, saves: int) -> list[dict]:
         """The metrics of a whole SGD run of so many epochs, trained unless it stands."""
         folder = self._folder / f"sgd{epochs}"
-        metrics = utils.read_metrics(folder / "metrics.jsonl")
+        metrics = logs.read_lines(folder / "metrics.jsonl")
         if len(metrics) < epochs:
             command = [sys.executable, ROOT / "train_sgd_cifar.py", "--datasets", "FashionMNIST"]
             command += ["--model-factory" if ":" in self.arch else "--arch", self.arch, "--amp"]
@@ -116,7 +117,7 @@ class Bench:
             command += ["--batch-size", BATCH, "--epochs", epochs, "--saves-per-epoch", saves]
             command += ["--save-dir", folder, "--log-dir", folder, "--resume"]
             subprocess.run([str(word) for word in command], check=True)
-            metrics = utils.read_metrics(folder / "metrics.jsonl")
+            metrics = logs.read_lines(folder / "metrics.jsonl")
         return metrics
 
     def window(self, first: int = 0, every: int | None = None) -> list[Path]:
@@ -133,7 +134,7 @@ class Bench:
         """Adds the entry `name`, unless it stands."""
         if name not in self.records:
             self.records[name] = make()
-            utils.write_json(self.records, self.path)
+            logs.write_json(self.records, self.path)
             shown = {k: v for k, v in self.records[name].items() if not isinstance(v, list)}
             print(f"{self.path.stem}: {name}: {shown}", flush=True)
 

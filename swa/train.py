@@ -8,20 +8,21 @@ Saves `<dir>/checkpoints/N.pt` after every epoch N (0: the initialisation), the 
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 import models
 import utils
-from training import data, flags, ranks, report
+from training import data, entry, flags, optimizers, ranks, report
 from training.flags import number
-from training.loop import Progress, Trainer, evaluate, reestimate_bn, set_up
+from training.locks import Lock
+from training.logs import write_json
+from training.loop import Trainer, evaluate, reestimate_bn, set_up
+from training.runs import Run, clear
 
 
 def parse_arguments():
@@ -36,20 +37,15 @@ def parse_arguments():
     add("--epochs", type=number(int, 1), default=200, help="epochs in all")
     add("--save_freq", type=number(int, 1), default=1, help="epochs between resumable states")
     add("--eval_freq", type=number(int, 1), default=5, help="epochs between tests of the average")
-    add("--lr_init", type=number(float, 0), default=0.1, help="initial learning rate")
+    add("--lr_init", type=flags.scale, default=0.1, help="initial learning rate")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--wd", type=number(float, 0), default=1e-4, help="weight decay")
+    add("--wd", type=flags.scale, default=1e-4, help="weight decay")
     add("--swa", action="store_true", help="average from --swa_start on")
     add("--swa_start", type=number(int, 1), default=161, help="first epoch that is averaged")
-    add("--swa_lr", type=number(float, 0), default=0.05, help="learning rate of the tail")
+    add("--swa_lr", type=flags.scale, default=0.05, help="learning rate of the tail")
     add("--swa_c_epochs", type=number(int, 1), default=1, help="epochs between averaged ones")
-    add(
-        "--seed",
-        dest="randomseed",
-        type=number(int, 0, 2**31 - 1),
-        default=1,
-        help="seed of all randomness",
-    )
+    seed = {"dest": "randomseed", "type": number(int, 0, 2**31 - 1), "default": 1}
+    add("--seed", **seed, help="seed of all randomness")
     flags.add_data_arguments(parser)
     add("--overwrite", action="store_true", help=flags.OVERWRITE_HELP)
     flags.add_run_arguments(parser)
@@ -73,17 +69,9 @@ def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
     return SequentialLR(optimizer, [constant, decay], milestones=[round(0.5 * head)])
 
 
-# What has to be the same when a run is resumed: it would not be that run otherwise.
-RESUME_WITH = (
-    *("arch", "datasets", "epochs", "batch_size", "lr_init", "momentum", "wd"),
-    *("swa", "swa_start", "swa_lr", "swa_c_epochs"),
-    *("randomseed", "images", "randaugment", "amp"),
-)
-
-
 def main():
     args = parse_arguments()
-    with utils.lock(args):
+    with Lock(args.save_dir):
         train_swa(args)
 
 
@@ -92,84 +80,62 @@ def train_swa(args):
     log_dir, save_dir = Path(args.log_dir), Path(args.save_dir)
     model, train, test = set_up(args)
     average = AveragedModel(model)
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr_init, momentum=args.momentum, weight_decay=args.wd
-    )
+    base, settings = optimizers.chosen("sgd", args.lr_init, args.wd, args.momentum)
+    optimizer = base(model.parameters(), **settings)
     scheduler = swa_schedule(optimizer, args, len(train))
-
-    settings = {key: getattr(args, key) for key in RESUME_WITH}
-    settings["held_out"] = flags.held_out(args)
-    progress = Progress()
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    parts |= {"average": average, "progress": progress}
-    state = utils.state_path(args, "state.pt")
-    done = utils.resume(args, state, settings, **parts)
-    if done is None or state.resolve().parent != save_dir.resolve():
-        utils.clear(save_dir, args.overwrite)
-    done = done or 0
-    if done == 0 and progress.iteration == 0:
-        utils.save_state(save_dir / "state.pt", 0, settings, **parts)
-        ranks.save_model(model, save_dir / "0.pt")
-    log = utils.RunLog(args, resumed_epoch=done)
-    log.line(f"{args.arch} on {args.datasets}: epochs {done} to {args.epochs}")
     trainer = Trainer(
-        model,
-        train,
-        test,
-        optimizer,
-        scheduler,
-        log.line,
-        args.epochs,
+        *(model, train, test, optimizer, scheduler, args.epochs),
         amp=args.amp,
         print_every=args.print_freq,
-        progress=progress,
-        state=save_dir / "state.pt",
     )
+    run = Run(
+        *(args, trainer),
+        state=save_dir / "state.pt",
+        log_dir=log_dir,
+        flag="--dir",
+        save_every=args.save_freq,
+        average=average,
+    )
+    if not run.resumed:
+        clear(save_dir, args.overwrite)
+    run.start(f"{args.arch} on {args.datasets}: epochs {run.done} to {args.epochs}")
+    if run.is_before_first_step:
+        ranks.save_model(model, save_dir / "0.pt")
 
-    def save(epochs: int) -> None:
-        utils.save_state(save_dir / "state.pt", epochs, settings, **parts)
-
-    def one_epoch(epoch: int, signals: utils.Signals) -> None:
-        stop = partial(signals.check, partial(save, epoch - 1))
-        metrics = trainer.epoch(epoch, lambda _: stop())
-        if args.swa:
-            past_start = epoch - args.swa_start
-            if past_start >= 0 and past_start % args.swa_c_epochs == 0:
-                average.update_parameters(model)
-            averaged = {"loss": None, "accuracy": None}
-            if past_start >= 0 and (epoch % args.eval_freq == 0 or epoch == args.epochs):
-                reestimate_bn(average, train, args.amp)
-                averaged = evaluate(average, test, args.amp)
-            metrics |= {f"SWA_{key}": value for key, value in averaged.items()}
-            metrics["seconds"] = metrics.pop("seconds")  # stays the last column
-        log.epoch(metrics)
+    def update_average(epoch: int, metrics: dict) -> None:
         ranks.save_model(model, save_dir / f"{epoch}.pt")
-        if epoch % args.save_freq == 0 or epoch == args.epochs:
-            save(epoch)
-        signals.check(partial(save, epoch))
+        if not args.swa:
+            return
+        past_start = epoch - args.swa_start
+        if past_start >= 0 and past_start % args.swa_c_epochs == 0:
+            average.update_parameters(model)
+        averaged = {"loss": None, "accuracy": None}
+        if past_start >= 0 and (epoch % args.eval_freq == 0 or epoch == args.epochs):
+            reestimate_bn(average, train, args.amp)
+            averaged = evaluate(average, test, args.amp)
+        metrics |= {f"SWA_{key}": value for key, value in averaged.items()}
+        metrics["seconds"] = metrics.pop("seconds")  # stays the last column
 
-    with utils.Signals(held=True) as signals:
-        for epoch in range(done + 1, args.epochs + 1):
-            one_epoch(epoch, signals)
+    run.train(after_epoch=update_average)
 
     if args.swa:
         ranks.save_model(average.module, save_dir / "swa.pt")
     if ranks.rank() > 0:
         return
-    run = report.SGDRun.read(log_dir)
-    results = {"SGD": run.end}
+    sgd = report.SGDRun.read(log_dir)
+    results = {"SGD": sgd.end}
     if args.swa:
-        results["SWA"] = run.end | run.swa_end
-    utils.write_json({"results": results}, log_dir / "swa.json")
+        results["SWA"] = sgd.end | sgd.swa_end
+    write_json({"results": results}, log_dir / "swa.json")
     report.figure(
         log_dir / "swa.png",
         f"{args.arch} on {args.datasets}",
-        curves=run.curves,
+        curves=sgd.curves,
         points={name: (s["epochs"], s["accuracy"]) for name, s in results.items()},
     )
-    log.line(report.table(results))
-    log.line(f"written: {save_dir}, {log_dir / 'swa.json'}, {log_dir / 'swa.png'}")
+    run.log.line(report.table(results))
+    run.log.line(f"written: {save_dir}, {log_dir / 'swa.json'}, {log_dir / 'swa.png'}")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    entry.run(main)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import utils
 from training import data, loop
-from training.loop import SCHEDULES, Totals, Trainer, evaluate, reestimate_bn, schedule_of
+from training.loop import Totals, Trainer, evaluate, reestimate_bn
+from training.optimizers import SCHEDULES, schedule_of
 
 CPU = torch.device("cpu")
 

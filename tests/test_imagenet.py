@@ -294,7 +294,7 @@ def test_sgd_then_twa_on_two_ranks(alone, folder, tmp_path, monkeypatch):
             shutil.copy(path, checkpoints)
     succeed_on(2, "tests/reduced.py", ROOT / TWA, *twa_flags(folder, tmp_path, arch))
     if arch == "vit_b_16":
-        assert difference(checkpoints / "twa.pt", expected / "checkpoints/twa.pt") < 1e-3
+        assert difference(checkpoints / "twa.pt", expected / "twa.pt") < 1e-3
     for name in ("SWA", "last"):  # batch norm is re-estimated alike on any number of ranks
         loss = results(expected)[name]["loss"]
         assert results(tmp_path)[name]["loss"] == pytest.approx(loss, rel=1e-3)
@@ -326,9 +326,9 @@ def test_twa_stopped_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_run(
     succeed(call(TWA, *twa_flags(folder, runs[0]), *more))
     with killed_in(epoch=2):
         call(TWA, *twa_flags(folder, runs[1]), *more)
-    assert not (runs[1] / "checkpoints/twa.pt").exists()
+    assert not (runs[1] / "twa.pt").exists()
     succeed(call(TWA, *twa_flags(folder, runs[1]), *more, "--resume"))
-    expected, actual = (load_state_dict(run / "checkpoints/twa.pt") for run in runs)
+    expected, actual = (load_state_dict(run / "twa.pt") for run in runs)
     assert_equal(actual, expected)
 
 
@@ -476,7 +476,7 @@ def test_a_model_of_the_users_own(folder, tmp_path, monkeypatch):
     assert "--pretrained" in line and "--arch" in line
     succeed(call(SGD, *sgd))
     succeed(call(TWA, *twa))
-    trained = torch.load(tmp_path / "run/checkpoints/twa.pt", weights_only=True)
+    trained = torch.load(tmp_path / "run/twa.pt", weights_only=True)
     assert trained.keys() == models.build("PreResNet20", 10, 3, 32).state_dict().keys()
 
 

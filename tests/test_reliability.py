@@ -42,9 +42,13 @@ from test_scripts import (
 )
 
 import models
-import utils
-from training import data, report
+from training import data, entry, report, states
+from training.locks import Lock
+from training.runs import clear
+from training.signals import Signals, Stopped
+from training.states import save_state
 from twa.checkpoints import CheckpointError, load, load_state_dict, save, verify
+from utils import UserError
 
 FINETUNE, SOUP = "soup/finetune.py", "soup/soup.py"
 
@@ -167,7 +171,7 @@ RUNS = {
             *(*where(run), "--params_start", 1, "--params_end", 7, "--epochs", 3, "-p", 1),
             *("-acc", 3, "--opt", "AdamW", "--schedule", "linear", "--resume"),
         ],
-        *("SGD", "epoch 2/3 [4/8]", "checkpoints/twa.pt"),
+        *("SGD", "epoch 2/3 [4/8]", "twa.pt"),
     ),
     "SWA": Run(
         SWA,
@@ -329,7 +333,7 @@ def test_a_signal_saves_the_state_in_mid_epoch(whole, tmp_path, kind, number):
     assert str(ROOT / RUNS[kind].script) in line
 
     epoch = int(RUNS[kind].moment.split()[1].split("/")[0])
-    state = load(folder / "checkpoints" / ("twa_state.pt" if kind == "TWA" else "state.pt"))
+    state = load(folder / ("twa_state.pt" if kind == "TWA" else "checkpoints/state.pt"))
     assert state["epoch"] == epoch - 1
     assert 0 < state["progress"]["iteration"] <= 8
 
@@ -378,25 +382,25 @@ def test_a_signal_before_the_training_ends_in_one_line(tmp_path):
         time.sleep(60)
 
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(open(tmp_path / "e", "w")):
-        utils.run(main)
+        entry.run(main)
     assert end.value.code == 143
     assert "the same command goes on" in (tmp_path / "e").read_text()
 
 
 def test_handlers_are_put_back():
-    before = [signal.getsignal(getattr(signal, name)) for name in utils.Signals.NAMES]
-    with pytest.raises(utils.Stopped), utils.Signals(held=True) as signals:
+    before = [signal.getsignal(getattr(signal, name)) for name in Signals.NAMES]
+    with pytest.raises(Stopped), Signals(held=True) as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
         saved = []
         signals.check(lambda: saved.append(1))
     assert saved == [1]
-    with utils.Signals():
+    with Signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert [signal.getsignal(getattr(signal, name)) for name in utils.Signals.NAMES] == before
+    assert [signal.getsignal(getattr(signal, name)) for name in Signals.NAMES] == before
 
 
 def twice() -> None:
-    with utils.Signals(held=True):
+    with Signals(held=True):
         os.kill(os.getpid(), signal.SIGINT)
         print("held")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -446,9 +450,9 @@ def assert_said_and_untouched(result: Result, folder: Path, before: dict[str, st
     assert words in line
     assert "make room" in line
     assert not list(folder.rglob("*.tmp"))
-    for name in ("state.pt", "twa_state.pt"):
+    for name in ("checkpoints/state.pt", "twa_state.pt"):
         if name in before:
-            assert snapshot(folder / "checkpoints")[name] == before[name]
+            assert snapshot(folder)[name] == before[name]
     assert_readable(folder)
 
 
@@ -522,20 +526,20 @@ def test_the_second_process_in_a_folder_is_refused(whole, tmp_path, kind):
 
 def test_a_lock_whose_file_has_gone_meanwhile_is_taken_anew(tmp_path):
     """A process that opened the file just before its holder took it away."""
-    first, late = utils.Lock(tmp_path), utils.Lock(tmp_path)
+    first, late = Lock(tmp_path), Lock(tmp_path)
     with first:
-        with pytest.raises(utils.UserError, match="another process"), late:
+        with pytest.raises(UserError, match="another process"), late:
             pass
         (tmp_path / ".lock").unlink()
         (tmp_path / ".lock").write_text("")
         assert not first._holds()
-        with utils.Lock(tmp_path):
+        with Lock(tmp_path):
             assert (tmp_path / ".lock").exists()
     assert names(tmp_path) == set()
 
 
 def test_a_folder_that_was_made_for_a_lock_alone_goes_with_it(tmp_path):
-    with utils.Lock(tmp_path / "new"):
+    with Lock(tmp_path / "new"):
         assert (tmp_path / "new").exists()
     assert not (tmp_path / "new").exists()
 
@@ -569,12 +573,12 @@ def test_weights_that_left_the_finite_numbers_are_not_saved(tmp_path):
 
 def test_a_state_that_left_the_finite_numbers_is_not_saved(tmp_path):
     model = torch.nn.Linear(2, 2)
-    utils.save_state(tmp_path / "state.pt", 1, {}, model=model)
+    save_state(tmp_path / "state.pt", 1, {}, model=model)
     before = snapshot(tmp_path)
     with torch.no_grad():
         model.bias[1] = math.inf
     with pytest.raises(CheckpointError, match=r"state.pt is left as it was: bias holds NaN or inf"):
-        utils.save_state(tmp_path / "state.pt", 2, {}, model=model)
+        save_state(tmp_path / "state.pt", 2, {}, model=model)
     assert snapshot(tmp_path) == before
 
 
@@ -730,7 +734,7 @@ def test_a_state_of_another_format_is_refused_by_its_version(whole, tmp_path):
         state["format"] = version
         save(state, path)
         line = refuse(folder, *RUNS["SGD"].command(folder))
-        assert f"has format {version}, this version reads format {utils.STATE_FORMAT}" in line
+        assert f"has format {version}, this version reads format {states.FORMAT}" in line
 
 
 def test_another_window_is_refused_with_both_shown(whole):
@@ -756,7 +760,7 @@ def test_an_overwritten_run_that_is_killed_while_it_clears_is_not_gone_on_with(w
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "unlink", watching)
-        utils.clear(folder, overwrite=True)
+        clear(folder, overwrite=True)
     assert gone[0] == "state.pt"
     assert len(gone) == 8
 

@@ -256,7 +256,7 @@ def test_the_description_of_a_run_holds_arguments_versions_and_commit(head, name
 
 def test_a_run_without_git_knows_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert utils.provenance()["commit"] is None
+    assert logs.provenance()["commit"] is None
 
 
 def test_the_log_is_what_was_printed(head):
@@ -282,7 +282,7 @@ def test_twa_json_has_the_promised_structure(head):
 def test_twa_pt_is_an_ordinary_state_dict_with_the_reported_result(head):
     summary = json.loads((head / "DST/twa.json").read_text())
     model = preresnet()
-    model.load_state_dict(torch.load(head / "DST/checkpoints/twa.pt", weights_only=True))
+    model.load_state_dict(torch.load(head / "DST/twa.pt", weights_only=True))
     tested = evaluate(model, loaders()[1])
     assert tested["accuracy"] == summary["results"]["TWA"]["accuracy"]
     assert tested["loss"] == summary["results"]["TWA"]["loss"]
@@ -410,7 +410,7 @@ def test_a_resumed_run_draws_what_the_run_would_have_drawn(tmp_path):
     utils.set_seed(5)
     draws()  # of an odd number of normal ones, so that a generator holds one back
     model, state = torch.nn.Linear(2, 2), tmp_path / "state.pt"
-    utils.save_state(state, 3, {"epochs": 9}, model=model)
+    save_state(state, 3, {"epochs": 9}, model=model)
     expected = draws()
     assert draws() != expected
     args = argparse.Namespace(resume="")
@@ -466,12 +466,10 @@ def test_twa_stopped_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_run(
     succeed(call(TWA, *where(other), *flags))
     with killed_in(3):
         call(TWA, *where(run), *flags)
-    assert not (run / "checkpoints/twa.pt").exists()
+    assert not (run / "twa.pt").exists()
     assert len(read_lines(run / "twa_metrics.jsonl")) == 2
     succeed(call(TWA, *where(run), *flags, "--resume"))
-    assert_equal(
-        load_state_dict(run / "checkpoints/twa.pt"), load_state_dict(other / "checkpoints/twa.pt")
-    )
+    assert_equal(load_state_dict(run / "twa.pt"), load_state_dict(other / "twa.pt"))
     metrics = without_seconds(run / "twa_metrics.jsonl")
     assert metrics == without_seconds(other / "twa_metrics.jsonl")
     resumed, whole = (json.loads((f / "twa.json").read_text()) for f in (run, other))
@@ -489,12 +487,12 @@ def test_a_finished_run_that_is_resumed_does_nothing_more(head, tmp_path):
     after = snapshot(run)
     numbered = [f"checkpoints/{n}.pt" for n in range(5)]
     kept = (*numbered, "metrics.jsonl", "twa_metrics.jsonl")
-    for name in (*kept, "checkpoints/state.pt", "checkpoints/twa_state.pt"):
+    for name in (*kept, "checkpoints/state.pt", "twa_state.pt"):
         assert after[name] == before[name], name
     assert after.keys() == before.keys()
     assert_equal(
-        load_state_dict(run / "checkpoints/twa.pt"),
-        load_state_dict(head / "DST/checkpoints/twa.pt"),
+        load_state_dict(run / "twa.pt"),
+        load_state_dict(head / "DST/twa.pt"),
     )
     old, new = (json.loads((f / "twa.json").read_text()) for f in (head / "DST", run))
     assert new["averaging_weights"] == old["averaging_weights"]

@@ -11,11 +11,10 @@ import torch
 import models
 import train_sgd_cifar
 import train_twa
-import utils
 from soup import finetune, soup
-from training import data
+from training import data, entry
 from training.data import DATASETS, Split
-from training.loop import SCHEDULES, schedule_of
+from training.optimizers import SCHEDULES, schedule_of
 from training.report import spread
 from twa.checkpoints import average, save
 from utils import UserError
@@ -28,7 +27,7 @@ def call(script, *arguments) -> None:
     """A script in this process, as from a command line."""
     before, sys.argv = sys.argv, [script.__name__, *map(str, arguments)]
     try:
-        utils.run(script.main)
+        entry.run(script.main)
     finally:
         sys.argv = before
 

@@ -1,1 +1,1 @@
-"""What the scripts share: data, the loop, flags, ranks, reports."""
+"""What the scripts share: data, the loop, runs and their states, flags, ranks, reports."""

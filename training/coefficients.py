@@ -1,4 +1,4 @@
-"""TWA's coefficients as the scripts train them: their flags, their rate, what they come to."""
+"""TWA's coefficients as the scripts train them: flags, rate, averaging weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training import data, flags, ranks
+from training import data, flags, optimizers, ranks
 from training.flags import number
-from training.loop import SCHEDULES, autocast
+from training.loop import autocast
+from training.optimizers import SCHEDULES
 from twa import TWA
 from utils import UserError
 
@@ -42,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser, opt: str, schedule: str) -> N
     )
     add("--opt", default=opt, choices=("SGD", "AdamW"), help="optimizer of the coefficients")
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    add("--lr", type=number(float, 0), help="rate of the coefficients; left out: " + RATE_HELP)
+    add("--lr", type=flags.scale, help="rate of the coefficients; left out: " + RATE_HELP)
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--weight-decay", "--wd", type=number(float, 0), default=1e-5, help="weight decay")
+    add("--weight-decay", "--wd", type=flags.scale, default=1e-5, help="weight decay")
 
 
 def optimizer_of(
@@ -65,20 +66,13 @@ def optimizer_of(
         UserError: as `safe_rate` says.
         twa.CheckpointError: a file of the window cannot be used.
     """
-    base_arguments = {"lr": args.lr or 0.0, "weight_decay": args.weight_decay}
-    momentum = {"momentum": args.momentum} if args.opt == "SGD" else {}
-    optimizer = TWA(
-        model,
-        window,
-        getattr(torch.optim, args.opt),
-        bits=args.bits,
-        granularity=args.granularity,
-        **arguments,
-        **base_arguments,
-        **momentum,
+    base, settings = optimizers.chosen(
+        args.opt.lower(), args.lr or 0.0, args.weight_decay, args.momentum
     )
+    arguments |= {"bits": args.bits, "granularity": args.granularity}
+    optimizer = TWA(model, window, base, **arguments, **settings)
     if args.lr is None:
-        rate = safe_rate(optimizer, model, train, momentum.get("momentum"), args.amp)
+        rate = safe_rate(optimizer, model, train, settings.get("momentum"), args.amp)
         optimizer.param_groups[0]["lr"] = rate
     return optimizer
 

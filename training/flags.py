@@ -48,6 +48,9 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
+scale = number(float, 0, 1e30)  # a rate or a weight decay; float32 can hold what comes of it
+
+
 def percentage(text: str) -> float:
     """An argument type: a share in percent that leaves something on both sides."""
     value = float(text)
@@ -178,6 +181,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from STATE; without a value from the state that the run saved, or from the "
         "start if there is none yet",
     )
+
+
+# What may differ between a run and its resumption; all else must be the same.
+MAY_CHANGE = {
+    *("save_dir", "log_dir", "out", "log_name", "data_dir", "resume", "overwrite", "evaluate"),
+    *("device", "compile", "workers", "reshard_after_forward", "strict_images"),
+    *("print_freq", "save_freq", "eval_freq", "wandb", "EXP", "pretrained", "start_epoch"),
+    *("split", "val_ratio"),  # said by `held_out`
+}
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The arguments that must be the same when a run is resumed: it would be another otherwise."""
+    kept = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+    return kept | {"held_out": held_out(args)}
 
 
 def held_out(args: argparse.Namespace) -> str | None:

@@ -1,4 +1,4 @@
-"""What every trainer does: set up, train an epoch, evaluate, re-estimate batch norm."""
+"""What every training script does: set up, train an epoch, evaluate, re-estimate batch norm."""
 
 from __future__ import annotations
 
@@ -17,55 +17,10 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import models
-import utils
 from training import data, image_folders, ranks
+from training.logs import import_wandb
 from twa.checkpoints import NotFiniteError
-from utils import UserError
-
-# The rate's factor at x, the share of the training that is done, in [0, 1).
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "step": lambda x: 1.0 if x < 0.5 else 0.1 if x < 0.75 else 0.01,
-    "constant": lambda x: 1.0,
-    "linear": lambda x: 1.0 - x,
-    "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
-}
-
-
-def schedule_of(
-    factor: Callable[[float], float],
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    warmup: int = 0,
-    first: int = 0,
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """A schedule to be stepped after each of `steps` optimizer steps, by a factor of progress.
-
-    The rate rises linearly over the first `warmup` steps; the progress is that of the rest. It
-    begins as if `first` steps were done.
-    """
-
-    def at(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return factor((step - warmup) / max(steps - warmup, 1))
-
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, at, last_epoch=first - 1)
-
-
-# By the names of --optimizer: called with (parameters, rate, weight decay, momentum).
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda parameters, lr, weight_decay, momentum: torch.optim.SGD(
-        parameters, lr, momentum=momentum, weight_decay=weight_decay
-    ),
-    "adam": lambda parameters, lr, weight_decay, momentum: torch.optim.Adam(
-        parameters, lr, weight_decay=weight_decay
-    ),
-    "adamw": lambda parameters, lr, weight_decay, momentum: torch.optim.AdamW(
-        parameters, lr, weight_decay=weight_decay
-    ),
-}
+from utils import UserError, choose_device
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
@@ -94,8 +49,8 @@ def set_up(
             take images of this size, or the batch does not divide among the ranks.
     """
     if args.wandb:
-        utils.import_wandb()  # what is missing is said before anything is written
-    device = utils.choose_device(args.device)
+        import_wandb()  # what is missing is said before anything is written
+    device = choose_device(args.device, ranks.local_rank() if ranks.launched() else None)
     ranks.start(device)
     among = {"rank": ranks.rank(), "world": ranks.world()}
     if args.batch_size % among["world"]:
@@ -110,8 +65,11 @@ def set_up(
             image_folders.Loader, device=device, workers=args.workers, strict=args.strict_images
         )
     else:
-        with ranks.first_rank_first():
-            train_set, test_set = data.load(args.datasets, args.data_dir, device)
+        if ranks.local_rank() > 0:
+            ranks.barrier()  # until the first rank of the machine has downloaded what is missing
+        train_set, test_set = data.load(args.datasets, args.data_dir, device)
+        if ranks.local_rank() == 0:
+            ranks.barrier()
         test_batch_size, loader = 1000, data.Loader
     if args.split:
         rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
@@ -225,6 +183,7 @@ class Trainer:
     Args:
         model: whole, and the same on all ranks, or sharded by `ranks.shard`.
         scheduler: stepped after each optimizer step.
+        epochs: how many there are in all, for the log.
         line: takes the lines of the log.
         print_every: iterations between two lines (or updates of the bar, on a terminal).
         accumulate: batches whose mean gradient makes one step; the last step of an epoch takes
@@ -243,8 +202,8 @@ class Trainer:
     test: data.Loader
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    line: Callable[[str], None]
     epochs: int
+    line: Callable[[str], None] = print
     amp: bool = False
     print_every: int = 50
     accumulate: int = 1
@@ -322,12 +281,7 @@ class Trainer:
             if i % self.accumulate == 0 or i == count:
                 if self.clip_grad is not None:
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-                try:
-                    self.optimizer.step()
-                except RuntimeError as error:  # torch's, of a rate that float32 cannot hold
-                    if "without overflow" not in str(error):
-                        raise
-                    raise self._diverged(f"{title}, iteration {i}", error) from None
+                self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.scheduler.step()
                 self.progress.iteration = i

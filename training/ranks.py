@@ -6,11 +6,9 @@ Without `torchrun` there is one rank, and each function does what one process wo
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from twa.checkpoints import check_finite, save
+from utils import UserError
 
 
 def launched() -> bool:
@@ -64,7 +63,7 @@ def start(device: torch.device) -> None:
 def stop() -> None:
     """Leaves the other ranks, once all of them are done."""
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
 
 
@@ -89,17 +88,16 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextlib.contextmanager
-def first_rank_first() -> Iterator[None]:
-    """The first rank of a machine goes through the block before the others do.
+def barrier() -> None:
+    """Waits until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
-    What it makes there (a data set, a cleared directory) they find.
-    """
-    if dist.is_initialized() and local_rank() > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and local_rank() == 0:
-        dist.barrier()
+
+def refuse() -> None:
+    """Raises a `UserError` where `torchrun` started a script that runs in one process."""
+    if launched():
+        raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-import utils
-from training import flags
+from training import flags, logs
 from twa.checkpoints import replacing
 
 # One colour a method in every figure.
@@ -32,28 +31,29 @@ class SGDRun:
     """The SGD run that left the checkpoints, read from its log directory."""
 
     metrics: list[dict]
-    saves_per_epoch: int
-    held_out: str | None  # as `flags.held_out` says it
+    saves_per_epoch: int | None  # None: nothing is known of the run
+    held_out: str | None  # see `flags.held_out`
 
     @classmethod
     def read(cls, log_dir: Path) -> SGDRun:
-        """What is known of the run; of one that left no metrics, nothing (and a save an epoch)."""
-        description = log_dir / "run.json"
-        text = description.read_text() if description.exists() else '{"arguments": {}}'
-        arguments = utils.of_json(text, description)["arguments"]
+        """What the files of the run say, if they are there."""
+        description = logs.read_json(log_dir / "run.json")
+        arguments = description.get("arguments", {})
         return cls(
-            utils.read_metrics(log_dir / "metrics.jsonl"),
-            arguments.get("saves_per_epoch", 1),
+            logs.read_lines(log_dir / "metrics.jsonl"),
+            arguments.get("saves_per_epoch", 1) if arguments else None,
             flags.held_out(argparse.Namespace(**{"split": False} | arguments)),
         )
 
-    def spent(self, checkpoint: int) -> dict[str, float]:
-        """The epochs and the training seconds that went into the checkpoint of this number."""
+    def spent(self, checkpoint: int) -> dict[str, float | None]:
+        """The epochs and the training seconds up to the checkpoint of this number, if known."""
+        if self.saves_per_epoch is None:
+            return {"epochs": None, "seconds": None}
         epochs = checkpoint / self.saves_per_epoch
         seconds = sum(
             m["seconds"] * min(1.0, max(0.0, epochs - i)) for i, m in enumerate(self.metrics)
         )
-        return {"epochs": epochs, "seconds": seconds}
+        return {"epochs": epochs, "seconds": seconds if epochs <= len(self.metrics) else None}
 
     @property
     def curves(self) -> dict[str, Curve]:
@@ -84,8 +84,13 @@ class SGDRun:
         return {"accuracy": last["SWA_accuracy"], "loss": last["SWA_loss"]}
 
 
-# The columns of a table of test results: the key of a value and how it is written.
-# A column for which no solution has a value is left out.
+def more(spent: Mapping[str, float | None], **further: float) -> dict[str, float | None]:
+    """What was spent, and so much more; what is not known stays unknown."""
+    return {k: None if spent[k] is None else spent[k] + value for k, value in further.items()}
+
+
+# The columns of a table of test results: the key of a value and its format.
+# A column that no solution has is left out.
 COLUMNS = {
     "accuracy": "{:.2f} %",
     "top5_accuracy": "{:.2f} %",
@@ -96,18 +101,22 @@ COLUMNS = {
 
 
 def table(
-    solutions: Mapping[str, Mapping[str, float]], columns: Mapping[str, str] = COLUMNS
+    solutions: Mapping[str, Mapping[str, float | None]], columns: Mapping[str, str] = COLUMNS
 ) -> str:
     """The solutions as aligned text.
 
     Args:
-        solutions: name to the values of its row; epochs and seconds are those spent.
+        solutions: name to the values of its row, None for what is not known; epochs and seconds
+            are those spent.
         columns: key of a value to its format.
     """
     columns = {k: form for k, form in columns.items() if any(k in v for v in solutions.values())}
     rows = [["solution", *columns]]
     for name, values in solutions.items():
-        rows.append([name, *(form.format(values[key]) for key, form in columns.items())])
+        known = {key: value for key, value in values.items() if value is not None}
+        rows.append(
+            [name, *(f.format(known[k]) if k in known else "–" for k, f in columns.items())]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
@@ -126,7 +135,7 @@ def figure(
     path: Path,
     title: str,
     curves: Mapping[str, Curve],
-    points: Mapping[str, tuple[float, float]],
+    points: Mapping[str, tuple[float | None, float]],
     averaging_weights: Mapping[str, float] | None = None,
 ) -> None:
     """Test accuracy over epochs and, if given, the averaging coefficients as bars beside it.
@@ -134,7 +143,8 @@ def figure(
     Args:
         path: the image to write, by its suffix (`.png`).
         curves: name to (epochs, test accuracies in percent).
-        points: name to (epochs spent, test accuracy in percent); "TWA" becomes a star.
+        points: name to (epochs spent, test accuracy in percent); "TWA" becomes a star, and a
+            point whose epochs are not known a line.
         averaging_weights: name of a checkpoint file to α.
     """
     panels = 1 if averaging_weights is None else 2
@@ -145,15 +155,12 @@ def figure(
         left.plot(epochs, accuracies, color=COLOURS.get(name, OTHER), label=name)
     for name, (epochs, accuracy) in points.items():
         star = name.startswith("TWA")
-        left.plot(
-            epochs,
-            accuracy,
-            marker="*" if star else "o",
-            markersize=15 if star else 7,
-            color=COLOURS.get(name, OTHER),
-            linestyle="none",
-            label=f"{name}: {accuracy:.2f} %",
-        )
+        style = {"color": COLOURS.get(name, OTHER), "label": f"{name}: {accuracy:.2f} %"}
+        if epochs is None:
+            left.axhline(accuracy, linestyle=":", **style)
+        else:
+            mark = {"marker": "*", "markersize": 15} if star else {"marker": "o", "markersize": 7}
+            left.plot(epochs, accuracy, linestyle="none", **mark, **style)
     # Without a limit the first epochs would squeeze all that matters into a line at the top.
     shown = [a for _, accuracies in curves.values() for a in accuracies]
     shown += [accuracy for _, accuracy in points.values()]

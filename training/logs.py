@@ -1,0 +1,158 @@
+"""What a run writes down: its log, the metrics of each epoch, its arguments and versions."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from training import ranks
+from twa.checkpoints import CheckpointError, replacing, unwritten
+from utils import UserError, make_directory
+
+
+class RunLog:
+    """The log of a run: lines for people, one JSON object an epoch for programs.
+
+    Lines go to stdout and to `<directory>/<log_name>`. `<directory>/<prefix>run.json` keeps the
+    arguments, the versions and the git commit; `<directory>/<prefix>metrics.jsonl` the epochs. All
+    this on the first rank; on the others nothing is printed or written.
+
+    Args:
+        done: epochs that are done; metrics of later ones, from before a resumed run, are dropped.
+
+    Attributes:
+        epochs: the metrics of every epoch so far.
+    """
+
+    def __init__(self, args: argparse.Namespace, directory: Path, prefix: str = "", done: int = 0):
+        self.epochs: list[dict] = []
+        self._has_header = False
+        self._wandb = None
+        self._writes = ranks.rank() == 0
+        if not self._writes:
+            return
+        self._log = directory / args.log_name
+        make_directory(self._log.parent)
+        append(self._log, "")
+        self._metrics = directory / f"{prefix}metrics.jsonl"
+        self.epochs = [m for m in read_lines(self._metrics) if m["epoch"] <= done]
+        write_lines(self.epochs, self._metrics)
+        write_json({"arguments": vars(args), **provenance()}, directory / f"{prefix}run.json")
+        if args.wandb:
+            self._wandb = import_wandb().init(project="TWA", name=args.EXP, config=vars(args))
+
+    def line(self, text: str) -> None:
+        if self._writes:
+            print(text, flush=True)
+            append(self._log, text + "\n")
+
+    def epoch(self, metrics: dict[str, float | None]) -> None:
+        """Adds the metrics of one epoch: a row of the log's table and a JSON object.
+
+        Args:
+            metrics: "epoch" and whatever else was measured, in the order of the columns; None
+                where something was not measured in this epoch.
+        """
+        if not self._has_header:
+            self.line("  ".join(f"{key.replace('_', ' '):>8}" for key in metrics))
+            self._has_header = True
+        self.line("  ".join(cell(key, value) for key, value in metrics.items()))
+        self.epochs.append(metrics)
+        if self._writes:
+            append(self._metrics, json.dumps(metrics) + "\n")
+        if self._wandb:
+            self._wandb.log(metrics)
+
+
+def cell(key: str, value: float | None) -> str:
+    """`value` as it is printed below the heading `key` of the log's table."""
+    if value is None:
+        text = "-"
+    elif key.endswith("loss"):
+        text = f"{value:.4f}"
+    elif key.endswith("accuracy"):
+        text = f"{value:.2f}"
+    else:
+        text = f"{value:.4g}"
+    return text.rjust(max(8, len(key)))
+
+
+def append(path: Path, text: str) -> None:
+    """Writes `text` at the end of the file `path`; a `CheckpointError` says why that fails."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise CheckpointError(unwritten(path, error)) from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a `.jsonl` file, without an unfinished last line; [] if there is no file."""
+    if not path.exists():
+        return []
+    return [parse(line, path) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def write_lines(records: Iterable[dict], path: Path) -> None:
+    """Writes a `.jsonl` file, all or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_json(path: Path) -> dict:
+    """The object in the JSON file `path`; {} if there is no file."""
+    return parse(path.read_text(), path) if path.exists() else {}
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Writes `content` as JSON, all or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def parse(text: str, path: Path) -> dict:
+    """The JSON object `text` from the file `path`; a `UserError` if it is damaged."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it") from None
+
+
+def provenance() -> dict:
+    """What a run was made with: versions, platform, and the git commit where there is one."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    return {
+        "command": sys.argv,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision")},
+        },
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "commit": commit or None,
+    }
+
+
+def import_wandb():
+    """The package that `--wandb` asks for."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb: the package is missing; pip install wandb") from None
+    return wandb

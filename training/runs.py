@@ -1,0 +1,144 @@
+"""A training run that can be stopped at any step and resumed: what the training scripts share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from training import flags, ranks
+from training.logs import RunLog
+from training.loop import Trainer
+from training.signals import Signals
+from training.states import load_state, save_state
+from utils import UserError, make_directory
+
+
+class Run:
+    """Epoch after epoch of a `Trainer`, with a log and a state to go on from.
+
+    It goes on from a saved state under `--resume`, and where `torchrun` restarts the ranks. The
+    state is saved before the first step, after each epoch and, when a signal comes, after the step
+    in hand.
+
+    Args:
+        args: the script's arguments; those of `flags.settings` must agree when a run is resumed
+            (not with `--evaluate`).
+        state: the file to save the state in.
+        log_dir: where log and metrics go.
+        flag: what names the directory of `state` on the command line.
+        prefix: of the names of the files in `log_dir`.
+        first_epoch: epochs that count as done if there is no state to go on from.
+        save_every: epochs between two saved states.
+        parts: what has a `state_dict` and belongs to the run besides what the trainer has.
+
+    Attributes:
+        done: epochs that are done.
+        resumed: whether the run goes on in the directory of its own state.
+        log: the run's log, from `start` on.
+
+    Raises:
+        UserError, CheckpointError: a state that cannot be gone on from; see `load_state`.
+    """
+
+    log: RunLog
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        trainer: Trainer,
+        *,
+        state: Path,
+        log_dir: Path,
+        flag: str,
+        prefix: str = "",
+        first_epoch: int = 0,
+        save_every: int = 1,
+        **parts,
+    ):
+        self._args, self._trainer, self._save_every = args, trainer, save_every
+        self._log_dir, self._prefix, self._first_epoch = log_dir, prefix, first_epoch
+        self._state = trainer.state = state
+        self._settings = flags.settings(args)
+        self._parts = parts | {
+            "model": trainer.model,
+            "optimizer": trainer.optimizer,
+            "scheduler": trainer.scheduler,
+            "progress": trainer.progress,
+        }
+        self.done, self.resumed = first_epoch, False
+        source = Path(args.resume or state)
+        wanted = args.resume is not None or ranks.restarts() > 0
+        if wanted and (args.resume or source.exists()):
+            settings = {} if vars(args).get("evaluate") else self._settings
+            self.done = load_state(source, settings, flag, **self._parts)
+            self.resumed = source.resolve().parent == state.resolve().parent
+
+    @property
+    def is_before_first_step(self) -> bool:
+        return self.done == self._first_epoch and self._trainer.progress.iteration == 0
+
+    def save(self) -> None:
+        """Saves the state; called on every rank."""
+        save_state(self._state, self.done, self._settings, **self._parts)
+
+    def start(self, *lines: str) -> None:
+        """Opens the log with `lines`, and saves the state if no step is done yet."""
+        self.log = RunLog(self._args, self._log_dir, self._prefix, self.done)
+        self._trainer.line = self.log.line
+        for line in lines:
+            self.log.line(line)
+        if self.is_before_first_step:
+            self.save()
+
+    def train(
+        self,
+        after_step: Callable[[int, int], None] | None = None,
+        after_epoch: Callable[[int, dict], None] | None = None,
+    ) -> None:
+        """Trains the epochs that are left.
+
+        Args:
+            after_step: called after each optimizer step with the epoch, from 1 on, and the
+                iterations done in it.
+            after_epoch: called after each epoch with its number and its metrics, which it may add
+                to, before these are logged and the state is saved.
+        """
+        with Signals(held=True) as signals:
+
+            def step_done(iteration: int) -> None:
+                if after_step:
+                    after_step(self.done + 1, iteration)
+                signals.check(self.save)
+
+            for epoch in range(self.done + 1, self._trainer.epochs + 1):
+                metrics = self._trainer.epoch(epoch, step_done)
+                if after_epoch:
+                    after_epoch(epoch, metrics)
+                self.log.epoch(metrics)
+                self.done = epoch
+                if epoch % self._save_every == 0 or epoch == self._trainer.epochs:
+                    self.save()
+                signals.check(self.save)
+
+
+def clear(save_dir: Path, overwrite: bool) -> None:
+    """Makes `save_dir`, empty of checkpoints; those of an earlier run go only if `overwrite`.
+
+    The first rank does so; the others leave it to that.
+
+    Raises:
+        UserError: the directory cannot be made, or holds checkpoints that must not go.
+    """
+    if ranks.rank() > 0:
+        return
+    make_directory(save_dir)
+    earlier = [path for path in save_dir.glob("*.pt") if path.stem.isdecimal()]
+    if earlier and not overwrite:
+        raise UserError(
+            f"{save_dir}: holds the checkpoints of an earlier run; "
+            "--resume goes on with it, --overwrite replaces it"
+        )
+    # The state first: a kill here must not leave a state whose checkpoints are gone.
+    for path in (save_dir / "state.pt", *earlier):
+        path.unlink(missing_ok=True)
