@@ -126,7 +126,7 @@ def trainer_for(
     steps = epochs * math.ceil(len(train) / arguments.get("accumulate", 1))
     scheduler = schedule_of(SCHEDULES["linear"], optimizer, steps)
     lines = []
-    trainer = Trainer(model, train, train, optimizer, scheduler, lines.append, epochs, **arguments)
+    trainer = Trainer(model, train, train, optimizer, scheduler, epochs, lines.append, **arguments)
     trainer.lines = lines
     return trainer
 

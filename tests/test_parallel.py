@@ -52,6 +52,7 @@ def succeed(ranks: int, script: str, *args) -> str:
 
 def flags(folder: Path, arch: str) -> list:
     common = ["--datasets", "Digits", "--arch", arch, "--batch-size", BATCH, "-p", 1000]
+    # Where the two are the same, TWA writes to a folder `twa` below.
     return [*common, "--save-dir", folder, "--log-dir", folder]
 
 
@@ -132,12 +133,12 @@ def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks
         shutil.copytree(copy, expected, dirs_exist_ok=True)
         succeed(0, TWA, *twa_flags(expected), *basis)
     printed = succeed(ranks, TWA, *twa_flags(copy), *basis)
-    assert difference(copy / "twa.pt", expected / "twa.pt") < 1e-4
-    for name, values in results(expected).items():
+    assert difference(copy / "twa/twa.pt", expected / "twa/twa.pt") < 1e-4
+    for name, values in results(expected / "twa").items():
         for key in ("accuracy", "loss"):
-            assert results(copy)[name][key] == pytest.approx(values[key], rel=1e-4), name
-    assert printed == (copy / "log").read_text()
-    assert results(copy)["TWA"]["accuracy"] == accuracy_of("ViT", copy / "twa.pt")
+            assert results(copy / "twa")[name][key] == pytest.approx(values[key], rel=1e-4), name
+    assert printed == (copy / "twa/log").read_text()
+    assert results(copy / "twa")["TWA"]["accuracy"] == accuracy_of("ViT", copy / "twa/twa.pt")
 
 
 @linux
@@ -145,13 +146,13 @@ def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks
 def test_a_run_goes_on_with_another_number_of_ranks(alone, copy, before, after):
     arguments = twa_flags(copy)
     with subprocess.Popen(command(before, TWA, *arguments), env=ENVIRONMENT, text=True) as process:
-        wait_for(lambda: len(lines(copy, "twa_metrics.jsonl")) == 1, process)
+        wait_for(lambda: len(lines(copy / "twa", "twa_metrics.jsonl")) == 1, process)
         os.kill(rank_of(process, 1), signal.SIGKILL)
         assert process.wait(timeout=60) != 0
-    assert not (copy / "twa.pt").exists()
+    assert not (copy / "twa/twa.pt").exists()
     succeed(after, TWA, *arguments, "--resume")
-    assert difference(copy / "twa.pt", alone / "twa.pt") < 1e-4
-    assert [m["epoch"] for m in lines(copy, "twa_metrics.jsonl")] == [1, 2]
+    assert difference(copy / "twa/twa.pt", alone / "twa/twa.pt") < 1e-4
+    assert [m["epoch"] for m in lines(copy / "twa", "twa_metrics.jsonl")] == [1, 2]
 
 
 def test_batch_norm_is_re_estimated_alike_on_any_number_of_ranks(tmp_path):
@@ -159,11 +160,11 @@ def test_batch_norm_is_re_estimated_alike_on_any_number_of_ranks(tmp_path):
     seen = []
     for ranks in (0, 4):  # of eight batches each gets two
         succeed(ranks, TWA, *twa_flags(tmp_path, "PreResNet20"), "--epochs", 0)
-        seen.append(results(tmp_path))
+        seen.append(results(tmp_path / "twa"))
     for name, values in seen[0].items():
         for key in ("accuracy", "loss"):
             assert seen[1][name][key] == pytest.approx(values[key], rel=1e-4), name
-    assert seen[1]["TWA"]["accuracy"] == accuracy_of("PreResNet20", tmp_path / "twa.pt")
+    assert seen[1]["TWA"]["accuracy"] == accuracy_of("PreResNet20", tmp_path / "twa/twa.pt")
 
 
 @pytest.mark.slow

@@ -461,7 +461,7 @@ def test_a_full_disk_is_said_and_the_state_stands(whole, tmp_path, kind):
     folder = tmp_path / "disk"
     with small_disk(folder) as resize:
         stopped_run(kind, whole, folder)
-        before = snapshot(folder / "checkpoints")
+        before = snapshot(folder)
         used = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) // 1024
         resize(used + 600)  # half a checkpoint
         result = in_child(tmp_path / "output", *RUNS[kind].command(folder))
@@ -474,7 +474,7 @@ def test_a_full_disk_is_said_and_the_state_stands(whole, tmp_path, kind):
 def test_a_file_that_may_not_grow_is_said_and_the_state_stands(whole, tmp_path):
     """As on a disk with a quota; needs no root."""
     folder = stopped_run("SGD", whole, tmp_path / "run")
-    before = snapshot(folder / "checkpoints")
+    before = snapshot(folder)
     result = in_child(folder, *RUNS["SGD"].command(folder), largest=500_000)
     assert_said_and_untouched(result, folder, before, "File too large")
     succeed(in_child(folder, *RUNS["SGD"].command(folder)))

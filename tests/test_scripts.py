@@ -25,8 +25,9 @@ from matplotlib import pyplot as plt
 
 import models
 import utils
-from training import data
+from training import data, logs
 from training.loop import evaluate, reestimate_bn
+from training.states import load_state, save_state
 from twa.checkpoints import average, load_into, load_state_dict, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,11 +205,11 @@ def run(head, tmp_path) -> Path:
 
 
 def test_the_papers_command_lines_leave_these_files_and_no_others(head):
-    checkpoints = {f"{n}.pt" for n in range(5)} | {"state.pt", "twa.pt", "twa_state.pt"}
+    checkpoints = {f"{n}.pt" for n in range(5)} | {"state.pt"}
     assert names(head / "DST" / "checkpoints") == checkpoints
     assert names(head / "DST") == {
         *("checkpoints", "log", "metrics.jsonl", "run.json"),
-        *("twa.json", "twa.png", "twa_metrics.jsonl", "twa_run.json"),
+        *("twa.json", "twa.png", "twa_metrics.jsonl", "twa_run.json", "twa.pt", "twa_state.pt"),
     }
 
 
@@ -292,7 +293,7 @@ def test_twa_pt_is_an_ordinary_state_dict_with_the_reported_result(head):
 def test_the_reported_averaging_weights_make_twa_pt(head):
     alpha = json.loads((head / "DST/twa.json").read_text())["averaging_weights"]
     folder = head / "DST/checkpoints"
-    weights = load_state_dict(folder / "twa.pt")
+    weights = load_state_dict(head / "DST/twa.pt")
     checkpoints = {name: load_state_dict(folder / name) for name in alpha}
     for key, _ in preresnet().named_parameters():
         parts = [a * checkpoints[name][key].double() for name, a in alpha.items()]
@@ -413,8 +414,7 @@ def test_a_resumed_run_draws_what_the_run_would_have_drawn(tmp_path):
     save_state(state, 3, {"epochs": 9}, model=model)
     expected = draws()
     assert draws() != expected
-    args = argparse.Namespace(resume="")
-    assert utils.resume(args, state, {"epochs": 9}, model=model) == 3
+    assert load_state(state, {"epochs": 9}, "--save-dir", model=model) == 3
     assert draws() == expected
 
 
@@ -518,7 +518,7 @@ def test_a_state_of_other_settings_is_refused_and_can_be_tested(run, flags, word
     line = refuse(run, SGD, *where(run), "--resume", *flags)
     assert "state.pt" in line
     assert words in line
-    assert "remove this file" in line
+    assert "another --save-dir" in line
     if "--arch" not in flags:
         succeed(call(SGD, *where(run), "--resume", *flags, "--evaluate"))
 
@@ -809,12 +809,11 @@ def test_an_absurd_rate_ends_in_one_line_and_leaves_no_bad_checkpoint(run, tmp_p
     new = tmp_path / "new"
     assert "--lr" in one_line(call(SGD, *where(new), "--epochs", 2, "--lr", 1e30))
     assert names(new / "checkpoints") == {"0.pt", "state.pt"}
-    before = snapshot(run / "checkpoints")
-    flags = ("--params_end", 5, "--epochs", 2, "--lr", 1e30)
+    before = snapshot(run)
+    flags = ("--params_end", 5, "--epochs", 2, "--lr", 1e30, "--out", tmp_path / "twa")
     assert "--lr" in one_line(call(TWA, *where(run), *flags))
-    after = snapshot(run / "checkpoints")
-    assert set(after) - set(before) == {"twa_state.pt"}  # as it was before the first epoch
-    assert before.items() <= after.items()
+    assert snapshot(run) == before
+    assert {name for name in names(tmp_path / "twa") if name.endswith(".pt")} == {"twa_state.pt"}
 
 
 # --- SWA ---
