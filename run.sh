@@ -4,9 +4,8 @@
 #     bash run.sh [DATASET [ARCH [DATA_DIR]]]     Digits, PreResNet20 and ./datasets if left out
 #     bash run.sh ImageNet resnet18 /path/to/imagenet
 #
-# Run again, it goes on where it was stopped. Edit the settings below for your own, and DST with
-# them: what stands there was made with others (for other settings of TWA alone, remove
-# $DST/checkpoints/twa_state.pt).
+# Run again, it goes on where it was stopped. Edit the settings below for your own: for another SGD
+# run, with another DST; for other settings of TWA on the same checkpoints, with another OUT.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
@@ -15,18 +14,15 @@ datasets=${1:-Digits}
 model=${2:-PreResNet20}
 data_dir=${3:-./datasets}
 DST=results/${model}_$datasets
+OUT=$DST
 
 if [ "$datasets" = ImageNet ]; then # as in the paper: TWA on the first 60 epochs, and on the last 30
     common=(--arch="$model" --batch-size 256 --amp
         --save-dir="$DST/checkpoints" --log-dir="$DST" -p 100 --resume)
 
-    # recipe NAME FLAGS: TWA with these flags, unless it is done; what it writes goes to $DST/NAME.
-    recipe() {
-        [ -e "$DST/$1/twa.json" ] && return
-        "$PYTHON" -u train_twa.py --datasets ImageNet --data-dir "$data_dir" "${@:2}" \
-            --opt SGD --extract Schmidt --train_start -1 --wd 0.00001 "${common[@]}"
-        mkdir -p "$DST/$1"
-        mv "$DST"/checkpoints/twa*.pt "$DST"/twa[._]* "$DST/$1"
+    recipe() { # NAME FLAGS: TWA with these flags, to $OUT/NAME
+        "$PYTHON" -u train_twa.py --datasets ImageNet --data-dir "$data_dir" --out "$OUT/$1" \
+            "${@:2}" --opt SGD --extract Schmidt --train_start -1 --wd 0.00001 "${common[@]}"
     }
 
     "$PYTHON" -u train_sgd_imagenet.py "$data_dir" --epochs 90 --saves-per-epoch 5 --lr 0.1 \
@@ -61,4 +57,4 @@ esac
 "$PYTHON" -u train_twa.py --datasets "$datasets" --arch="$model" --data-dir "$data_dir" \
     --epochs $twa_epochs --extract Schmidt --params_start 0 --params_end $params_end \
     --wd 0.00001 --batch-size $batch_size $amp $twa \
-    --save-dir="$DST/checkpoints" --log-dir="$DST" -p 100 --resume
+    --save-dir="$DST/checkpoints" --log-dir="$DST" --out="$OUT" -p 100 --resume

@@ -125,6 +125,7 @@ def train_twa(args):
     run = Run(
         *(args, trainer), state=out / "twa_state.pt", log_dir=out, flag="--out", prefix="twa_"
     )
+    run.keep_other_results()
     run.start(
         f"{args.arch} on {args.datasets}: TWA over checkpoints {args.params_start} to "
         f"{args.params_end - 1} from {start}: {coefficients.described(optimizer)} in "

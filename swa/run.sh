@@ -3,7 +3,8 @@
 #
 #     bash run.sh [DATASET [MODEL [DATA_DIR]]]     Digits, PreResNet20, ../datasets if left out
 #
-# Run again, it goes on where it was stopped. Edit the settings below for your own.
+# SEED and SWA_LR of the environment name the folder too. Run again, it goes on where it was stopped.
+# Edit the settings below for your own.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../env.sh
@@ -29,7 +30,7 @@ case $dataset/$model in
         ;;
 esac
 
-"$PYTHON" -u train.py --dir "../results/swa_${model}_${dataset}" \
+"$PYTHON" -u train.py --dir "../results/swa_${model}_$dataset/swa_lr$swa_lr.seed$seed" \
     --dataset "$dataset" --data_path "$data_path" --model "$model" --epochs $epochs \
     --lr_init $lr_init --wd $wd --batch_size $batch_size $amp --seed "$seed" \
     --swa --swa_start $swa_start --swa_lr "$swa_lr" -p 100 --resume

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tail stage, second half: TWA over the checkpoints that run.sh averaged equally.
 #
-#     bash run_twa.sh [DATASET [MODEL [DATA_DIR]]]     as given to run.sh
+#     bash run_twa.sh [DATASET [MODEL [DATA_DIR]]]     as given to run.sh, SEED and SWA_LR too
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../env.sh
@@ -10,6 +10,7 @@ dataset=${1:-Digits}
 model=${2:-PreResNet20}
 data_path=${3:-../datasets}
 seed=${SEED:-1}
+swa_lr=${SWA_LR:-0.05}
 
 # The window is [swa_start, epochs + 1) of run.sh.
 case $dataset/$model in
@@ -31,7 +32,7 @@ case $dataset/$model in
         ;;
 esac
 
-dir=../results/swa_${model}_${dataset}
+dir=../results/swa_${model}_$dataset/swa_lr$swa_lr.seed$seed
 "$PYTHON" -u ../train_twa.py --datasets "$dataset" --arch "$model" --data-dir "$data_path" \
     --opt SGD --extract Schmidt --params_start $params_start --params_end $params_end \
     --epochs $epochs --batch-size $batch_size $amp $twa --randomseed "$seed" \

@@ -535,6 +535,53 @@ def test_twa_refuses_the_state_of_another_window(run):
     assert "window" in line
 
 
+def test_two_settings_of_twa_run_side_by_side_and_replace_nothing(run, tmp_path):
+    flags = [*where(run), "--params_end", 5, "--epochs", 1]
+    before = snapshot(run)
+    for lr in (0.1, 0.2):
+        succeed(call(TWA, *flags, "--lr", lr, "--out", tmp_path / f"{lr}"))
+    assert snapshot(run) == before  # neither the checkpoints nor the log of their run
+    first, second = (json.loads((tmp_path / lr / "twa.json").read_text()) for lr in ("0.1", "0.2"))
+    assert first["results"]["SWA"] == second["results"]["SWA"]
+    assert first["results"]["TWA"]["loss"] != second["results"]["TWA"]["loss"]
+    for resume in ([], ["--resume"]):
+        line = refuse(tmp_path, TWA, *flags, "--lr", 0.3, "--out", tmp_path / "0.1", *resume)
+        assert "lr 0.1" in line
+        assert "another --out" in line
+    kept = load_state_dict(tmp_path / "0.1/twa.pt")
+    succeed(call(TWA, *flags, "--lr", 0.1, "--out", tmp_path / "0.1"))  # the same once more
+    assert_equal(load_state_dict(tmp_path / "0.1/twa.pt"), kept)
+
+
+def test_twa_does_not_write_among_the_checkpoints(run):
+    flags = ["--datasets", "Digits", "--arch", "PreResNet20", "--params_end", 5, "--epochs", 0]
+    flags += ["--save-dir", run / "checkpoints"]
+    line = refuse(run, TWA, *flags, "--out", run / "checkpoints")
+    assert "--out" in line
+    before = names(run / "checkpoints")
+    succeed(call(TWA, *flags, "--log-dir", run / "checkpoints"))
+    assert names(run / "checkpoints") == before | {"twa"}
+    assert (run / "checkpoints/twa/twa.pt").exists()
+
+
+def test_the_table_has_a_dash_where_the_run_that_left_the_checkpoints_is_not_known(run, tmp_path):
+    flags = [*where(run), "--params_end", 5, "--epochs", 1]
+    flags[flags.index("--log-dir") + 1] = tmp_path / "elsewhere"
+    table = succeed(call(TWA, *flags)).out
+    for name in ("last", "SWA", "TWA"):
+        (row,) = (line for line in table.splitlines() if line.startswith(f"{name} "))
+        assert row.split()[-2:] == ["–", "–"]
+    results = json.loads((tmp_path / "elsewhere/twa.json").read_text())["results"]
+    assert results["TWA"]["epochs"] is None and results["TWA"]["seconds"] is None
+    assert results["TWA"]["accuracy"] > 10
+    assert_picture(tmp_path / "elsewhere/twa.png")
+    # The run is known, but not how long its last epochs took.
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    succeed(call(TWA, *where(run), "--params_end", 5, "--epochs", 1))
+    results = json.loads((run / "twa.json").read_text())["results"]
+    assert results["TWA"]["epochs"] == 5 and results["TWA"]["seconds"] is None
+
+
 def test_a_checkpoint_or_a_missing_file_is_no_state_to_resume(run):
     for name, words in (("4.pt", "not a resumable state"), ("none.pt", "no such")):
         path = run / "checkpoints" / name
@@ -885,6 +932,12 @@ def test_the_swa_solution_that_twa_reports_is_that_of_the_swa_run(tail_copy):
     model = preresnet()
     load_into(model, tail_copy / "checkpoints/swa.pt")
     assert evaluate(model, loaders()[1])["loss"] == pytest.approx(swa["loss"], rel=1e-6)
+
+
+def test_swa_refuses_the_state_of_another_rate_by_its_own_flag(tail_copy):
+    line = refuse(tail_copy, SWA, *swa_flags(tail_copy), *TAIL, "--swa_lr", 0.1, "--resume")
+    assert "swa_lr 0.05" in line
+    assert "another --dir" in line
 
 
 def test_swa_c_epochs_averages_every_second_epoch(tmp_path):

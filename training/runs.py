@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from training import flags, ranks
 from training.logs import RunLog
 from training.loop import Trainer
 from training.signals import Signals
-from training.states import load_state, save_state
+from training.states import load_state, read_state, save_state
+from twa.checkpoints import CheckpointError
 from utils import UserError, make_directory
 
 
@@ -59,7 +61,7 @@ class Run:
         self._args, self._trainer, self._save_every = args, trainer, save_every
         self._log_dir, self._prefix, self._first_epoch = log_dir, prefix, first_epoch
         self._state = trainer.state = state
-        self._settings = flags.settings(args)
+        self._settings, self._flag = flags.settings(args), flag
         self._parts = parts | {
             "model": trainer.model,
             "optimizer": trainer.optimizer,
@@ -73,6 +75,12 @@ class Run:
             settings = {} if vars(args).get("evaluate") else self._settings
             self.done = load_state(source, settings, flag, **self._parts)
             self.resumed = source.resolve().parent == state.resolve().parent
+
+    def keep_other_results(self) -> None:
+        """Raises a `UserError` if the run would replace one of other settings."""
+        if self._state.exists() and not self.resumed:
+            with contextlib.suppress(CheckpointError):  # which nobody can go on from
+                read_state(self._state, self._settings, self._flag)
 
     @property
     def is_before_first_step(self) -> bool:

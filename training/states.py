@@ -40,16 +40,16 @@ def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:
         save(state, path)
 
 
-def load_state(path: Path, settings: dict, flag: str, **parts) -> int:
-    """Restores what `save_state` saved; returns the epochs that are done.
+def read_state(path: Path, settings: dict, flag: str) -> dict:
+    """What `save_state` saved.
 
     Args:
-        settings, parts: as for `save_state`.
+        settings: as for `save_state`.
         flag: what names the directory of the state on the command line.
 
     Raises:
         UserError: the file is no such state, or one of another format or setting.
-        CheckpointError: the file cannot be read, or belongs to another architecture.
+        CheckpointError: the file cannot be read.
     """
     if ranks.rank() == 0:  # reads all of it; the others read their part
         verify(path)
@@ -67,6 +67,20 @@ def load_state(path: Path, settings: dict, flag: str, **parts) -> int:
                 f"{path}: was saved with {key} {state['settings'].get(key)}, "
                 f"but this run has {key} {value}; give that, or another {flag} to start anew"
             )
+    return state
+
+
+def load_state(path: Path, settings: dict, flag: str, **parts) -> int:
+    """Restores what `save_state` saved; returns the epochs that are done.
+
+    Args:
+        settings, flag: as for `read_state`.
+        parts: as for `save_state`.
+
+    Raises:
+        UserError, CheckpointError: as `read_state`; or the state is that of other parts.
+    """
+    state = read_state(path, settings, flag)
     load_into(parts.pop("model"), state["model"], name=str(path))
     for name, part in parts.items():
         try:
