@@ -9,13 +9,14 @@ Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resum
 import models
 import utils
 from training import data, entry, flags, sgd
-from training.locks import Lock
+from training.locks import lock
 from training.loop import set_up
 
 
 def parse_arguments():
     parser = flags.Parser("SGD training that leaves the checkpoints for TWA")
-    flags.add_common_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    flags.add_data_set_arguments(parser, models.ARCHITECTURES, data.DATASETS, default="VGG16BN")
+    flags.add_training_arguments(parser)
     step_help = "at half and at three quarters of the epochs"
     sgd.add_arguments(parser, epochs=200, saves_per_epoch=1, step_help=step_help)
     return parser.parse_args()
@@ -23,7 +24,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    with Lock(args.save_dir, writes=not args.evaluate):
+    with lock(args.save_dir, writes=not args.evaluate):
         utils.set_seed(args.randomseed)
         sgd.run(args, *set_up(args))
 

@@ -12,7 +12,7 @@ import models
 import utils
 from training import entry, flags, image_folders, sgd
 from training.flags import number
-from training.locks import Lock
+from training.locks import lock
 from training.loop import set_up
 from utils import UserError
 
@@ -41,7 +41,7 @@ def main():
     args = parse_arguments()
     if args.start_epoch > args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} lies past --epochs {args.epochs}")
-    with Lock(args.save_dir, writes=not args.evaluate):
+    with lock(args.save_dir, writes=not args.evaluate):
         train_sgd(args)
 
 

@@ -19,7 +19,7 @@ import models
 import utils
 from training import coefficients, data, entry, flags, image_folders, ranks, report, windows
 from training.flags import number
-from training.locks import Lock
+from training.locks import lock
 from training.logs import write_json
 from training.loop import Trainer, evaluate, reestimate_bn, set_up, skipped_images
 from training.optimizers import SCHEDULES, schedule_of
@@ -30,7 +30,9 @@ from twa.checkpoints import load_into
 def parse_arguments():
     parser = flags.Parser("trains the averaging coefficients over a window of checkpoints")
     architectures = dict.fromkeys((*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS))
-    flags.add_common_arguments(parser, architectures, (*data.DATASETS, image_folders.NAME))
+    datasets = (*data.DATASETS, image_folders.NAME)
+    flags.add_data_set_arguments(parser, architectures, datasets, default="VGG16BN")
+    flags.add_training_arguments(parser)
     add = parser.add_argument
     add("--out", metavar="DIR", help="where everything is written; left out, --log-dir")
     epochs_help = "epochs over the training set, or over its held-out part with --split"
@@ -70,7 +72,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    with Lock(args.out, writes=not args.evaluate):
+    with lock(args.out, writes=not args.evaluate):
         train_twa(args)
 
 

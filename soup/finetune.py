@@ -141,7 +141,7 @@ def stands(record: dict | None, settings: dict, path: Path, expected: dict) -> b
 def main():
     args = parse_arguments()
     ranks.refuse()
-    with locks.Lock(args.save_dir):
+    with locks.lock(args.save_dir):
         fine_tune(args)
 
 

@@ -256,7 +256,7 @@ def train_coefficients(
 def main():
     args = parse_arguments()
     ranks.refuse()
-    with locks.Lock(args.log_dir):
+    with locks.lock(args.log_dir):
         make_soups(args)
 
 

@@ -19,7 +19,7 @@ import models
 import utils
 from training import data, entry, flags, optimizers, ranks, report
 from training.flags import number
-from training.locks import Lock
+from training.locks import lock
 from training.logs import write_json
 from training.loop import Trainer, evaluate, reestimate_bn, set_up
 from training.runs import Run, clear
@@ -71,7 +71,7 @@ def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
 
 def main():
     args = parse_arguments()
-    with Lock(args.save_dir):
+    with lock(args.save_dir):
         train_swa(args)
 
 

@@ -71,7 +71,7 @@ def add_model_arguments(
 ) -> None:
     """The flag of an architecture's name, `flags`, and the one of a model that the user brings."""
     group = parser.add_mutually_exclusive_group(required="default" not in named)
-    # argparse would show the choices, a hundred, in place of the metavar: three times in all.
+    # argparse would print the choices, a hundred, in place of the metavar: three times in all.
     named |= {"metavar": "ARCH", "help": f"architecture: {', '.join(choices)}"}
     group.add_argument(*flags, dest="arch", choices=choices, **named)
     group.add_argument(
@@ -84,27 +84,35 @@ def add_model_arguments(
     )
 
 
-def add_common_arguments(
-    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
+def add_data_set_arguments(
+    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str], **named
 ) -> None:
-    """The flags of both trainers of the head stage, with the names of the paper's release."""
+    """The flags of the model and of the data set, with the names of the paper's release.
+
+    Args:
+        named: `default`, the architecture if none is given.
+    """
+    add_model_arguments(parser, "--arch", "-a", choices=architectures, **named)
     add = parser.add_argument
-    add_model_arguments(parser, "--arch", "-a", choices=architectures, default="VGG16BN")
     add("--datasets", default="CIFAR10", choices=datasets, help="data set")
     add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
-    add_training_arguments(parser, batch_size=128)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """The flags of every trainer of the head stage, but for the model and the data set."""
+def add_batch_arguments(parser: argparse.ArgumentParser, size: int = 128) -> None:
     add = parser.add_argument
     seed = {"type": number(int, 0, 2**31 - 1), "default": 1}
-    add("--workers", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
-    add("--batch-size", "-b", type=number(int, 1), default=batch_size, help="images per step")
+    add("--batch-size", "-b", type=number(int, 1), default=size, help="images per step")
     add("--randomseed", "--seed", **seed, help="seed of all randomness")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, batch_size: int = 128) -> None:
+    """The flags of every trainer of the head stage, but for the model and the data set."""
+    add = parser.add_argument
+    add("--workers", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
     add("--save-dir", default="save_temp", help="where checkpoints are saved")
     add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
     add("--evaluate", "-e", action="store_true", help=EVALUATE_HELP)
+    add_batch_arguments(parser, batch_size)
     add_data_arguments(parser)
     add_run_arguments(parser)
 
@@ -143,22 +151,18 @@ def add_soup_arguments(
     parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
 ) -> None:
     """The flags of both scripts of the fine-tune stage, which always hold out validation data."""
-    add = parser.add_argument
-    add_model_arguments(parser, "--arch", "-a", choices=architectures, default="PreResNet20")
-    add("--datasets", default="CIFAR10", choices=datasets, help="data set")
-    add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
-    add("--batch-size", "-b", type=number(int, 1), default=128, help="images per step")
+    add_data_set_arguments(parser, architectures, datasets, default="PreResNet20")
+    add_batch_arguments(parser)
     ratio_help = "percent of the training set that is held out, drawn by --randomseed"
-    add("--val-ratio", type=percentage, default=10, help=ratio_help)
-    add("--randomseed", type=number(int, 0, 2**31 - 1), default=1, help="seed of all randomness")
-    add("--print-freq", "-p", type=number(int, 1), default=100, help="iterations between lines")
+    parser.add_argument("--val-ratio", type=percentage, default=10, help=ratio_help)
     add_compute_arguments(parser)
     parser.set_defaults(split=True)
 
 
 def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where and how a script computes."""
+    """The flags that say where and how a script computes, and how often it says so."""
     add = parser.add_argument
+    add("--print-freq", "-p", type=number(int, 1), default=50, help="iterations between lines")
     add("--device", help="torch device; left out, the accelerator if there is one, else cpu")
     amp_help = "bfloat16 autocast and channels_last memory format"
     add("--amp", "--half", action="store_true", help=amp_help)
@@ -169,7 +173,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every trainer: where and how a run computes, what it logs, resuming."""
     add_compute_arguments(parser)
     add = parser.add_argument
-    add("--print-freq", "-p", type=number(int, 1), default=50, help="iterations between lines")
     add("--log-name", default="log", help="name of the log file")
     add("--wandb", action="store_true", help="send the metrics to Weights & Biases as well")
     add("--EXP", default="TWA", help="name of the Weights & Biases run")
