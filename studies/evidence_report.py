@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -46,9 +45,8 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
             parts += ["", f"## {title}: {name}, {seeds(runs)}", "", fill(note, 98), "", *lines]
             if figure.exists():
                 parts += ["", f"![{title}]({os.path.relpath(figure, target.parent)})"]
-    for title, note, script in OTHERS:
-        table = subprocess.run([sys.executable, ROOT / script], capture_output=True, check=True)
-        parts += ["", f"## {title}", "", fill(note, 98), "", table.stdout.decode().strip()]
+    for title, note, section in OTHERS:
+        parts += ["", f"## {title}", "", fill(note, 98), "", *section()]
     parts += ["", *papers(), ""]
     target.write_text("\n".join(parts))
 
@@ -93,20 +91,17 @@ def summary(studies: Studies) -> list[str]:
     heads = studies["head"]
     name = max(heads, key=lambda n: (len(heads[n]), n.startswith("PreResNet20"), "12k" not in n))
     runs = heads[name]
-    end = [run["SGD"]["curve"][-1] for run in runs]
-    rows = {
-        "last checkpoint of the head": ("last checkpoint", HEAD),
-        "mean of its last 5": ("mean of the last 5", HEAD),
-        f"{RECIPE}, {SHOWN} epochs": (f"{RECIPE} | {SHOWN}", HEAD + SHOWN),
-    }
+    rows = [
+        ("last checkpoint of the head", HEAD, scores(runs, "last checkpoint")),
+        ("mean of its last 5", HEAD, scores(runs, "mean of the last 5")),
+        (f"{RECIPE}, {SHOWN} epochs", HEAD + SHOWN, scores(runs, f"{RECIPE} | {SHOWN}")),
+        ("SGD, the full run", EPOCHS, scores(full(runs), "SGD")),
+    ]
     lines = ["", f"The head stage in four rows ({name}, {seeds(runs)}):", ""]
-    lines += ["| solution | epochs | test accuracy (%) | test loss |", "| --- | --- | --- | --- |"]
-    for title, (entry, epochs) in rows.items():
-        accuracy, loss = spread(of(runs, entry), ".2f"), spread(of(runs, entry, "loss"), ".4f")
-        lines.append(f"| {title} | {epochs} | {accuracy} | {loss} |")
-    accuracy = spread([e["test_accuracy"] for e in end], ".2f")
-    loss = spread([e["test_loss"] for e in end], ".4f")
-    return [*lines, f"| SGD, the full run | {EPOCHS} | {accuracy} | {loss} |"]
+    return lines + markdown(
+        ("solution", "epochs", "test accuracy (%)", "test loss"),
+        [(title, str(epochs), *cells) for title, epochs, cells in rows],
+    )
 
 
 def answers(studies: Studies) -> list[str]:
@@ -160,8 +155,25 @@ def bullet(text: str) -> list[str]:
 
 
 def of(runs: Runs, name: str, key: str = "accuracy") -> list[float]:
-    """What the seeds that have the entry say."""
+    """The values of an entry, one for each seed that has it."""
     return [run[name][key] for run in runs if name in run]
+
+
+def full(runs: Runs) -> Runs:
+    """The end of the full run as the entry "SGD" of each seed."""
+    ends = [run["SGD"]["curve"][-1] for run in runs]
+    return [{"SGD": {"accuracy": e["test_accuracy"], "loss": e["test_loss"]}} for e in ends]
+
+
+def scores(runs: Runs, name: str) -> tuple[str, str]:
+    """Accuracy and loss of an entry over the seeds."""
+    return spread(of(runs, name), ".2f"), spread(of(runs, name, "loss"), ".4f")
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [f"| {' | '.join(row)} |" for row in (headings, *rows)]
+    return [lines[0], "| --- " * len(headings) + "|", *lines[1:]]
 
 
 def split(runs: Runs) -> tuple[list[str], list[str]]:
@@ -177,11 +189,8 @@ def table(
     runs: Runs, rows: list[str], columns: list[str], key: str = "accuracy", form: str = ".2f"
 ) -> list[str]:
     """Entries called `row | column`, as Markdown."""
-    lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for row in rows:
-        cells = [spread(of(runs, f"{row} | {column}", key), form) for column in columns]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return lines
+    cells = [[spread(of(runs, f"{row} | {c}", key), form) for c in columns] for row in rows]
+    return markdown(("", *columns), [(row, *rest) for row, rest in zip(rows, cells, strict=True)])
 
 
 def averages(runs: Runs) -> list[str]:
@@ -191,11 +200,8 @@ def averages(runs: Runs) -> list[str]:
 
 def plain(runs: Runs, images: str = "test") -> list[str]:
     """What the head is worth without training."""
-    lines = [f"| solution | {images} accuracy (%) | {images} loss |", "| --- | --- | --- |"]
-    for name in averages(runs):
-        accuracy, loss = spread(of(runs, name), ".2f"), spread(of(runs, name, "loss"), ".4f")
-        lines.append(f"| {name} | {accuracy} | {loss} |")
-    return lines
+    headings = ("solution", f"{images} accuracy (%)", f"{images} loss")
+    return markdown(headings, [(name, *scores(runs, name)) for name in averages(runs)])
 
 
 def both(runs: Runs, what: str, images: str = "test") -> list[str]:
@@ -213,9 +219,7 @@ def choice(runs: Runs, what: str) -> list[str]:
 
 def head(runs: Runs, figure: Path) -> list[str]:
     rows, budgets = split(runs)
-    ends = [run["SGD"]["curve"][-1] for run in runs]
-    accuracy = spread([end["test_accuracy"] for end in ends], ".2f")
-    loss = spread([end["test_loss"] for end in ends], ".4f")
+    accuracy, loss = scores(full(runs), "SGD")
     lines = [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
     lines += [*plain(runs), "", *both(runs, "after so many epochs more"), ""]
     lines += ["Points of test accuracy that TWA is ahead of the rival with the highest mean:", ""]
@@ -234,13 +238,12 @@ def seconds(runs: Runs, cost: dict[str, dict], steps: int) -> list[str]:
     lines = ["The same in seconds of one quiet core, from the cost of a step below; TWA's with"]
     lines += ["building the basis and measuring the rate. The head itself took "]
     lines[-1] += f"{HEAD * steps * cost['SGD']['step_ms'] / 1e3:.0f}."
-    lines += ["", "| | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
+    rows = []
     for name in ("SGD", *ways):
         way = cost[f"TWA, 32 bits | {ways[name]}" if name in ways else name]
         epoch = steps * way["step_ms"] / 1e3
-        cells = [f"{way['setup_seconds'] + float(b) * epoch:.1f}" for b in budgets]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        rows.append([name, *(f"{way['setup_seconds'] + float(b) * epoch:.1f}" for b in budgets)])
+    return [*lines, "", *markdown(("", *budgets), rows)]
 
 
 def rival(runs: Runs, budget: str, key: str = "accuracy") -> str:
@@ -260,24 +263,25 @@ def gains(runs: Runs, row: str, budget: str, key: str = "accuracy") -> list[floa
 
 def ahead(runs: Runs, rows: list[str], budgets: list[str], key: str, form: str) -> list[str]:
     """TWA against the best rival at each budget."""
-    lines = ["| | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
-    for row in (r for r in rows if r.startswith("TWA")):
-        cells = [spread(gains(runs, row, budget, key), form) for budget in budgets]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    names = [rival(runs, budget, key).split(" | ")[0] for budget in budgets]
-    return [*lines, f"| the rival | {' | '.join(names)} |"]
+    lines = [
+        [row, *(spread(gains(runs, row, budget, key), form) for budget in budgets)]
+        for row in rows
+        if row.startswith("TWA")
+    ]
+    lines.append(["the rival", *(rival(runs, b, key).split(" | ")[0] for b in budgets)])
+    return markdown(("", *budgets), lines)
 
 
 def reached(runs: Runs, row: str) -> str:
     """From which budget on the method is as good as the full run, in the mean."""
     _, budgets = split(runs)
-    full = statistics.mean(run["SGD"]["curve"][-1]["test_accuracy"] for run in runs)
+    goal = statistics.mean(of(full(runs), "SGD"))
     means = {b: statistics.mean(v) for b in budgets if (v := of(runs, f"{row} | {b}"))}
-    first = next((b for b in means if means[b] >= full), None)
+    first = next((b for b in means if means[b] >= goal), None)
     if first:
         share = (HEAD + float(first)) / EPOCHS
         return f"reaches the full run's mean after {first} epochs, {share:.0%} of its epochs"
-    lacks = full - max(means.values())
+    lacks = goal - max(means.values())
     return f"does not reach the full run's mean; at best {lacks:.2f} points are missing"
 
 
@@ -287,7 +291,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     left, right = fig.subplots(1, 2)
     curves = [[m["test_accuracy"] for m in run["SGD"]["curve"]] for run in runs]
     mean = [statistics.mean(accuracies) for accuracies in zip(*curves, strict=True)]
-    full = mean[-1]
+    end = mean[-1]
     left.plot(range(1, EPOCHS + 1), mean, color="#7f7f7f", label="SGD, the full run")
     left.axvspan(0, HEAD, color="#f0f0f0")
     marks = {"mean of the last 5": ("s", "C1"), f"{RECIPE} | {SHOWN}": ("*", "C3")}
@@ -313,7 +317,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
                 [m + sign * s for m, s in zip(means, deviations, strict=True)] for sign in (-1, 1)
             )
             right.fill_between([float(b) for b in there], low, high, color=colour, alpha=0.15)
-    right.axhline(full, color="#7f7f7f", linestyle=":", label="SGD, the full run")
+    right.axhline(end, color="#7f7f7f", linestyle=":", label="SGD, the full run")
     right.set(
         xscale="log",
         xlabel="epochs after the head",
@@ -321,7 +325,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     )
     right.set_xticks([float(b) for b in budgets], budgets)
     right.minorticks_off()
-    left.set_ylim(full - 12, full + 2)
+    left.set_ylim(end - 12, end + 2)
     for axes in (left, right):
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
         axes.grid(alpha=0.3)
@@ -403,22 +407,20 @@ def little(runs: Runs, figure: Path) -> list[str]:
 def cost(runs: Runs, figure: Path) -> list[str]:
     (run, *_) = runs
     steps, sgd = run["process"]["steps_an_epoch"], run["SGD"]["step_ms"]
-    lines = ["| | seconds an epoch | of SGD's | share of a step in the optimizer | coefficients | "]
-    lines[0] += "basis MB | build seconds |"
-    lines.append("| --- " * 7 + "|")
-    for name in ("SGD", *(n for n in run if n.startswith("TWA"))):
-        entry = run[name]
-        cells = [
-            f"{entry['step_ms'] * steps / 1e3:.1f}",
-            f"{entry['step_ms'] / sgd:.2f}",
-            f"{entry['optimizer_ms'] / entry['step_ms']:.1%}",
-            *([f"{entry['coefficients']:,}"] if "coefficients" in entry else [""]),
-            *([f"{entry['basis_bytes'] / 1e6:.1f}"] if "basis_bytes" in entry else [""]),
-            *([f"{entry['build_seconds']:.2f}"] if "build_seconds" in entry else [""]),
-        ]
-        lines.append(f"| {name.replace(' | ', ', by ')} | {' | '.join(cells)} |")
+    columns = {
+        "": lambda name, _: name.replace(" | ", ", by "),
+        "seconds an epoch": lambda _, e: f"{e['step_ms'] * steps / 1e3:.1f}",
+        "of SGD's": lambda _, e: f"{e['step_ms'] / sgd:.2f}",
+        "share of a step in the optimizer": lambda _, e: f"{e['optimizer_ms'] / e['step_ms']:.1%}",
+        "coefficients": lambda _, e: f"{e['coefficients']:,}" if "coefficients" in e else "",
+        "basis MB": lambda _, e: f"{e['basis_bytes'] / 1e6:.1f}" if "basis_bytes" in e else "",
+        "build seconds": lambda _, e: f"{e['build_seconds']:.2f}" if "build_seconds" in e else "",
+    }
+    names = ("SGD", *(name for name in run if name.startswith("TWA")))
+    rows = [[cell(name, run[name]) for cell in columns.values()] for name in names]
     peak = run["process"]["peak_bytes"] / 1e9
-    return [*lines, "", f"The process, PyTorch and the data set included, peaked at {peak:.2f} GB."]
+    end = f"The process, PyTorch and the data set included, peaked at {peak:.2f} GB."
+    return [*markdown([*columns], rows), "", end]
 
 
 def plane(runs: Runs, figure: Path) -> list[str]:
@@ -435,6 +437,43 @@ def plane(runs: Runs, figure: Path) -> list[str]:
     axes.set(xlabel="way from SGD's last checkpoint to SWA", ylabel="across")
     save(fig, figure)
     return []
+
+
+def tail_stage() -> list[str]:
+    """SGD, SWA and TWA, from `swa/results/NAME.SEED.json`."""
+    runs: dict[str, Runs] = {}
+    for path in sorted((ROOT / "studies/swa/results").glob("*.json")):
+        name = path.stem.rpartition(".")[0]
+        runs.setdefault(name, []).append(json.loads(path.read_text())["results"])
+    names = [("SGD, rate to 0.01 · lr_init", "sgd", "SGD")]
+    for rate in ("0.05", "0.1"):
+        names += [
+            (f"SGD in the tail (last checkpoint), swa_lr {rate}", f"swa{rate}", "SGD"),
+            (f"SWA, swa_lr {rate}", f"swa{rate}", "SWA"),
+            (f"TWA from the last checkpoint, swa_lr {rate}", f"swa{rate}.paper", "TWA"),
+            (f"TWA from the mean, swa_lr {rate}", f"swa{rate}.mean", "TWA"),
+        ]
+    rows = [
+        (title, *scores(runs[name], solution), f"{runs[name][0][solution]['epochs']:.4g}")
+        for title, name, solution in names
+    ]
+    return markdown(("solution", "test accuracy (%)", "test loss", "epochs"), rows)
+
+
+def soups() -> list[str]:
+    """Soups and what they are made of, from `soup/results/SEED.jsonl`."""
+    runs: Runs = []
+    for path in sorted((ROOT / "studies/soup/results").glob("*.jsonl")):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        runs.append({r["name"]: r | r["test"] for r in records if "models" in r})
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run):
+        validation = [scored["accuracy"] for scored in of(runs, name, "validation")]
+        seconds = of(runs, name, "seconds")
+        rest = (spread(seconds, ".0f"), str(len(seconds)))
+        rows.append((name, spread(validation, ".2f"), *scores(runs, name), *rest))
+    headings = ("validation accuracy", "test accuracy", "test loss", "seconds", "seeds")
+    return markdown(("solution", *headings), rows)
 
 
 SECTIONS = {
@@ -486,13 +525,14 @@ SECTIONS = {
 OTHERS = (
     (
         "Tail stage: PreResNet20 on FashionMNIST",
-        "Measured by `bash studies/swa/study.sh`; swa/README.md describes it.",
-        "studies/swa/summary.py",
+        "Measured by `bash studies/swa/study.sh`; described in [swa/README.md](../swa/README.md).",
+        tail_stage,
     ),
     (
         "Soups: PreResNet20 on FashionMNIST",
-        "Measured by `bash studies/soup/study.sh`; soup/README.md describes it.",
-        "studies/soup/summary.py",
+        "Measured by `bash studies/soup/study.sh`; described in "
+        "[soup/README.md](../soup/README.md).",
+        soups,
     ),
 )
 
@@ -506,13 +546,12 @@ PAPER = (
 
 def papers() -> list[str]:
     """What the paper's runs would cost: counted operations, nothing that was run."""
-    lines = ["## The paper's own set-up", ""]
-    lines += [
-        "Not run here. The commands are in the README; this is what they take, with operations"
-    ]
-    lines += ["counted by PyTorch on the model and hours for a GPU that sustains 20 TFLOP/s.", ""]
-    lines += ["| model | epochs of SGD + TWA | training operations (10¹⁵) | GPU hours |"]
-    lines += ["| --- | --- | --- | --- |"]
+    note = (
+        "Not run here. The commands are in [README.md](../README.md#the-head-stage) and "
+        "[imagenet.md](imagenet.md); this is what they take, with operations counted by PyTorch on "
+        "the model, and hours for a GPU that sustains 20 TFLOP/s."
+    )
+    rows = []
     for arch, training, epochs, more in PAPER:
         on_imagenet = training == "ImageNet"
         images, size = (1_281_167, 224) if on_imagenet else (50_000, data.DATASETS[training].size)
@@ -523,5 +562,6 @@ def papers() -> list[str]:
         operations = counter.get_total_flops() / 2 * images * (epochs + more)
         name = f"{arch} on {training}"
         hours = operations / 20e12 / 3600
-        lines.append(f"| {name} | {epochs} + {more} | {operations / 1e15:,.0f} | {hours:.1f} |")
-    return lines
+        rows.append((name, f"{epochs} + {more}", f"{operations / 1e15:,.0f}", f"{hours:.1f}"))
+    headings = ("model", "epochs of SGD + TWA", "training operations (10¹⁵)", "GPU hours")
+    return ["## The paper's own set-up", "", fill(note, 98), "", *markdown(headings, rows)]
