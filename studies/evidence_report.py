@@ -1,4 +1,4 @@
-"""RESULTS.md and its figures, from the measurements of `evidence.py`: no number typed by hand."""
+"""Writes docs/RESULTS.md and its figures from the measurements: no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from training.report import spread
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
 START = "mean of the last 10"  # the entry of the point that TWA starts from
-SHOWN = 2  # epochs more, in the four rows and in the figure's left half: as many as in run.sh
-RECIPE = "TWA, the recipe"  # the README's, to be held against the rivals
+SHOWN = 2  # epochs after the head, in the four rows and the figure's left half: as in run.sh
+RECIPE = "TWA, the recipe"  # that of the README
 
 
 def write(measurements: Path, target: Path, figures: Path) -> None:
@@ -52,7 +52,7 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
 
 
 def read(measurements: Path) -> Studies:
-    """All entries; a seed that lacks some of its study's is left out, so that means compare."""
+    """All measurements; a seed without all entries is left out: means are over the same seeds."""
     studies: Studies = {}
     for path in sorted(measurements.glob("*.json")):
         part, training, arch, _ = path.stem.split(".")
@@ -87,7 +87,7 @@ trained on; measuring the default rate takes five batches more."""
 
 
 def summary(studies: Studies) -> list[str]:
-    """Four rows of the head stage on the largest study there is."""
+    """Four rows of the head stage, from the study with the most seeds."""
     heads = studies["head"]
     name = max(heads, key=lambda n: (len(heads[n]), n.startswith("PreResNet20"), "12k" not in n))
     runs = heads[name]
@@ -133,9 +133,9 @@ def answers(studies: Studies) -> list[str]:
 
 
 def leads(runs: Runs, budgets: list[str], key: str) -> str:
-    """The budgets at which the recipe leads in the mean, and at which of them beyond scatter.
+    """The budgets at which the recipe leads in the mean, and those where the lead is clear.
 
-    The scatter of fewer than three seeds says nothing.
+    Clear is a lead of more than two standard errors, which takes three seeds or more.
     """
     found = {budget: gains(runs, RECIPE, budget, key) for budget in budgets}
     first = [b for b, gain in found.items() if gain and statistics.mean(gain) > 0]
@@ -154,7 +154,7 @@ def bullet(text: str) -> list[str]:
     return [fill(f"- {text}", 98, subsequent_indent="  ")]
 
 
-def of(runs: Runs, name: str, key: str = "accuracy") -> list[float]:
+def values(runs: Runs, name: str, key: str = "accuracy") -> list[float]:
     """The values of an entry, one for each seed that has it."""
     return [run[name][key] for run in runs if name in run]
 
@@ -167,7 +167,7 @@ def full(runs: Runs) -> Runs:
 
 def scores(runs: Runs, name: str) -> tuple[str, str]:
     """Accuracy and loss of an entry over the seeds."""
-    return spread(of(runs, name), ".2f"), spread(of(runs, name, "loss"), ".4f")
+    return spread(values(runs, name), ".2f"), spread(values(runs, name, "loss"), ".4f")
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -189,23 +189,23 @@ def table(
     runs: Runs, rows: list[str], columns: list[str], key: str = "accuracy", form: str = ".2f"
 ) -> list[str]:
     """Entries called `row | column`, as Markdown."""
-    cells = [[spread(of(runs, f"{row} | {c}", key), form) for c in columns] for row in rows]
+    cells = [[spread(values(runs, f"{row} | {c}", key), form) for c in columns] for row in rows]
     return markdown(("", *columns), [(row, *rest) for row, rest in zip(rows, cells, strict=True)])
 
 
 def averages(runs: Runs) -> list[str]:
-    """The entries that are no `row | column`: what the head is worth without training."""
+    """The names of the entries without a column: what is measured without training."""
     return [name for name in runs[0] if " | " not in name and name != "SGD"]
 
 
 def plain(runs: Runs, images: str = "test") -> list[str]:
-    """What the head is worth without training."""
+    """The table of what is measured without training."""
     headings = ("solution", f"{images} accuracy (%)", f"{images} loss")
     return markdown(headings, [(name, *scores(runs, name)) for name in averages(runs)])
 
 
 def both(runs: Runs, what: str, images: str = "test") -> list[str]:
-    """All entries `row | column` twice: accuracy and loss."""
+    """Two tables of the entries called `row | column`: accuracy and loss."""
     kind, (rows, columns) = images.capitalize(), split(runs)
     lines = [f"{kind} accuracy (%) {what}:", "", *table(runs, rows, columns), ""]
     lines += [f"{kind} loss:", ""]
@@ -213,7 +213,7 @@ def both(runs: Runs, what: str, images: str = "test") -> list[str]:
 
 
 def choice(runs: Runs, what: str) -> list[str]:
-    """What the start point is worth, and what is made of it, on the images to choose by."""
+    """The tables of a part that compares settings, on the validation images."""
     return [*plain(runs, "validation"), "", *both(runs, what, "validation")]
 
 
@@ -232,7 +232,7 @@ def head(runs: Runs, figure: Path) -> list[str]:
 
 
 def seconds(runs: Runs, cost: dict[str, dict], steps: int) -> list[str]:
-    """What the methods took, from the cost of a step with nothing beside it, so many an epoch."""
+    """Seconds of the methods at each budget, from the cost of a step and the steps of an epoch."""
     ways = {"TWA": "model", "TWA by layer": "layer", "TWA by channel": "channel"}
     _, budgets = split(runs)
     lines = ["The same in seconds of one quiet core, from the cost of a step below; TWA's with"]
@@ -247,15 +247,15 @@ def seconds(runs: Runs, cost: dict[str, dict], steps: int) -> list[str]:
 
 
 def rival(runs: Runs, budget: str, key: str = "accuracy") -> str:
-    """The entry with the best mean at this budget; the averages, which cost nothing, are in."""
+    """The entry with the best mean at this budget, averages, which need no training, included."""
     rows, _ = split(runs)
     there = [f"{row} | {budget}" for row in rows if not row.startswith("TWA")] + averages(runs)
-    means = {name: statistics.mean(found) for name in there if (found := of(runs, name, key))}
+    means = {name: statistics.mean(found) for name in there if (found := values(runs, name, key))}
     return min(means, key=means.get) if key == "loss" else max(means, key=means.get)
 
 
 def gains(runs: Runs, row: str, budget: str, key: str = "accuracy") -> list[float]:
-    """How much each seed is ahead of the rival: points of accuracy, or loss less."""
+    """How far each seed is ahead of the rival: points of accuracy, or by how much less loss."""
     other, sign = rival(runs, budget, key), -1 if key == "loss" else 1
     pairs = [(run.get(f"{row} | {budget}"), run.get(other)) for run in runs]
     return [sign * (ours[key] - theirs[key]) for ours, theirs in pairs if ours and theirs]
@@ -275,8 +275,8 @@ def ahead(runs: Runs, rows: list[str], budgets: list[str], key: str, form: str) 
 def reached(runs: Runs, row: str) -> str:
     """From which budget on the method is as good as the full run, in the mean."""
     _, budgets = split(runs)
-    goal = statistics.mean(of(full(runs), "SGD"))
-    means = {b: statistics.mean(v) for b in budgets if (v := of(runs, f"{row} | {b}"))}
+    goal = statistics.mean(values(full(runs), "SGD"))
+    means = {b: statistics.mean(v) for b in budgets if (v := values(runs, f"{row} | {b}"))}
     first = next((b for b in means if means[b] >= goal), None)
     if first:
         share = (HEAD + float(first)) / EPOCHS
@@ -296,23 +296,23 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     left.axvspan(0, HEAD, color="#f0f0f0")
     marks = {"mean of the last 5": ("s", "C1"), f"{RECIPE} | {SHOWN}": ("*", "C3")}
     for name, (mark, colour) in marks.items():
-        if of(runs, name):
+        if values(runs, name):
             row, _, more = name.partition(" | ")
             label = f"{row}, {more} epochs more" if more else row
             left.plot(
-                HEAD + float(more or 0), statistics.mean(of(runs, name)), mark, color=colour,
+                HEAD + float(more or 0), statistics.mean(values(runs, name)), mark, color=colour,
                 markersize=8 if mark == "s" else 15, label=label, linestyle="none",
             )  # fmt: skip
     left.set(xlabel="epochs", ylabel="test accuracy (%)", title="the head is grey")
     shades = {True: iter(("#ffbb78", "#ff7f0e", "#8c564b")), False: iter(("C0", "C9", "C2", "C4"))}
     for row in rows:
-        there = [b for b in budgets if of(runs, f"{row} | {b}")]
-        means = [statistics.mean(of(runs, f"{row} | {b}")) for b in there]
+        there = [b for b in budgets if values(runs, f"{row} | {b}")]
+        means = [statistics.mean(values(runs, f"{row} | {b}")) for b in there]
         style = "o-" if row.startswith("TWA") else "s--"
         colour = "C3" if row == RECIPE else next(shades[row.startswith("TWA")])
         right.plot([float(b) for b in there], means, style, color=colour, label=row)
         if row == RECIPE and len(runs) > 1:
-            deviations = [statistics.stdev(of(runs, f"{row} | {b}")) for b in there]
+            deviations = [statistics.stdev(values(runs, f"{row} | {b}")) for b in there]
             low, high = (
                 [m + sign * s for m, s in zip(means, deviations, strict=True)] for sign in (-1, 1)
             )
@@ -350,7 +350,7 @@ def rates(runs: Runs, figure: Path) -> list[str]:
 def best_rate(runs: Runs, row: str) -> tuple[str, float]:
     """The best factor in the mean of the seeds, and the points by which the default is below it."""
     _, factors = split(runs)
-    means = {f: statistics.mean(v) for f in factors if (v := of(runs, f"{row} | {f}"))}
+    means = {f: statistics.mean(v) for f in factors if (v := values(runs, f"{row} | {f}"))}
     best = max(means, key=means.get)
     return best, means[best] - means["1"]
 
@@ -374,10 +374,10 @@ def checkpoints(runs: Runs, figure: Path) -> list[str]:
 
 
 def draw_averaging(runs: Runs, path: Path) -> None:
-    """What became of the averaging coefficients, in the first seed."""
+    """The averaging coefficients after training, in the first seed."""
     fig = Figure(figsize=(8, 3.4))
     axes = fig.subplots()
-    for i, saves in enumerate((1, 2, 5)):  # of more, neighbours cancel each other
+    for i, saves in enumerate((1, 2, 5)):  # with more, neighbours cancel each other
         entry = runs[0].get(f"{saves} an epoch | 0")
         if entry:
             alpha = [a * saves for a in entry["averaging_weights"]]
@@ -392,7 +392,7 @@ def draw_averaging(runs: Runs, path: Path) -> None:
 
 def second_order(runs: Runs, figure: Path) -> list[str]:
     lines = choice(runs, "for so many epochs' worth of passes")
-    long, short = of(runs, "SGD | 10"), [of(runs, f"{m} | 1") for m in ("L-BFGS", "Newton")]
+    long, short = values(runs, "SGD | 10"), [values(runs, f"{m} | 1") for m in ("L-BFGS", "Newton")]
     if not (long and all(short)):
         return lines
     gap = statistics.mean(long) - max(map(statistics.mean, short))
@@ -468,8 +468,8 @@ def soups() -> list[str]:
         runs.append({r["name"]: r | r["test"] for r in records if "models" in r})
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run):
-        validation = [scored["accuracy"] for scored in of(runs, name, "validation")]
-        seconds = of(runs, name, "seconds")
+        validation = [scored["accuracy"] for scored in values(runs, name, "validation")]
+        seconds = values(runs, name, "seconds")
         rest = (spread(seconds, ".0f"), str(len(seconds)))
         rows.append((name, spread(validation, ".2f"), *scores(runs, name), *rest))
     headings = ("validation accuracy", "test accuracy", "test loss", "seconds", "seeds")
@@ -480,7 +480,7 @@ SECTIONS = {
     "head": (
         "Head stage",
         "TWA against rivals that spend the same epochs: SGD on all weights from rate 0.05 falling "
-        "linearly to 0, and SGD with its whole schedule squeezed into the epochs of both. The "
+        "linearly to 0, and SGD with its whole schedule in as many epochs as head and budget. The "
         "recipe is AdamW (below one epoch SGD) on a set of coefficients for each channel, from the "
         "mean of the last five; validation images beside the 12,000 chose it.",
         head,
@@ -488,13 +488,13 @@ SECTIONS = {
     "plane": (
         "The loss around the solutions",
         "The training loss on the plane through the head's last checkpoint (SGD), the mean of its "
-        "window (SWA) and TWA's solution after one epoch; 1024 images, first seed.",
+        "checkpoints (SWA) and TWA's solution after one epoch; 1024 images, first seed.",
         plane,
     ),
     "checkpoints": (
         "How many checkpoints, how often",
         "One epoch of TWA from the mean of the head's last two epochs. The figure: the averaging "
-        "coefficients that it ends with, scaled so that windows of any number compare.",
+        "coefficients that it ends with, scaled so that windows of different size can be compared.",
         checkpoints,
     ),
     "rates": (
@@ -511,9 +511,9 @@ SECTIONS = {
     ),
     "little": (
         "Few images, and wrong labels",
-        "For steps worth one epoch, on the training set or on so many images with right labels "
-        "that the run never saw; there batch norm is re-estimated on them, too, as if the training "
-        "data were gone.",
+        "As many steps as one epoch has, on the training set or on so many images with right "
+        "labels that the run never saw; then batch norm is re-estimated on these images as well, "
+        "as if the training data were gone.",
         little,
     ),
     "cost": (
