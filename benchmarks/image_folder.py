@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from training import entry, image_folders
 
-WIDTH, HEIGHT = 500, 375  # pixels, what is usual in ImageNet
+WIDTH, HEIGHT = 500, 375  # pixels, the usual size in ImageNet
 
 
 def write_photographs(directory: Path, count: int) -> None:
-    """Parts of scikit-learn's photographs as JPEG files of ImageNet's usual size."""
+    """Writes parts of scikit-learn's photographs as JPEG files of ImageNet's usual size."""
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     for i in range(count):
         photograph = photographs[i % len(photographs)]
@@ -82,13 +82,13 @@ class Example:
 def measure(make: Callable[[], Iterable], batches: int) -> tuple[float, float]:
     """Images per second, and milliseconds of all cores per image, of a loader and its workers.
 
-    The second hardly changes where other work keeps the cores busy.
+    Other work on the cores hardly changes the second.
     """
     busy, start = sum(os.times()[:4]), time.perf_counter()
     loaded = islice(chain.from_iterable(repeat(make())), batches)
     count = sum(len(images) for images, _ in loaded)
     seconds = time.perf_counter() - start
-    del loaded  # the workers end, and then their time is known
+    del loaded  # ends the workers, whose time is counted only then
     return count / seconds, 1000 * (sum(os.times()[:4]) - busy) / count
 
 
@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--device", help="left out, the accelerator if there is one, else the CPU")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # whatever the cores are
+    # More workers than cores may be asked for.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
 
     device = utils.choose_device(args.device)
     with tempfile.TemporaryDirectory() as temporary:

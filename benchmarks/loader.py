@@ -26,6 +26,7 @@ from training import data, entry
 
 
 def usual_loader(spec: data.Spec, data_dir: str, batch_size: int) -> DataLoader:
+    """torchvision's data set and transforms with four worker processes."""
     augmentation = [transforms.RandomCrop(spec.size, padding=spec.padding)]
     if spec.flip:
         augmentation.append(transforms.RandomHorizontalFlip())
@@ -37,7 +38,7 @@ def usual_loader(spec: data.Spec, data_dir: str, batch_size: int) -> DataLoader:
 
 
 def images_per_second(loader: Iterable, seconds: float) -> float:
-    """Epoch after epoch for about `seconds`, the first batch (workers start) left out."""
+    """The speed over about `seconds`; the first batch, for which workers start, is left out."""
     batches = chain.from_iterable(repeat(loader))
     next(batches)
     count, start = 0, time.perf_counter()
@@ -55,8 +56,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="time given to each loader")
     args = parser.parse_args()
 
-    # With more threads the figure is higher, but on a busy machine it measures how long they wait
-    # for each other. The worker processes have one thread each in any case.
+    # More threads give a higher figure, but on a busy machine they wait for each other, and that is
+    # measured as well. The worker processes have one thread each in any case.
     torch.set_num_threads(1)
     # Four workers are the setting to compare with, whatever the number of cores.
     warnings.filterwarnings("ignore", "This DataLoader will create 4 worker processes")

@@ -1,11 +1,11 @@
-"""TWA on many ranks: measured with processes of this machine, computed for what it cannot hold.
+"""TWA on many ranks: measured with processes on this machine, computed for larger ones.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --processes 1 2 --checkpoints 20 --weights 1_000_000
 
-The first table is measured under torchrun with gloo: of each number of processes, the basis of a
-rank, the peak of what building it took, and the time of a training step. The second is computed by
-the formulas in `Plan`. Both are Markdown.
+The first table is measured under torchrun with gloo: for each number of processes, the basis of a
+rank, the peak of the memory that building it took, and the time of a training step. The second is
+computed by the formulas in `Plan`. Both are Markdown.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def make_model(args) -> nn.Module:
 
 
 def launch(processes: int, folder: str) -> list[dict]:
-    """What each rank of so many processes measured."""
+    """Runs `measure` in so many processes; returns what each rank measured."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), *sys.argv, "--folder", folder]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -84,12 +84,12 @@ def launch(processes: int, folder: str) -> list[dict]:
 
 
 def measure(args):
-    """A rank: builds the basis, takes some steps, and prints what all ranks saw."""
+    """Builds the basis on a rank and takes some steps; the first rank prints the figures of all."""
     device = torch.device("cpu")
     ranks.start(device)
     model = ranks.shard(make_model(args), device)
     window = checkpoints(args.folder, args)
-    torch.load(window[0], mmap=True, weights_only=True)  # What PyTorch imports for it, untimed.
+    torch.load(window[0], mmap=True, weights_only=True)  # Imports modules, untimed.
 
     before, started = peak_memory(), time.perf_counter()
     optimizer = TWA(model, window, lr=1e-9)
@@ -144,7 +144,7 @@ def print_measured(args, by_count: dict[int, list[dict]]):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step of TWA takes: `weights` D, `checkpoints` n at `bits` b, on `ranks` k."""
+    """Memory and time of a step of TWA: `weights` D, `checkpoints` n at `bits` b, `ranks` k."""
 
     weights: float
     checkpoints: int
@@ -153,7 +153,7 @@ class Plan:
 
     @property
     def basis(self) -> float:
-        """Bytes a rank: n · D / k values of b bits; below 32 a float32 scale for 256 of them."""
+        """Bytes a rank: n · D / k values of b bits; below 32 bits a float32 scale for each 256."""
         scales = 0 if self.bits == 32 else 4 / 256
         return self.checkpoints * self.weights / self.ranks * (self.bits / 8 + scales)
 
@@ -165,8 +165,8 @@ class Plan:
 
     @property
     def building(self) -> float:
-        """Bytes a rank while the basis is made: below 32 bits a part of it stands in float32, one
-        eighth, but 256 MB where it has as much."""
+        """Bytes a rank while the basis is built: below 32 bits an eighth of it is in float32
+        as well, or 256 MB if that is more and the basis has as much."""
         elements = self.checkpoints * self.weights / self.ranks
         part = 0 if self.bits == 32 else min(elements, max(elements / 8, 2**26))
         return self.basis + 4 * part + 4 * 4 * self.weights / self.ranks
@@ -178,7 +178,7 @@ class Plan:
         return (self.ranks - 1) / self.ranks * 2 * 4 * (self.weights + self.checkpoints)
 
     def seconds(self, memory_bandwidth: float, link: float) -> tuple[float, float]:
-        """The least that a step spends on the basis, which is read twice, and on the wire."""
+        """The least time of a step for the basis, which is read twice, and for the wire."""
         return 2 * self.basis / memory_bandwidth, self.wire / link
 
 

@@ -59,7 +59,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoints(folder, args, make_model(args))
         builds = {name: [] for name in [RELEASE, *variants]}
-        # Whoever comes next finds the memory that was left: nobody always follows the same one.
+        # A build can reuse memory that the one before it freed: a random order is fair to all.
         order = random.Random(SEED)
         for _ in range(args.builds):
             for name in order.sample(list(builds), len(builds)):
@@ -109,7 +109,7 @@ def checkpoints(folder: str, args) -> list[Path]:
 
 
 def write_checkpoints(folder: str, args, model: nn.Module):
-    """A random walk: each step is `args.step` of the weights' norm, in a random direction."""
+    """Writes a random walk: a step is `args.step` of the weights' norm, in a random direction."""
     torch.manual_seed(SEED)
     state = {key: torch.randn_like(t) for key, t in model.state_dict().items()}
     for path in tqdm(checkpoints(folder, args), desc="writing", leave=False, disable=None):
@@ -119,7 +119,7 @@ def write_checkpoints(folder: str, args, model: nn.Module):
 
 
 def release_basis(folder: str, args) -> Tensor:
-    """How the paper's release makes the basis, in other words.
+    """The basis as the paper's release makes it.
 
     Every checkpoint is loaded into the model and its parameters are flattened; the vectors are
     gathered in one matrix, and classical Gram–Schmidt takes them row by row, in float32.
@@ -143,15 +143,16 @@ def apart(function, *arguments):
 
 
 def build(folder: str, args, options: dict | None) -> tuple[float, int, int]:
-    """Seconds to build a basis, its bytes, and the peak of what it took, in bytes.
+    """Seconds to build a basis, its bytes, and the peak of the memory it took, in bytes.
 
-    `options` are those of `Subspace`; None is the release's way.
+    Args:
+        options: those of `Subspace`; None builds the release's basis.
     """
     model = make_model(args)
     paths = checkpoints(folder, args)
-    torch.load(paths[0], mmap=True, weights_only=True)  # What PyTorch imports for it, untimed.
+    torch.load(paths[0], mmap=True, weights_only=True)  # Imports modules, untimed.
     for path in paths:
-        path.read_bytes()  # Whoever comes first would pay for the disk, too.
+        path.read_bytes()  # Into the system's memory: the disk is not timed either.
     before, start = peak_memory(), time.perf_counter()
     if options is None:
         size = release_basis(folder, args).nbytes
@@ -174,7 +175,7 @@ def exactness(folder: str, args) -> dict[str, float]:
 
 
 def stored(subspace: Subspace) -> Tensor:
-    """The matrix behind a basis of 32 bits."""
+    """The matrix of a basis of 32 bits."""
     return subspace._storage.rows
 
 
@@ -186,18 +187,18 @@ def orthogonality(basis: Tensor) -> float:
 
 
 def time_products(folder: str, args, options: dict) -> tuple[float, float, float, float]:
-    """Median seconds of project and expand together, in turns with others on the same data.
+    """Times project and expand together, in turns with two references on the same data.
 
     Returns:
-        those of the basis with `options`; of two `torch.mv` passes over the matrix of 32 bits; of
-        the basis of 32 bits; and the error of expand, relative to 32 bits.
+        median seconds of the basis with `options`, of two `torch.mv` passes over the matrix of 32
+        bits, and of the basis of 32 bits; and the error of expand, relative to 32 bits.
     """
     model, paths = make_model(args), checkpoints(folder, args)
     torch.manual_seed(SEED)
     exact, subspace = Subspace(model, paths), Subspace(model, paths, **options)
     matrix = stored(exact)
     gradients, coefficients = torch.randn(matrix.shape[1]), torch.randn(len(matrix))
-    out = torch.empty_like(gradients)  # As in a training loop, whose vectors are there.
+    out = torch.empty_like(gradients)  # Allocated before, as in a training loop.
 
     def both(basis: Subspace):
         basis.project(gradients)

@@ -1,12 +1,13 @@
-"""Does it hold, and how well: the studies behind RESULTS.md, each part alone and resumable.
+"""The studies behind docs/RESULTS.md: one part a call, resumable; and the page itself.
 
     python evidence.py head --data FashionMNIST-12k --arch PreResNet20 --seed 1
     python evidence.py report            docs/RESULTS.md and its figures, from results/*.json
 
-`bash evidence.sh` runs everything. A part trains what it needs with the project's own scripts,
-below results/evidence, and adds what it measures to `results/PART.DATA.ARCH.SEED.json`, one entry
-after the other; entries that stand are not made again. Test data choose nothing: the parts that
-compare settings (CHOOSING) measure on training images that the run never saw.
+`bash evidence.sh` runs everything. A part trains what it needs with the project's own scripts, into
+results/evidence of the repository, and adds what it measures to `results/PART.DATA.ARCH.SEED.json`
+beside this file, one entry after the other; an entry that is there is not measured again. Test data
+choose nothing: the parts that compare settings (CHOOSING) measure on training images that the run
+never saw.
 """
 
 import copy
@@ -43,8 +44,8 @@ from training.loop import autocast
 from twa import TWA, Subspace
 from twa.checkpoints import Checkpoint, load_into
 
-BUDGETS = (0.1, 0.2, 0.5, 1, 2, 5)  # epochs more
-SQUEEZED = (1, 5)  # of these, where the whole schedule is squeezed in
+BUDGETS = (0.1, 0.2, 0.5, 1, 2, 5)  # epochs after the head
+SQUEEZED = (1, 5)  # budgets at which SGD with its whole schedule is a rival
 IMAGES = (200, 1000, 5000)  # held-out images
 CHANNEL = {"granularity": "channel"}
 LAYER = {"granularity": "layer"}
@@ -84,7 +85,7 @@ METHODS = {
     "TWA by channel": Method(twa(**CHANNEL)),
     "TWA, the recipe": Method(twa(torch.optim.AdamW, **CHANNEL), partial(Bench.mean, count=5)),
 }
-# Below one epoch: Adam's first steps are too long to be made good in a few.
+# Below one epoch: Adam's first steps are too long for the few that follow.
 BRIEF = {"TWA, the recipe": Method(twa(**CHANNEL), partial(Bench.mean, count=5))}
 
 
@@ -105,7 +106,7 @@ def head(bench: Bench) -> None:
 
 
 def averages(bench: Bench) -> None:
-    """What the head is worth without training."""
+    """The averages of the head's checkpoints, without training."""
     window = bench.window()
     bench.measure("last checkpoint", lambda: bench.solution(window[-1]))
     for count in (5, 10, len(window)):
@@ -115,7 +116,7 @@ def averages(bench: Bench) -> None:
 
 
 def of_run(metrics: list[dict]) -> dict:
-    """The end of an SGD run as an entry."""
+    """The entry of an SGD run: the last of its metrics."""
     end = metrics[-1]
     seconds = sum(m["seconds"] for m in metrics)
     results = {"loss": end["test_loss"], "accuracy": end["test_accuracy"]}
@@ -152,7 +153,7 @@ def rates(bench: Bench) -> None:
 
 
 def settings(bench: Bench) -> None:
-    """One setting at a time, after one epoch; the rest as in the head stage."""
+    """One setting changed at a time; one epoch, the rest as in the head stage."""
     for name, basis in {"model": {}, "layer": LAYER, "channel": CHANNEL}.items():
 
         def measure(setting: str, method: Method, epochs: float = 1, of: str = name) -> None:
@@ -186,7 +187,7 @@ def second_order(bench: Bench) -> None:
 
 
 def full_batch(bench: Bench, optimizer: TWA, batches: int):
-    """A closure over the first so many batches of an epoch, without the graph of more than one."""
+    """A closure over the first batches of an epoch, which keeps the graph of one at a time."""
     bench.train.set_epoch(1)
     parts = list(islice(bench.train, batches))
 
@@ -198,7 +199,7 @@ def full_batch(bench: Bench, optimizer: TWA, batches: int):
 
 
 def lbfgs(bench: Bench, epochs: int, passes: int = 12) -> dict:
-    """So many passes with a line search over as many batches as the budget has for each."""
+    """L-BFGS for `passes` passes, each over as many batches as the budget allows."""
     load_into(bench.model, bench.mean(10))
     optimizer = TWA(
         *(bench.model, bench.window(), torch.optim.LBFGS),
@@ -213,8 +214,8 @@ def lbfgs(bench: Bench, epochs: int, passes: int = 12) -> dict:
 class NewtonStep(torch.optim.Optimizer):
     """A step of `-(|H| + damping)⁻¹ g`, H by differences of gradients, one for each coefficient.
 
-    `|H|` has the eigenvectors of H and their eigenvalues' magnitudes, so that a direction of
-    negative curvature is gone down, not up.
+    `|H|` has the eigenvectors of H and the magnitudes of its eigenvalues, so that the step descends
+    along directions of negative curvature as well.
     """
 
     def __init__(self, parameters, damping: float = 0.1):
@@ -244,7 +245,7 @@ class NewtonStep(torch.optim.Optimizer):
 
 
 def newton(bench: Bench, epochs: int, components: int = 12, steps: int = 2) -> dict:
-    """Two steps in the window's leading directions, on batches as large as the budget has."""
+    """Newton steps in the window's leading directions, each on as much as the budget allows."""
     load_into(bench.model, bench.mean(10))
     optimizer = TWA(
         *(bench.model, bench.window(), NewtonStep),
@@ -259,9 +260,10 @@ def newton(bench: Bench, epochs: int, components: int = 12, steps: int = 2) -> d
 
 
 def little(bench: Bench) -> None:
-    """Where full training cannot go: a few held-out images with clean labels, and noisy ones.
+    """Training on a few held-out images with right labels, as if the training set were gone.
 
-    A window whose training data are gone has these images alone, for batch norm as well.
+    Batch norm is then re-estimated on these images as well. On the noisy set the labels of the
+    training set are wrong in part, those of the held-out images are not.
     """
     averages(bench)
     end = {"accuracy": bench.full[-1]["test_accuracy"], "loss": bench.full[-1]["test_loss"]}
@@ -280,9 +282,9 @@ def little(bench: Bench) -> None:
 
 
 def cost(bench: Bench) -> None:
-    """Milliseconds of a step, seconds before the first one, and bytes.
+    """Milliseconds of a step, seconds before the first step, and bytes.
 
-    The median of rounds in turns, since a machine's speed drifts.
+    The median of three rounds, in which the methods take turns, since a machine's speed drifts.
     """
     bases = {
         f"TWA, {bits} bits | {granularity}": {"granularity": granularity, "bits": bits}
@@ -307,7 +309,7 @@ def cost(bench: Bench) -> None:
 
 
 def cost_of(bench: Bench, make: Callable, steps: int = 20) -> dict:
-    """Of so many steps, after as many that warm up."""
+    """The mean cost of `steps` steps, after as many for warming up."""
     load_into(bench.model, bench.mean(10))
     started = time.perf_counter()
     optimizer, clock = make(bench, bench.train), []

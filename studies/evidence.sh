@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The studies behind RESULTS.md, and RESULTS.md itself:    bash evidence.sh [SEED ...]
+# The studies behind docs/RESULTS.md, and the page itself:    bash evidence.sh [SEED ...]
 #
-# Seeds 1 2 3 if left out; many hours on two CPU cores. What stands is not made again, so it can be
-# stopped and started at will, and several seeds can run side by side (OMP_NUM_THREADS=1 then).
+# Seeds 1 2 3 if left out; many hours on two CPU cores. What is measured is not measured again, so
+# it can be stopped and started at will, and several seeds can run side by side (OMP_NUM_THREADS=1
+# then).
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../env.sh

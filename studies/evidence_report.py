@@ -1,12 +1,11 @@
-"""RESULTS.md and its figures, from the measurements of `evidence.py`: no number typed by hand."""
+"""Writes docs/RESULTS.md and its figures from the measurements: no number is typed by hand."""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
-import subprocess
-import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -22,8 +21,8 @@ from training.report import spread
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
 START = "mean of the last 10"  # the entry of the point that TWA starts from
-SHOWN = 2  # epochs more, in the four rows and in the figure's left half: as many as in run.sh
-RECIPE = "TWA, the recipe"  # the README's, to be held against the rivals
+SHOWN = 2  # epochs after the head, in the four rows and the figure's left half: as in run.sh
+RECIPE = "TWA, the recipe"  # that of the README
 
 
 def write(measurements: Path, target: Path, figures: Path) -> None:
@@ -46,15 +45,14 @@ def write(measurements: Path, target: Path, figures: Path) -> None:
             parts += ["", f"## {title}: {name}, {seeds(runs)}", "", fill(note, 98), "", *lines]
             if figure.exists():
                 parts += ["", f"![{title}]({os.path.relpath(figure, target.parent)})"]
-    for title, note, script in OTHERS:
-        table = subprocess.run([sys.executable, ROOT / script], capture_output=True, check=True)
-        parts += ["", f"## {title}", "", fill(note, 98), "", table.stdout.decode().strip()]
+    for title, note, section in OTHERS:
+        parts += ["", f"## {title}", "", fill(note, 98), "", *section()]
     parts += ["", *papers(), ""]
     target.write_text("\n".join(parts))
 
 
 def read(measurements: Path) -> Studies:
-    """All entries; a seed that lacks some of its study's is left out, so that means compare."""
+    """All measurements; a seed without all entries is left out: means are over the same seeds."""
     studies: Studies = {}
     for path in sorted(measurements.glob("*.json")):
         part, training, arch, _ = path.stem.split(".")
@@ -89,24 +87,21 @@ trained on; measuring the default rate takes five batches more."""
 
 
 def summary(studies: Studies) -> list[str]:
-    """Four rows of the head stage on the largest study there is."""
+    """Four rows of the head stage, from the study with the most seeds."""
     heads = studies["head"]
     name = max(heads, key=lambda n: (len(heads[n]), n.startswith("PreResNet20"), "12k" not in n))
     runs = heads[name]
-    end = [run["SGD"]["curve"][-1] for run in runs]
-    rows = {
-        "last checkpoint of the head": ("last checkpoint", HEAD),
-        "mean of its last 5": ("mean of the last 5", HEAD),
-        f"{RECIPE}, {SHOWN} epochs": (f"{RECIPE} | {SHOWN}", HEAD + SHOWN),
-    }
+    rows = [
+        ("last checkpoint of the head", HEAD, scores(runs, "last checkpoint")),
+        ("mean of its last 5", HEAD, scores(runs, "mean of the last 5")),
+        (f"{RECIPE}, {SHOWN} epochs", HEAD + SHOWN, scores(runs, f"{RECIPE} | {SHOWN}")),
+        ("SGD, the full run", EPOCHS, scores(full(runs), "SGD")),
+    ]
     lines = ["", f"The head stage in four rows ({name}, {seeds(runs)}):", ""]
-    lines += ["| solution | epochs | test accuracy (%) | test loss |", "| --- | --- | --- | --- |"]
-    for title, (entry, epochs) in rows.items():
-        accuracy, loss = spread(of(runs, entry), ".2f"), spread(of(runs, entry, "loss"), ".4f")
-        lines.append(f"| {title} | {epochs} | {accuracy} | {loss} |")
-    accuracy = spread([e["test_accuracy"] for e in end], ".2f")
-    loss = spread([e["test_loss"] for e in end], ".4f")
-    return [*lines, f"| SGD, the full run | {EPOCHS} | {accuracy} | {loss} |"]
+    return lines + markdown(
+        ("solution", "epochs", "test accuracy (%)", "test loss"),
+        [(title, str(epochs), *cells) for title, epochs, cells in rows],
+    )
 
 
 def answers(studies: Studies) -> list[str]:
@@ -138,9 +133,9 @@ def answers(studies: Studies) -> list[str]:
 
 
 def leads(runs: Runs, budgets: list[str], key: str) -> str:
-    """The budgets at which the recipe leads in the mean, and at which of them beyond scatter.
+    """The budgets at which the recipe leads in the mean, and those where the lead is clear.
 
-    The scatter of fewer than three seeds says nothing.
+    Clear is a lead of more than two standard errors, which takes three seeds or more.
     """
     found = {budget: gains(runs, RECIPE, budget, key) for budget in budgets}
     first = [b for b, gain in found.items() if gain and statistics.mean(gain) > 0]
@@ -159,9 +154,26 @@ def bullet(text: str) -> list[str]:
     return [fill(f"- {text}", 98, subsequent_indent="  ")]
 
 
-def of(runs: Runs, name: str, key: str = "accuracy") -> list[float]:
-    """What the seeds that have the entry say."""
+def values(runs: Runs, name: str, key: str = "accuracy") -> list[float]:
+    """The values of an entry, one for each seed that has it."""
     return [run[name][key] for run in runs if name in run]
+
+
+def full(runs: Runs) -> Runs:
+    """The end of the full run as the entry "SGD" of each seed."""
+    ends = [run["SGD"]["curve"][-1] for run in runs]
+    return [{"SGD": {"accuracy": e["test_accuracy"], "loss": e["test_loss"]}} for e in ends]
+
+
+def scores(runs: Runs, name: str) -> tuple[str, str]:
+    """Accuracy and loss of an entry over the seeds."""
+    return spread(values(runs, name), ".2f"), spread(values(runs, name, "loss"), ".4f")
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [f"| {' | '.join(row)} |" for row in (headings, *rows)]
+    return [lines[0], "| --- " * len(headings) + "|", *lines[1:]]
 
 
 def split(runs: Runs) -> tuple[list[str], list[str]]:
@@ -177,29 +189,23 @@ def table(
     runs: Runs, rows: list[str], columns: list[str], key: str = "accuracy", form: str = ".2f"
 ) -> list[str]:
     """Entries called `row | column`, as Markdown."""
-    lines = ["| | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for row in rows:
-        cells = [spread(of(runs, f"{row} | {column}", key), form) for column in columns]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return lines
+    cells = [[spread(values(runs, f"{row} | {c}", key), form) for c in columns] for row in rows]
+    return markdown(("", *columns), [(row, *rest) for row, rest in zip(rows, cells, strict=True)])
 
 
 def averages(runs: Runs) -> list[str]:
-    """The entries that are no `row | column`: what the head is worth without training."""
+    """The names of the entries without a column: what is measured without training."""
     return [name for name in runs[0] if " | " not in name and name != "SGD"]
 
 
 def plain(runs: Runs, images: str = "test") -> list[str]:
-    """What the head is worth without training."""
-    lines = [f"| solution | {images} accuracy (%) | {images} loss |", "| --- | --- | --- |"]
-    for name in averages(runs):
-        accuracy, loss = spread(of(runs, name), ".2f"), spread(of(runs, name, "loss"), ".4f")
-        lines.append(f"| {name} | {accuracy} | {loss} |")
-    return lines
+    """The table of what is measured without training."""
+    headings = ("solution", f"{images} accuracy (%)", f"{images} loss")
+    return markdown(headings, [(name, *scores(runs, name)) for name in averages(runs)])
 
 
 def both(runs: Runs, what: str, images: str = "test") -> list[str]:
-    """All entries `row | column` twice: accuracy and loss."""
+    """Two tables of the entries called `row | column`: accuracy and loss."""
     kind, (rows, columns) = images.capitalize(), split(runs)
     lines = [f"{kind} accuracy (%) {what}:", "", *table(runs, rows, columns), ""]
     lines += [f"{kind} loss:", ""]
@@ -207,15 +213,13 @@ def both(runs: Runs, what: str, images: str = "test") -> list[str]:
 
 
 def choice(runs: Runs, what: str) -> list[str]:
-    """What the start point is worth, and what is made of it, on the images to choose by."""
+    """The tables of a part that compares settings, on the validation images."""
     return [*plain(runs, "validation"), "", *both(runs, what, "validation")]
 
 
 def head(runs: Runs, figure: Path) -> list[str]:
     rows, budgets = split(runs)
-    ends = [run["SGD"]["curve"][-1] for run in runs]
-    accuracy = spread([end["test_accuracy"] for end in ends], ".2f")
-    loss = spread([end["test_loss"] for end in ends], ".4f")
+    accuracy, loss = scores(full(runs), "SGD")
     lines = [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
     lines += [*plain(runs), "", *both(runs, "after so many epochs more"), ""]
     lines += ["Points of test accuracy that TWA is ahead of the rival with the highest mean:", ""]
@@ -228,31 +232,30 @@ def head(runs: Runs, figure: Path) -> list[str]:
 
 
 def seconds(runs: Runs, cost: dict[str, dict], steps: int) -> list[str]:
-    """What the methods took, from the cost of a step with nothing beside it, so many an epoch."""
+    """Seconds of the methods at each budget, from the cost of a step and the steps of an epoch."""
     ways = {"TWA": "model", "TWA by layer": "layer", "TWA by channel": "channel"}
     _, budgets = split(runs)
     lines = ["The same in seconds of one quiet core, from the cost of a step below; TWA's with"]
     lines += ["building the basis and measuring the rate. The head itself took "]
     lines[-1] += f"{HEAD * steps * cost['SGD']['step_ms'] / 1e3:.0f}."
-    lines += ["", "| | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
+    rows = []
     for name in ("SGD", *ways):
         way = cost[f"TWA, 32 bits | {ways[name]}" if name in ways else name]
         epoch = steps * way["step_ms"] / 1e3
-        cells = [f"{way['setup_seconds'] + float(b) * epoch:.1f}" for b in budgets]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        rows.append([name, *(f"{way['setup_seconds'] + float(b) * epoch:.1f}" for b in budgets)])
+    return [*lines, "", *markdown(("", *budgets), rows)]
 
 
 def rival(runs: Runs, budget: str, key: str = "accuracy") -> str:
-    """The entry with the best mean at this budget; the averages, which cost nothing, are in."""
+    """The entry with the best mean at this budget, averages, which need no training, included."""
     rows, _ = split(runs)
     there = [f"{row} | {budget}" for row in rows if not row.startswith("TWA")] + averages(runs)
-    means = {name: statistics.mean(found) for name in there if (found := of(runs, name, key))}
+    means = {name: statistics.mean(found) for name in there if (found := values(runs, name, key))}
     return min(means, key=means.get) if key == "loss" else max(means, key=means.get)
 
 
 def gains(runs: Runs, row: str, budget: str, key: str = "accuracy") -> list[float]:
-    """How much each seed is ahead of the rival: points of accuracy, or loss less."""
+    """How far each seed is ahead of the rival: points of accuracy, or by how much less loss."""
     other, sign = rival(runs, budget, key), -1 if key == "loss" else 1
     pairs = [(run.get(f"{row} | {budget}"), run.get(other)) for run in runs]
     return [sign * (ours[key] - theirs[key]) for ours, theirs in pairs if ours and theirs]
@@ -260,24 +263,25 @@ def gains(runs: Runs, row: str, budget: str, key: str = "accuracy") -> list[floa
 
 def ahead(runs: Runs, rows: list[str], budgets: list[str], key: str, form: str) -> list[str]:
     """TWA against the best rival at each budget."""
-    lines = ["| | " + " | ".join(budgets) + " |", "| --- " * (len(budgets) + 1) + "|"]
-    for row in (r for r in rows if r.startswith("TWA")):
-        cells = [spread(gains(runs, row, budget, key), form) for budget in budgets]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    names = [rival(runs, budget, key).split(" | ")[0] for budget in budgets]
-    return [*lines, f"| the rival | {' | '.join(names)} |"]
+    lines = [
+        [row, *(spread(gains(runs, row, budget, key), form) for budget in budgets)]
+        for row in rows
+        if row.startswith("TWA")
+    ]
+    lines.append(["the rival", *(rival(runs, b, key).split(" | ")[0] for b in budgets)])
+    return markdown(("", *budgets), lines)
 
 
 def reached(runs: Runs, row: str) -> str:
     """From which budget on the method is as good as the full run, in the mean."""
     _, budgets = split(runs)
-    full = statistics.mean(run["SGD"]["curve"][-1]["test_accuracy"] for run in runs)
-    means = {b: statistics.mean(v) for b in budgets if (v := of(runs, f"{row} | {b}"))}
-    first = next((b for b in means if means[b] >= full), None)
+    goal = statistics.mean(values(full(runs), "SGD"))
+    means = {b: statistics.mean(v) for b in budgets if (v := values(runs, f"{row} | {b}"))}
+    first = next((b for b in means if means[b] >= goal), None)
     if first:
         share = (HEAD + float(first)) / EPOCHS
         return f"reaches the full run's mean after {first} epochs, {share:.0%} of its epochs"
-    lacks = full - max(means.values())
+    lacks = goal - max(means.values())
     return f"does not reach the full run's mean; at best {lacks:.2f} points are missing"
 
 
@@ -287,33 +291,33 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     left, right = fig.subplots(1, 2)
     curves = [[m["test_accuracy"] for m in run["SGD"]["curve"]] for run in runs]
     mean = [statistics.mean(accuracies) for accuracies in zip(*curves, strict=True)]
-    full = mean[-1]
+    end = mean[-1]
     left.plot(range(1, EPOCHS + 1), mean, color="#7f7f7f", label="SGD, the full run")
     left.axvspan(0, HEAD, color="#f0f0f0")
     marks = {"mean of the last 5": ("s", "C1"), f"{RECIPE} | {SHOWN}": ("*", "C3")}
     for name, (mark, colour) in marks.items():
-        if of(runs, name):
+        if values(runs, name):
             row, _, more = name.partition(" | ")
             label = f"{row}, {more} epochs more" if more else row
             left.plot(
-                HEAD + float(more or 0), statistics.mean(of(runs, name)), mark, color=colour,
+                HEAD + float(more or 0), statistics.mean(values(runs, name)), mark, color=colour,
                 markersize=8 if mark == "s" else 15, label=label, linestyle="none",
             )  # fmt: skip
     left.set(xlabel="epochs", ylabel="test accuracy (%)", title="the head is grey")
     shades = {True: iter(("#ffbb78", "#ff7f0e", "#8c564b")), False: iter(("C0", "C9", "C2", "C4"))}
     for row in rows:
-        there = [b for b in budgets if of(runs, f"{row} | {b}")]
-        means = [statistics.mean(of(runs, f"{row} | {b}")) for b in there]
+        there = [b for b in budgets if values(runs, f"{row} | {b}")]
+        means = [statistics.mean(values(runs, f"{row} | {b}")) for b in there]
         style = "o-" if row.startswith("TWA") else "s--"
         colour = "C3" if row == RECIPE else next(shades[row.startswith("TWA")])
         right.plot([float(b) for b in there], means, style, color=colour, label=row)
         if row == RECIPE and len(runs) > 1:
-            deviations = [statistics.stdev(of(runs, f"{row} | {b}")) for b in there]
+            deviations = [statistics.stdev(values(runs, f"{row} | {b}")) for b in there]
             low, high = (
                 [m + sign * s for m, s in zip(means, deviations, strict=True)] for sign in (-1, 1)
             )
             right.fill_between([float(b) for b in there], low, high, color=colour, alpha=0.15)
-    right.axhline(full, color="#7f7f7f", linestyle=":", label="SGD, the full run")
+    right.axhline(end, color="#7f7f7f", linestyle=":", label="SGD, the full run")
     right.set(
         xscale="log",
         xlabel="epochs after the head",
@@ -321,7 +325,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     )
     right.set_xticks([float(b) for b in budgets], budgets)
     right.minorticks_off()
-    left.set_ylim(full - 12, full + 2)
+    left.set_ylim(end - 12, end + 2)
     for axes in (left, right):
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
         axes.grid(alpha=0.3)
@@ -346,7 +350,7 @@ def rates(runs: Runs, figure: Path) -> list[str]:
 def best_rate(runs: Runs, row: str) -> tuple[str, float]:
     """The best factor in the mean of the seeds, and the points by which the default is below it."""
     _, factors = split(runs)
-    means = {f: statistics.mean(v) for f in factors if (v := of(runs, f"{row} | {f}"))}
+    means = {f: statistics.mean(v) for f in factors if (v := values(runs, f"{row} | {f}"))}
     best = max(means, key=means.get)
     return best, means[best] - means["1"]
 
@@ -370,10 +374,10 @@ def checkpoints(runs: Runs, figure: Path) -> list[str]:
 
 
 def draw_averaging(runs: Runs, path: Path) -> None:
-    """What became of the averaging coefficients, in the first seed."""
+    """The averaging coefficients after training, in the first seed."""
     fig = Figure(figsize=(8, 3.4))
     axes = fig.subplots()
-    for i, saves in enumerate((1, 2, 5)):  # of more, neighbours cancel each other
+    for i, saves in enumerate((1, 2, 5)):  # with more, neighbours cancel each other
         entry = runs[0].get(f"{saves} an epoch | 0")
         if entry:
             alpha = [a * saves for a in entry["averaging_weights"]]
@@ -388,7 +392,7 @@ def draw_averaging(runs: Runs, path: Path) -> None:
 
 def second_order(runs: Runs, figure: Path) -> list[str]:
     lines = choice(runs, "for so many epochs' worth of passes")
-    long, short = of(runs, "SGD | 10"), [of(runs, f"{m} | 1") for m in ("L-BFGS", "Newton")]
+    long, short = values(runs, "SGD | 10"), [values(runs, f"{m} | 1") for m in ("L-BFGS", "Newton")]
     if not (long and all(short)):
         return lines
     gap = statistics.mean(long) - max(map(statistics.mean, short))
@@ -403,22 +407,20 @@ def little(runs: Runs, figure: Path) -> list[str]:
 def cost(runs: Runs, figure: Path) -> list[str]:
     (run, *_) = runs
     steps, sgd = run["process"]["steps_an_epoch"], run["SGD"]["step_ms"]
-    lines = ["| | seconds an epoch | of SGD's | share of a step in the optimizer | coefficients | "]
-    lines[0] += "basis MB | build seconds |"
-    lines.append("| --- " * 7 + "|")
-    for name in ("SGD", *(n for n in run if n.startswith("TWA"))):
-        entry = run[name]
-        cells = [
-            f"{entry['step_ms'] * steps / 1e3:.1f}",
-            f"{entry['step_ms'] / sgd:.2f}",
-            f"{entry['optimizer_ms'] / entry['step_ms']:.1%}",
-            *([f"{entry['coefficients']:,}"] if "coefficients" in entry else [""]),
-            *([f"{entry['basis_bytes'] / 1e6:.1f}"] if "basis_bytes" in entry else [""]),
-            *([f"{entry['build_seconds']:.2f}"] if "build_seconds" in entry else [""]),
-        ]
-        lines.append(f"| {name.replace(' | ', ', by ')} | {' | '.join(cells)} |")
+    columns = {
+        "": lambda name, _: name.replace(" | ", ", by "),
+        "seconds an epoch": lambda _, e: f"{e['step_ms'] * steps / 1e3:.1f}",
+        "of SGD's": lambda _, e: f"{e['step_ms'] / sgd:.2f}",
+        "share of a step in the optimizer": lambda _, e: f"{e['optimizer_ms'] / e['step_ms']:.1%}",
+        "coefficients": lambda _, e: f"{e['coefficients']:,}" if "coefficients" in e else "",
+        "basis MB": lambda _, e: f"{e['basis_bytes'] / 1e6:.1f}" if "basis_bytes" in e else "",
+        "build seconds": lambda _, e: f"{e['build_seconds']:.2f}" if "build_seconds" in e else "",
+    }
+    names = ("SGD", *(name for name in run if name.startswith("TWA")))
+    rows = [[cell(name, run[name]) for cell in columns.values()] for name in names]
     peak = run["process"]["peak_bytes"] / 1e9
-    return [*lines, "", f"The process, PyTorch and the data set included, peaked at {peak:.2f} GB."]
+    end = f"The process, PyTorch and the data set included, peaked at {peak:.2f} GB."
+    return [*markdown([*columns], rows), "", end]
 
 
 def plane(runs: Runs, figure: Path) -> list[str]:
@@ -437,11 +439,48 @@ def plane(runs: Runs, figure: Path) -> list[str]:
     return []
 
 
+def tail_stage() -> list[str]:
+    """SGD, SWA and TWA, from `swa/results/NAME.SEED.json`."""
+    runs: dict[str, Runs] = {}
+    for path in sorted((ROOT / "studies/swa/results").glob("*.json")):
+        name = path.stem.rpartition(".")[0]
+        runs.setdefault(name, []).append(json.loads(path.read_text())["results"])
+    names = [("SGD, rate to 0.01 · lr_init", "sgd", "SGD")]
+    for rate in ("0.05", "0.1"):
+        names += [
+            (f"SGD in the tail (last checkpoint), swa_lr {rate}", f"swa{rate}", "SGD"),
+            (f"SWA, swa_lr {rate}", f"swa{rate}", "SWA"),
+            (f"TWA from the last checkpoint, swa_lr {rate}", f"swa{rate}.paper", "TWA"),
+            (f"TWA from the mean, swa_lr {rate}", f"swa{rate}.mean", "TWA"),
+        ]
+    rows = [
+        (title, *scores(runs[name], solution), f"{runs[name][0][solution]['epochs']:.4g}")
+        for title, name, solution in names
+    ]
+    return markdown(("solution", "test accuracy (%)", "test loss", "epochs"), rows)
+
+
+def soups() -> list[str]:
+    """Soups and what they are made of, from `soup/results/SEED.jsonl`."""
+    runs: Runs = []
+    for path in sorted((ROOT / "studies/soup/results").glob("*.jsonl")):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        runs.append({r["name"]: r | r["test"] for r in records if "models" in r})
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run):
+        validation = [scored["accuracy"] for scored in values(runs, name, "validation")]
+        seconds = values(runs, name, "seconds")
+        rest = (spread(seconds, ".0f"), str(len(seconds)))
+        rows.append((name, spread(validation, ".2f"), *scores(runs, name), *rest))
+    headings = ("validation accuracy", "test accuracy", "test loss", "seconds", "seeds")
+    return markdown(("solution", *headings), rows)
+
+
 SECTIONS = {
     "head": (
         "Head stage",
         "TWA against rivals that spend the same epochs: SGD on all weights from rate 0.05 falling "
-        "linearly to 0, and SGD with its whole schedule squeezed into the epochs of both. The "
+        "linearly to 0, and SGD with its whole schedule in as many epochs as head and budget. The "
         "recipe is AdamW (below one epoch SGD) on a set of coefficients for each channel, from the "
         "mean of the last five; validation images beside the 12,000 chose it.",
         head,
@@ -449,13 +488,13 @@ SECTIONS = {
     "plane": (
         "The loss around the solutions",
         "The training loss on the plane through the head's last checkpoint (SGD), the mean of its "
-        "window (SWA) and TWA's solution after one epoch; 1024 images, first seed.",
+        "checkpoints (SWA) and TWA's solution after one epoch; 1024 images, first seed.",
         plane,
     ),
     "checkpoints": (
         "How many checkpoints, how often",
         "One epoch of TWA from the mean of the head's last two epochs. The figure: the averaging "
-        "coefficients that it ends with, scaled so that windows of any number compare.",
+        "coefficients that it ends with, scaled so that windows of different size can be compared.",
         checkpoints,
     ),
     "rates": (
@@ -472,9 +511,9 @@ SECTIONS = {
     ),
     "little": (
         "Few images, and wrong labels",
-        "For steps worth one epoch, on the training set or on so many images with right labels "
-        "that the run never saw; there batch norm is re-estimated on them, too, as if the training "
-        "data were gone.",
+        "As many steps as one epoch has, on the training set or on so many images with right "
+        "labels that the run never saw; then batch norm is re-estimated on these images as well, "
+        "as if the training data were gone.",
         little,
     ),
     "cost": (
@@ -486,13 +525,14 @@ SECTIONS = {
 OTHERS = (
     (
         "Tail stage: PreResNet20 on FashionMNIST",
-        "Measured by `bash studies/swa/study.sh`; swa/README.md describes it.",
-        "studies/swa/summary.py",
+        "Measured by `bash studies/swa/study.sh`; described in [swa/README.md](../swa/README.md).",
+        tail_stage,
     ),
     (
         "Soups: PreResNet20 on FashionMNIST",
-        "Measured by `bash studies/soup/study.sh`; soup/README.md describes it.",
-        "studies/soup/summary.py",
+        "Measured by `bash studies/soup/study.sh`; described in "
+        "[soup/README.md](../soup/README.md).",
+        soups,
     ),
 )
 
@@ -506,13 +546,12 @@ PAPER = (
 
 def papers() -> list[str]:
     """What the paper's runs would cost: counted operations, nothing that was run."""
-    lines = ["## The paper's own set-up", ""]
-    lines += [
-        "Not run here. The commands are in the README; this is what they take, with operations"
-    ]
-    lines += ["counted by PyTorch on the model and hours for a GPU that sustains 20 TFLOP/s.", ""]
-    lines += ["| model | epochs of SGD + TWA | training operations (10¹⁵) | GPU hours |"]
-    lines += ["| --- | --- | --- | --- |"]
+    note = (
+        "Not run here. The commands are in [README.md](../README.md#the-head-stage) and "
+        "[imagenet.md](imagenet.md); this is what they take, with operations counted by PyTorch on "
+        "the model, and hours for a GPU that sustains 20 TFLOP/s."
+    )
+    rows = []
     for arch, training, epochs, more in PAPER:
         on_imagenet = training == "ImageNet"
         images, size = (1_281_167, 224) if on_imagenet else (50_000, data.DATASETS[training].size)
@@ -523,5 +562,6 @@ def papers() -> list[str]:
         operations = counter.get_total_flops() / 2 * images * (epochs + more)
         name = f"{arch} on {training}"
         hours = operations / 20e12 / 3600
-        lines.append(f"| {name} | {epochs} + {more} | {operations / 1e15:,.0f} | {hours:.1f} |")
-    return lines
+        rows.append((name, f"{epochs} + {more}", f"{operations / 1e15:,.0f}", f"{hours:.1f}"))
+    headings = ("model", "epochs of SGD + TWA", "training operations (10¹⁵)", "GPU hours")
+    return ["## The paper's own set-up", "", fill(note, 98), "", *markdown(headings, rows)]

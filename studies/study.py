@@ -1,4 +1,4 @@
-"""What the studies measure on: a finished SGD run, its checkpoints, and ways to go on from them."""
+"""A finished SGD run, its checkpoints, and ways to train on from them: what the studies measure."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ VALIDATION = 10_000  # training images, the last ones, that settings are chosen 
 
 @dataclass(frozen=True)
 class Data:
-    """A training set: so many images of FashionMNIST, and the share of labels that are wrong."""
+    """A training set: the first images of FashionMNIST, a share of them with wrong labels."""
 
     images: int | None = None  # None: all 60,000
-    noise: float = 0.0
+    noise: float = 0.0  # share of the labels
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """Steps in an epoch."""
         return math.ceil((self.images or 60_000) / BATCH)
 
 
@@ -57,20 +57,23 @@ DATA = {
 
 
 class Bench:
-    """A finished SGD run, its checkpoints, the data, and the measurements that stand.
+    """A finished SGD run, its checkpoints, the data, and the measurements made so far.
 
     Args:
-        part: of the study.
-        name: of the training set, in `DATA`.
-        arch: a name that `models.build` knows.
-        data_dir: where FashionMNIST lies.
+        part: the part of the studies that measures, by its name in `evidence.PARTS`.
+        name: the training set, by its name in `DATA`.
+        arch: an architecture that `models.build` knows.
+        seed: of the SGD run and of everything after it.
+        data_dir: the folder of FashionMNIST.
         chooses: measure on the last training images, which a run on part of them never saw, in
             place of the test images.
 
     Attributes:
-        model, train, judge: what is trained, on what, and on what it is measured.
-        rest: the training images that the run never saw, with clean labels.
+        model: the model that is trained.
+        train, judge: the loaders that it is trained and measured on.
+        rest: the training images that the run never saw, with right labels.
         records: the entries by name.
+        full: the metrics of the full run, one epoch each.
     """
 
     def __init__(
@@ -102,11 +105,11 @@ class Bench:
         return data.Loader(split, BATCH, train=True, seed=self.seed, channels_last=True)
 
     def held_out(self, count: int) -> data.Loader:
-        """So many images, with clean labels, that the run never saw."""
+        """A loader of `count` training images that the run never saw, with right labels."""
         return self._loader(self.rest.part(slice(count)))
 
     def sgd(self, epochs: int, saves: int) -> list[dict]:
-        """The metrics of a whole SGD run of so many epochs, trained unless it stands."""
+        """The metrics of an SGD run with its whole schedule; trains it unless it is finished."""
         folder = self._folder / f"sgd{epochs}"
         metrics = logs.read_lines(folder / "metrics.jsonl")
         if len(metrics) < epochs:
@@ -121,7 +124,7 @@ class Bench:
         return metrics
 
     def window(self, first: int = 0, every: int | None = None) -> list[Path]:
-        """The checkpoints of the head from epoch `first` on, every so many (EVERY), in order."""
+        """Every `every`-th (None: EVERY-th) checkpoint of the head after epoch `first`."""
         every = every or EVERY
         numbers = range(first * SAVES + every, HEAD * SAVES + 1, every)
         return [self._folder / f"sgd{EPOCHS}" / f"{i}.pt" for i in numbers]
@@ -131,29 +134,29 @@ class Bench:
         return average(self.window()[-count:])
 
     def measure(self, name: str, make: Callable[[], dict]) -> None:
-        """Adds the entry `name`, unless it stands."""
+        """Adds what `make` returns as the entry `name`, unless there is one."""
         if name not in self.records:
             self.records[name] = make()
             logs.write_json(self.records, self.path)
             shown = {k: v for k, v in self.records[name].items() if not isinstance(v, list)}
             print(f"{self.path.stem}: {name}: {shown}", flush=True)
 
-    def judged(self, of: data.Loader | None = None) -> dict:
+    def judged(self, loader: data.Loader | None = None) -> dict:
         """Loss and accuracy of the model's weights.
 
         Args:
-            of: the images that batch norm is re-estimated on; the training set if None.
+            loader: the images that batch norm is re-estimated on; the training set if None.
         """
-        reestimate_bn(self.model, of or self.train, amp=True)
+        reestimate_bn(self.model, loader or self.train, amp=True)
         return evaluate(self.model, self.judge, amp=True)
 
-    def solution(self, checkpoint: Checkpoint, of: data.Loader | None = None) -> dict:
-        """What weights that are there are worth."""
+    def solution(self, checkpoint: Checkpoint, loader: data.Loader | None = None) -> dict:
+        """The entry of a checkpoint: its loss and accuracy, as `judged` measures them."""
         load_into(self.model, checkpoint)
-        return self.judged(of) | {"epochs": HEAD}
+        return self.judged(loader) | {"epochs": HEAD}
 
     def trained(self, method: Method, epochs: float = 1) -> dict:
-        """What is made of the method's start point in so many epochs' worth of steps more."""
+        """The entry of a method after as many steps as `epochs` epochs of the training set have."""
         loader = self.train if method.images is None else self.held_out(method.images)
         load_into(self.model, method.start(self))
         started = time.perf_counter()
@@ -174,9 +177,10 @@ class Method:
     """A way to spend epochs after the head.
 
     Attributes:
-        optimizer: from the bench, whose model is at the start point, and the loader that it trains
-            on: what steps on the weights.
-        start: the start point.
+        optimizer: makes the optimizer, from the bench, whose model is at the start point, and the
+            loader that it will train on.
+        start: makes the start point from the bench.
+        schedule: of the rate, by its name in `SCHEDULES`.
         images: held-out images to train on alone; None: the training set.
     """
 
@@ -193,7 +197,11 @@ def fit(
     steps: int,
     schedule: str,
 ) -> float:
-    """So many steps, from epoch 1 of the loader on; returns the mean loss of the last tenth."""
+    """Trains for `steps` steps, from epoch 1 of the loader on.
+
+    Returns:
+        the mean training loss of the last tenth of the steps.
+    """
     scheduler = schedule_of(SCHEDULES[schedule], optimizer, steps)
     losses, epoch = [], 0
     model.train()
@@ -211,7 +219,7 @@ def fit(
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0) -> Tensor:
-    """Adds `share` of the gradient of the mean loss; returns that share of the loss."""
+    """Adds `share` of the mean loss's gradient to the model's; returns that share of the loss."""
     with autocast(images.device, True):
         loss = F.cross_entropy(model(images), labels) * share
     loss.backward()
@@ -219,7 +227,7 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0
 
 
 def sgd(bench: Bench, loader: data.Loader) -> torch.optim.Optimizer:
-    """SGD on all weights from half the head's rate on."""
+    """SGD on all weights, at half the rate of the head."""
     return torch.optim.SGD(bench.model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
 
 
@@ -229,7 +237,7 @@ def twa(
     window: Callable[[Bench], list[Path]] = Bench.window,
     **arguments,
 ) -> Callable[[Bench, data.Loader], TWA]:
-    """TWA at `factor` times the default rate from where the model is."""
+    """Makes TWA at `factor` times the default rate, started from the model's weights."""
 
     def make(bench: Bench, loader: data.Loader) -> TWA:
         momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
@@ -255,7 +263,7 @@ def ema(window: list[Path], decay: float = 0.9) -> dict[str, Tensor]:
 
 
 def write_noisy_labels(source: Path, target: Path, made: Data, seed: int) -> None:
-    """A copy of FashionMNIST in which a share of the first labels is one of the other nine."""
+    """Copies FashionMNIST to `target`, a share of the first labels replaced by another."""
     raw = target / "FashionMNIST/raw"
     if raw.exists():
         return

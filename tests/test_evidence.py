@@ -1,4 +1,4 @@
-"""The studies behind RESULTS.md, small, and the page that is written from their results."""
+"""The studies behind docs/RESULTS.md, on a small scale, and the page written from their results."""
 
 import json
 from functools import partial
@@ -98,7 +98,7 @@ def small(tmp_path_factory):
         yield partial(study.Bench, arch=CNN, seed=1, data_dir=folder / "datasets")
 
 
-def test_a_study_stands_once_it_is_measured(small, capfd):
+def test_what_is_measured_is_not_measured_again(small, capfd):
     bench = small("head", "tiny")
     evidence.head(bench)
     written = json.loads(bench.path.read_text())
@@ -115,7 +115,7 @@ def test_a_study_stands_once_it_is_measured(small, capfd):
     assert bench.path.stat().st_mtime_ns == first
 
 
-def test_a_way_to_go_on_is_the_same_when_it_is_taken_again(small):
+def test_a_method_gives_the_same_result_twice(small):
     bench = small("head", "tiny")
     for method in evidence.METHODS.values():
         again = [bench.trained(method, 1) for _ in range(2)]

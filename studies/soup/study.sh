@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The study behind the table in README.md: soups of 12 models on FashionMNIST with PreResNet20.
+# The study of the fine-tune stage: soups of 12 models on FashionMNIST with PreResNet20.
 #
 #     bash study.sh [SEED ...]        seeds 1 2 3 if left out; about 15 minutes of one core each
 #
-# What stands already is left alone, so it can be stopped and started at will, and several seeds can
-# run side by side (OMP_NUM_THREADS=1 then). Prints the table at the end (python summary.py).
+# What is finished is not run again, so it can be stopped and started at will, and several seeds can
+# run side by side (OMP_NUM_THREADS=1 then). Ends with the table in docs/RESULTS.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../../env.sh
@@ -19,16 +19,16 @@ mkdir -p results
 [ $# -gt 0 ] || set -- 1 2 3
 for seed; do
     dir=../../results/soup_study/$seed
-    common="--datasets FashionMNIST --data-dir ../../datasets --arch PreResNet20 --batch-size 128 --amp
-        --val-ratio 10 --randomseed $seed -p 100"
+    common="--datasets FashionMNIST --data-dir ../../datasets --arch PreResNet20 --batch-size 128
+        --amp --val-ratio 10 --randomseed $seed -p 100"
     "$PYTHON" -u ../../train_sgd_cifar.py $common --split --epochs $base_epochs $base \
         --save-dir "$dir/checkpoints" --log-dir "$dir" --resume
-    "$PYTHON" -u ../../soup/finetune.py $common --base "$dir/checkpoints/$base_epochs.pt" $finetune \
-        --save-dir "$dir/models"
+    "$PYTHON" -u ../../soup/finetune.py $common --base "$dir/checkpoints/$base_epochs.pt" \
+        $finetune --save-dir "$dir/models"
     for kind in "t v" "v --granularity layer" "v --granularity layer --bits 4"; do
-        "$PYTHON" -u ../../soup/soup.py $common --checkpoints "$dir/models/*.pt" --log-dir "$dir" $soup \
-            --twa $kind
+        "$PYTHON" -u ../../soup/soup.py $common --checkpoints "$dir/models/*.pt" --log-dir "$dir" \
+            $soup --twa $kind
         cp "$dir/results.jsonl" "results/$seed.jsonl"
     done
 done
-"$PYTHON" summary.py
+"$PYTHON" ../evidence.py report

@@ -1,48 +1,49 @@
 #!/usr/bin/env bash
-# The study behind the table in README.md: SGD, SWA and TWA on FashionMNIST with PreResNet20.
+# The study of the tail stage: SGD, SWA and TWA on FashionMNIST with PreResNet20.
 #
 #     bash study.sh [SEED ...]        seeds 1 2 3 if left out; about 45 minutes of one core each
 #
-# Each part that stands already is left alone, so it can be stopped and started at will, and
-# several seeds can run side by side. Prints the table at the end (python summary.py).
+# What is in results/ is not run again, so it can be stopped and started at will, and several seeds
+# can run side by side (OMP_NUM_THREADS=1 then). Ends with the table in docs/RESULTS.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../../env.sh
 
 epochs=10 swa_start=5
-common="--dataset FashionMNIST --data_path ../../datasets --model PreResNet20 --epochs $epochs
-    --lr_init 0.1 --wd 1e-4 --batch_size 128 --amp -p 1000 --resume"
-study=../../results/swa_study
+work=../../results/swa_study
 mkdir -p results
 
-# A run of train_twa.py over the tail of $1 with the seed $2, its results kept as $1.$2.$3.json.
-twa() {
-    local dir=$study/$1.$2 kept=results/$1.$2.$3.json
+# sgd NAME [FLAGS]: a run of swa/train.py in $work/NAME.SEED; its results are NAME.SEED.json.
+sgd() {
+    local dir=$work/$1.$seed kept=results/$1.$seed.json
     [ -e "$kept" ] && return
-    "$PYTHON" -u ../../train_twa.py --datasets FashionMNIST --data-dir ../../datasets --arch PreResNet20 \
-        --params_start $swa_start --params_end $((epochs + 1)) --batch-size 128 --amp -p 1000 \
-        --randomseed "$2" --save-dir "$dir/checkpoints" --log-dir "$dir" "${@:4}"
-    cp "$dir/twa.json" "$kept"
+    "$PYTHON" -u ../../swa/train.py --dir "$dir" --dataset FashionMNIST --data_path ../../datasets \
+        --model PreResNet20 --epochs $epochs --lr_init 0.1 --wd 1e-4 --batch_size 128 --amp \
+        --seed "$seed" -p 1000 --resume "${@:2}"
+    cp "$dir/swa.json" "$kept"
+}
+
+# twa RUN NAME FLAGS: train_twa.py over the tail of the run RUN; its results are RUN.NAME.SEED.json.
+twa() {
+    local dir=$work/$1.$seed kept=results/$1.$2.$seed.json
+    [ -e "$kept" ] && return
+    "$PYTHON" -u ../../train_twa.py --datasets FashionMNIST --data-dir ../../datasets \
+        --arch PreResNet20 --params_start $swa_start --params_end $((epochs + 1)) --epochs 1 \
+        --lr 0.37 --batch-size 128 --amp --randomseed "$seed" -p 1000 --resume "${@:3}" \
+        --save-dir "$dir/checkpoints" --log-dir "$dir" --out "$dir/$2"
+    cp "$dir/$2/twa.json" "$kept"
 }
 
 [ $# -gt 0 ] || set -- 1 2 3
 for seed; do
     for swa_lr in 0.05 0.1; do
-        dir=$study/swa$swa_lr.$seed kept=results/swa$swa_lr.$seed.json
-        [ -e "$kept" ] || "$PYTHON" -u ../../swa/train.py --dir "$dir" $common --seed "$seed" \
-            --swa --swa_start $swa_start --swa_lr $swa_lr --eval_freq 5
-        [ -e "$kept" ] || cp "$dir/swa.json" "$kept"
-        # The paper's choices but for the rate (started at the last checkpoint, step schedule), then
-        # from the mean of the window.
-        twa swa$swa_lr "$seed" paper --epochs 1 --schedule step --train_start $epochs --wd 5e-5 --lr 0.37
-        twa swa$swa_lr "$seed" mean --epochs 1 --schedule linear --train_start -1 --lr 0.37
+        run=swa$swa_lr
+        sgd $run --swa --swa_start $swa_start --swa_lr $swa_lr --eval_freq 5
+        # The paper's choices but for the rate: from the last checkpoint, step schedule.
+        twa $run paper --schedule step --train_start $epochs --wd 5e-5
+        twa $run mean --schedule linear --train_start -1
     done
+    # The usual alternative to a tail: the rate falls to 0.01 · lr_init over all epochs.
+    sgd sgd
 done
-
-# The usual alternative to a tail: the rate falls to 0.01 · lr_init over all epochs.
-for seed; do
-    dir=$study/sgd.$seed kept=results/sgd.$seed.json
-    [ -e "$kept" ] || "$PYTHON" -u ../../swa/train.py --dir "$dir" $common --seed "$seed"
-    [ -e "$kept" ] || cp "$dir/swa.json" "$kept"
-done
-"$PYTHON" summary.py
+"$PYTHON" ../evidence.py report
