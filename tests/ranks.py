@@ -27,21 +27,37 @@ from training import ranks
 from twa import TWA, CheckpointError, Subspace
 from twa.sharding import local
 
-# By the name of a case: the model's function and the basis.
+PAPER = {"base": torch.optim.SGD, "extract": "Schmidt", "lr": 0.01, "momentum": 0.9}
+# By the name of a case: the model's function and what TWA is given.
 CASES = {
     "model": ("uneven", {}),
     "layer": ("uneven", {"granularity": "layer"}),
     "channel": ("uneven", {"granularity": "channel"}),
-    "SVD": ("uneven", {"extract": "SVD", "components": 3}),
-    "SVD by layer": ("uneven", {"extract": "SVD", "components": 2, "granularity": "layer"}),
-    "8 bits by layer, uneven": ("uneven", {"bits": 8, "granularity": "layer"}),
-    "8 bits": ("preresnet", {"bits": 8, "lr": 1e-3}),
-    "8 bits by layer": ("preresnet", {"bits": 8, "granularity": "layer", "lr": 1e-4}),
-    "8 bits by channel": ("preresnet", {"bits": 8, "granularity": "channel", "lr": 1e-5}),
+    "3 directions": ("uneven", {"components": 3}),
+    "8 bits": ("preresnet", {"bits": 8}),
+    "8 bits by layer": ("preresnet", {"bits": 8, "granularity": "layer"}),
+    "Schmidt": ("uneven", PAPER),
+    "Schmidt by layer": ("uneven", PAPER | {"granularity": "layer"}),
+    "Schmidt by channel": ("uneven", PAPER | {"granularity": "channel"}),
+    "SVD": ("uneven", PAPER | {"extract": "SVD", "components": 3}),
+    "SVD by layer": (
+        "uneven",
+        PAPER | {"extract": "SVD", "components": 2, "granularity": "layer"},
+    ),
+    "Schmidt, 8 bits by layer, uneven": ("uneven", PAPER | {"bits": 8, "granularity": "layer"}),
+    "Schmidt, 8 bits": ("preresnet", PAPER | {"bits": 8, "lr": 1e-3}),
+    "Schmidt, 8 bits by layer": (
+        "preresnet",
+        PAPER | {"bits": 8, "granularity": "layer", "lr": 1e-4},
+    ),
+    "Schmidt, 8 bits by channel": (
+        "preresnet",
+        PAPER | {"bits": 8, "granularity": "channel", "lr": 1e-5},
+    ),
 }
 STEPS, BATCH, CHECKPOINTS = 20, 12, 7
 # The case whose basis is given away too: it is the smallest of those that round.
-ROUNDED = "8 bits by layer, uneven"
+ROUNDED = "Schmidt, 8 bits by layer, uneven"
 
 
 def uneven() -> nn.Module:
@@ -116,9 +132,7 @@ def train(folder: Path, name: str, options: dict) -> dict:
         model(torch.zeros(1, 1, 8, 8))  # leaves the weights gathered
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = TWA(
-            model, checkpoints(folder, name), **({"lr": 0.01, "momentum": 0.9} | options)
-        )
+        optimizer = TWA(model, checkpoints(folder, name), **options)
     start, subspace = whole(model), optimizer.subspace
     basis = None
     if (name, options) == CASES[ROUNDED]:
@@ -135,6 +149,7 @@ def train(folder: Path, name: str, options: dict) -> dict:
         "coefficients": optimizer.coefficients.detach(),
         "start coefficients": state["start_coefficients"],
         "basis": basis,
+        "spread": subspace.spread,
         "averaging weights": optimizer.averaging_weights(),
         "start": start,
         "weights": whole(model),

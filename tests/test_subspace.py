@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from twa import TWA, CheckpointError, Subspace, memory, storage, subspace
+from twa import TWA, CheckpointError, Subspace, storage, subspace
 from twa.checkpoints import average
 from twa.storage import Compressed
 
@@ -476,8 +476,8 @@ def test_another_architecture_is_refused_with_key_and_shapes():
 def test_too_little_memory_is_refused_before_anything_is_read_and_says_what_fits(monkeypatch):
     model = nn.Linear(1000, 100, bias=False)
     states = walk(model, 1) * 60
-    monkeypatch.setattr(memory, "available", lambda device: 10_000_000)
-    monkeypatch.setattr(subspace._Window, "_hold", lambda *a: pytest.fail("read a checkpoint"))
+    monkeypatch.setattr(subspace, "_free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(subspace._Window, "_read", lambda *a: pytest.fail("read a checkpoint"))
     with pytest.raises(MemoryError) as error:
         Subspace(model, states)
     message = str(error.value)

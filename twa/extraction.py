@@ -62,22 +62,28 @@ def gram_schmidt(products: Products, single: bool = True) -> tuple[Tensor, Tenso
     correction, kept = _gram_schmidt_dropping(gram, factor, DEPENDENT * norms)
     transform = correction @ transform
     if _amplifications(correction, gram).max() > AMPLIFICATION:
-        transform = _reorthonormalise(transform, products(transform, torch.float64))
+        transform = _orthonormalising(products(transform, torch.float64)) @ transform
     return transform, kept, torch.float64
 
 
-def principal_directions(products: Products, components: int) -> Tensor:
-    """The leading principal directions of the window, centred on its mean; then the mean.
+def principal_directions(
+    products: Products, components: int, mean: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The leading principal directions of the window centred on its mean, and its spread there.
 
-    The mean is kept as one direction more: what is left of it outside the span of the others. The
-    sign of a principal direction is such that its largest averaging weight is positive.
+    Directions along which the checkpoints spread by no more than rounding are left out. The sign
+    of a direction is such that the last of its largest averaging weights is positive.
 
     Args:
-        components: how many principal directions to keep; a block that has fewer keeps these.
+        components: how many directions to keep, at most n; a block that has fewer keeps these.
+        mean: whether one row follows for the mean: what is left of it outside the span of the
+            directions, normalised.
 
     Returns:
-        T with `P = T X`, float64 [blocks, min(components + 1, n), n]; zero rows where a block has
-        fewer directions.
+        T with `P = T X`, float64 [blocks, components, n], with the mean one row more; zero rows
+        where a block has no such direction. And the standard deviation of the checkpoints along
+        each direction (the root of their mean square, about the mean), float64 [blocks,
+        components]; 0 for zero rows.
     """
     gram = products(None, torch.float64)
     n = gram.shape[1]
@@ -87,20 +93,35 @@ def principal_directions(products: Products, components: int) -> Tensor:
     values, vectors = torch.linalg.eigh(centring @ gram @ centring.mT)
     floor = DEPENDENT**2 * torch.maximum(_norms(gram).amax(dim=1).square(), values[:, -1])
     values, vectors = values.flip(1)[:, :components], vectors.flip(2)[:, :, :components]
-    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
-    scale = torch.where(values > floor[:, None], values, torch.inf).rsqrt()
-    directions = (vectors * largest).mT @ centring * scale[:, :, None]
+    values = values.where(values > floor[:, None], 0)
+    directions = (vectors * _signs(vectors)).mT @ centring * _rsqrt(values)[:, :, None]
+    rows, limit = directions, AMPLIFICATION
+    if mean:  # Whether it is dependent is told by a square as small as DEPENDENT².
+        row = mean_row(gram)
+        row = row * _rsqrt(row @ gram @ row.mT)
+        rows, limit = torch.cat([directions, row], dim=1), SMALL_AMPLIFICATION
+    if _amplifications(rows, gram).max() > limit:
+        gram = products(rows, torch.float64)
+    else:
+        gram = rows @ gram @ rows.mT
+    count = directions.shape[1]
+    correction = _orthonormalising(gram[:, :count, :count])
+    transform = directions = correction @ directions
+    if mean:
+        along = gram[:, count:, :count] @ correction.mT
+        square = gram[:, count:, count:] - along @ along.mT
+        square = square.where(square > DEPENDENT**2, 0)
+        transform = torch.cat([directions, (row - along @ directions) * _rsqrt(square)], dim=1)
+    return transform, (values / n).sqrt()
 
-    mean = torch.full_like(gram[:, :1], 1 / n).flip(2).cumsum(2).flip(2)
-    for _ in range(2):  # The second time removes the rounding errors of the first.
-        mean = mean - mean @ gram @ directions.mT @ directions
-    square = mean @ gram @ mean.mT
-    mean = mean * torch.where(square > floor[:, None, None], square, torch.inf).rsqrt()
-    transform = torch.cat([directions, mean], dim=1)
-    transform = _zero_rows_last(transform, (transform != 0).any(dim=2))[:, :n]
-    if _amplifications(transform, gram).max() > AMPLIFICATION:
-        transform = _reorthonormalise(transform, products(transform, torch.float64))
-    return transform
+
+def mean_row(like: Tensor) -> Tensor:
+    """The transform whose one row `T X` is the mean of the checkpoints: float64 [blocks, 1, n].
+
+    Args:
+        like: [blocks, rows, n].
+    """
+    return torch.full_like(like[:, :1], 1 / like.shape[2]).flip(2).cumsum(2).flip(2)
 
 
 def of_checkpoints(transform: Tensor) -> Tensor:
@@ -139,13 +160,15 @@ def _inverse(factor: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 
 
-def _reorthonormalise(transform: Tensor, gram: Tensor) -> Tensor:
-    """`transform`, whose rows `T X` have the inner products `gram`, made orthonormal to rounding.
+def _orthonormalising(gram: Tensor) -> Tensor:
+    """The matrix that makes rows with the inner products `gram` orthonormal to rounding.
 
-    For rows that nearly are.
+    For rows that nearly are; zero rows stay as they are.
     """
-    empty = (transform == 0).all(dim=2)
-    return _inverse(torch.linalg.cholesky(gram + torch.diag_embed(empty.to(gram)))) @ transform
+    empty = gram.diagonal(dim1=1, dim2=2) == 0
+    matrix, regular = _cholesky(gram + torch.diag_embed(empty.to(gram)), gram.new_tensor(0.5))
+    matrix[~regular] = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return matrix
 
 
 def _gram_schmidt_dropping(
@@ -181,6 +204,22 @@ def _gram_schmidt_dropping(
         difference[keep[:, i]] = 0
     transform[~regular], kept[~regular] = _zero_rows_last(rows, keep), keep
     return transform, kept
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    """1 or -1 for each column of `vectors` [blocks, n, columns]: that of its largest element.
+
+    Of equally large ones, which rounding may put in any order, it is the last.
+    """
+    sizes = vectors.abs()
+    largest = sizes >= 0.999 * sizes.amax(dim=1, keepdim=True)
+    last = largest.shape[1] - 1 - largest.flip(1).int().argmax(dim=1, keepdim=True)
+    return vectors.gather(1, last).sign()
+
+
+def _rsqrt(values: Tensor) -> Tensor:
+    """`1 / sqrt(values)`, and 0 where a value is not positive."""
+    return values.where(values > 0, torch.inf).rsqrt()
 
 
 def _zero_rows_last(transform: Tensor, kept: Tensor) -> Tensor:

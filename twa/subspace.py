@@ -1,10 +1,10 @@
 """The basis of the subspace that a window of checkpoints spans.
 
 The n checkpoints, flattened, are the rows of `W ∈ R^{n×D}`; `Subspace` turns them into the
-orthonormal rows of `P = T W`, by Gram–Schmidt or as the window's principal directions. T comes
-from n×n inner products in float64 (`twa.extraction`), so the long dimension is passed over twice,
-in cache-sized chunks: once for the inner products, once to apply T. Where checkpoints are close to
-dependent, the inner products are taken again, up to three times.
+orthonormal rows of `P = T W`, the window's principal directions or, by Gram–Schmidt, those of the
+paper. T comes from n×n inner products in float64 (`twa.extraction`), so the long dimension is
+passed over twice, in cache-sized chunks: once for the inner products, once to apply T. Where
+checkpoints are close to dependent, the inner products are taken again, up to three times.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import psutil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from twa import extraction, memory
+from twa import extraction
 from twa.checkpoints import Checkpoint, CheckpointError
 from twa.columns import Blocks, Columns
 from twa.sharding import Ranks, local
 from twa.storage import TILE, Compressed, Dense
 
-EXTRACTS = ("Schmidt", "SVD")
+EXTRACTS = ("PCA", "Schmidt", "SVD")
 BITS = (32, 16, 8, 4)
 GRANULARITIES = ("model", "layer", "channel")
 
@@ -37,7 +38,7 @@ PARTS = 8
 SMALL = 2**26
 
 
-def _exactly(method: Callable) -> Callable:
+def _full_precision(method: Callable) -> Callable:
     """`method` without gradients, and without a caller's autocast, which would round products."""
 
     @functools.wraps(method)
@@ -51,7 +52,18 @@ def _exactly(method: Callable) -> Callable:
 
 
 class Subspace:
-    """An orthonormal basis of the span of checkpoints, and products with it.
+    """A basis of the subspace that checkpoints span, and products with it.
+
+    Coefficients c stand for the weights `w = o + Pᵀ (σ ∘ c)`, P with orthonormal rows, block by
+    block. What they count in is a matter of `extract`:
+
+    - "PCA": rows of P are the principal directions p_i of the window, σ_i is the standard
+      deviation of its checkpoints along p_i, and the origin o is their mean. So a coefficient
+      counts in the spread of the window: over the checkpoints, each has mean 0 and variance 1.
+    - "Schmidt": rows of P come from Gram–Schmidt in the order of the checkpoints (Section 3 of
+      Li et al., ICLR 2023); σ = 1 and o = 0, so coefficients count in the units of the weights.
+    - "SVD": the leading principal directions, then what the mean has outside their span as one
+      direction more; σ = 1 and o = 0.
 
     Args:
         model: its trainable parameters are the columns, and their device is the basis's. Where
@@ -59,15 +71,12 @@ class Subspace:
             below is their number; what is called here is then called on every rank.
         checkpoints: n paths or `state_dict`s, in the order of training; buffers and frozen
             parameters are ignored. They are read one at a time, and once where the basis is built
-            in place ("Schmidt" at 32 bits); else in up to eight parts, and blocks larger than a
-            part once for each pass over them.
-        extract: "Schmidt", Gram–Schmidt in the order of the checkpoints (Section 3 of Li et al.,
-            ICLR 2023); or "SVD", the principal directions of the window.
-        components: for "SVD", how many of the leading principal directions of the window centred
-            on its mean are kept in each block (fewer where a block has no more). What the mean
-            has outside their span follows as one direction more, so that the mean, the SWA
-            solution, is in the span.
-        bits: of a stored element, 32, 16, 8 or 4. Below 32 the rows are orthonormal up to the
+            in place (32 bits and no fewer components than there are); else in up to eight parts,
+            and blocks larger than a part once for each pass over them.
+        extract: "PCA", "Schmidt" or "SVD", as above.
+        components: how many of the leading principal directions are kept in each block (fewer
+            where a block has no more); for "PCA" all n - 1 if None; "SVD" needs a number.
+        bits: of a stored element of P, 32, 16, 8 or 4. Below 32 the rows are orthonormal up to the
             rounding of their elements, and `project` remains the exact adjoint of `expand`.
         granularity: "model", "layer" or "channel": what has a basis and coefficients of its own.
             A layer is a module that owns parameters; one with vectors alone, such as batch norm,
@@ -76,15 +85,18 @@ class Subspace:
 
     Attributes:
         parameters: the model's trainable parameters behind the columns, in order.
-        dropped: names (path, or index of a `state_dict`) of the checkpoints left out of the basis
-            because in every block they depend linearly on the ones before them.
+        spread: σ, float32 [len(self)]; None for "Schmidt" and "SVD".
+        mean: the mean of the checkpoints, float32 [D]; None for "Schmidt" and "SVD".
+        dropped: names (path, or index of a `state_dict`) of the checkpoints that "Schmidt" left
+            out because in every block they depend linearly on the ones before them.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, does not fit the model, or holds NaN or
             infinity.
         MemoryError: the basis does not fit into the memory that is free.
-        ValueError: an argument is out of its range, no checkpoint was given, or the model has no
-            trainable parameters, or some that are complex or not in its `state_dict`.
+        ValueError: an argument is out of its range, no checkpoint was given, for "PCA" no two that
+            differ, or the model has no trainable parameters, or some that are complex or not in
+            its `state_dict`.
     """
 
     def __init__(
@@ -92,40 +104,43 @@ class Subspace:
         model: nn.Module,
         checkpoints: Sequence[Checkpoint],
         *,
-        extract: str = "Schmidt",
+        extract: str = "PCA",
         components: int | None = None,
         bits: int = 32,
         granularity: str = "model",
     ):
         _check_arguments(checkpoints, extract, components, bits, granularity)
-        self._granularity = granularity
+        self._extract, self._granularity = extract, granularity
         self._columns = Columns(model)
         self.parameters = self._columns.parameters
         device, total = self.parameters[0].device, self._columns.total
         self._ranks = self._columns.ranks
         blocks, self._count = self._columns.blocks(granularity)
         n = len(checkpoints)
-        _check_memory(n, total, bits, components, device, self._ranks)
+        _check_memory(n, total, extract, bits, components, device, self._ranks)
 
-        height = _height(n, components)
+        height = _height(n, extract, components)
         chunk = max(1, CHUNK.get(device.type, CHUNK["cpu"]) // n)
-        in_place = _in_place(bits, components, device)
+        in_place = _in_place(n, height, bits, device)
         width = total if in_place else _width(n, total, chunk)
-        window = _Window(self._columns, checkpoints, width, chunk, _workplace(device))
+        window = _Window(self._columns, checkpoints, width, chunk, _build_device(device))
         if bits < 32:
             self._storage = Compressed(bits, height, blocks, self._count, total, device)
         else:
             rows = (
-                window.rows
+                window.rows[:height]
                 if in_place
                 else torch.empty(height, total, dtype=torch.float32, device=device)
             )
             self._storage = Dense(rows, blocks, self._count)
-        # From checkpoints to basis, [blocks, height, n]; float32 where there are many channels.
+        self.mean = None
+        if extract == "PCA":  # In place, the directions leave the last row of the window free.
+            self.mean = window.rows[-1] if in_place else self.empty()
+        # From checkpoints to the rows σP, [blocks, height, n]; float32 where channels are many.
         self._transforms: list[tuple[Blocks, Tensor]] = []
         dtype = torch.float32 if granularity == "channel" else torch.float64
         used = torch.zeros(n, dtype=torch.float32, device="cpu")
-        real = torch.zeros(self._count, height, dtype=torch.float32, device="cpu")
+        spread = torch.zeros(self._count, height, dtype=torch.float32, device="cpu")
         with tqdm(
             desc="building the basis",
             total=2 * total,
@@ -134,11 +149,12 @@ class Subspace:
             disable=None if self._ranks.first else True,
         ) as bar:
             for batch in (part for group in blocks for part in group.split(chunk)):
-                weights, kept = self._extract(batch, window, components, bar)
+                weights, of_batch, kept = self._build(batch, window, height, bar)
                 self._transforms.append((batch, weights.to(dtype)))
                 used += kept
-                real[batch.numbers] = (weights != 0).any(dim=2).float()
-        self._number_coefficients(real)
+                if self._ranks.first or not batch.shared:  # What all ranks know counts once.
+                    spread[batch.numbers] = of_batch.float()
+        self._number_coefficients(spread)
         used = self._ranks.sum(used.to(device)).tolist()
         self.dropped = [name for name, use in zip(window.names, used, strict=True) if not use]
         if self.dropped and self._ranks.first:
@@ -148,22 +164,23 @@ class Subspace:
                 stacklevel=2,
             )
 
-    @_exactly
-    def _extract(
-        self, batch: Blocks, window: _Window, components: int | None, bar: tqdm
-    ) -> tuple[Tensor, Tensor]:
+    @_full_precision
+    def _build(
+        self, batch: Blocks, window: _Window, height: int, bar: tqdm
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Appends the basis of the blocks in `batch` to the storage.
 
         Returns:
-            the transform from checkpoints to basis, float64 [blocks, height, n], and which
-            checkpoints are in it, bool [n], both on the CPU.
+            the transform from checkpoints to the rows σP, float64 [blocks, height, n]; σ, float64
+            [blocks, height], 1 where the coefficients have no unit of their own, and 0 where a
+            block has no such row; and which checkpoints are in the basis, bool [n]. On the CPU.
         """
         device, n = window.rows.device, len(window.rows)
 
         def products(transform: Tensor | None, dtype: torch.dtype) -> Tensor:
-            height = n if transform is None else transform.shape[1]
-            total = torch.zeros(batch.count, height, height, dtype=torch.float64, device=device)
-            for rows in window.differences(batch, _precise(dtype, device)):
+            rank = n if transform is None else transform.shape[1]
+            total = torch.zeros(batch.count, rank, rank, dtype=torch.float64, device=device)
+            for _, rows in window.differences(batch, _precise(dtype, device)):
                 if transform is not None:
                     rows = transform @ rows
                 total += rows @ rows.mT
@@ -176,31 +193,45 @@ class Subspace:
                 raise CheckpointError(f"{name}: holds NaN or infinity")
             return total
 
-        if components is None:
+        dtype, kept = torch.float64, torch.ones(1, n, dtype=torch.bool, device=device)
+        if self._extract == "Schmidt":
             single = _precise(torch.float32, device) == torch.float32
             transform, kept, dtype = extraction.gram_schmidt(products, single)
+        elif self._extract == "SVD":
+            transform, _ = extraction.principal_directions(products, height - 1, mean=True)
         else:
-            transform, dtype = extraction.principal_directions(products, components), torch.float64
-            kept = torch.ones(1, n, dtype=torch.bool, device=device)
+            transform, spread = extraction.principal_directions(products, height)
+        if self._extract != "PCA":
+            spread = (transform != 0).any(dim=2).double()
+        rows_of = transform
+        if self.mean is not None:
+            rows_of = torch.cat([transform, extraction.mean_row(transform)], dim=1)
         dtype = _precise(dtype, device)
-        for differences in window.differences(batch, dtype):
-            rows = transform.to(dtype) @ differences
-            rows = rows.transpose(0, 1).flatten(1).float()
-            self._storage.append(rows.to(self.parameters[0].device))
+        for start, differences in window.differences(batch, dtype):
+            rows = rows_of.to(dtype) @ differences
+            rows = rows.transpose(0, 1).flatten(1).float().to(self.parameters[0].device)
+            self._storage.append(rows[:height])
+            if self.mean is not None:
+                self.mean[start : start + rows.shape[1]] = rows[-1]
             bar.update(rows.shape[1])
-        weights = extraction.of_checkpoints(transform).masked_fill_(~kept[:, None], 0)
-        return weights.cpu(), kept.any(dim=0).cpu()
+        weights = extraction.of_checkpoints(spread[:, :, None] * transform)
+        return weights.masked_fill_(~kept[:, None], 0).cpu(), spread.cpu(), kept.any(dim=0).cpu()
 
-    def _number_coefficients(self, real: Tensor) -> None:
+    def _number_coefficients(self, spread: Tensor) -> None:
         """Numbers the rows that are there: in a block, those beyond its rank are zero.
 
         Args:
-            real: [blocks, height], larger than 0 for the rows of this rank's blocks that are there.
+            spread: σ [blocks, height] of the blocks that this rank is to tell the others of; 0
+                where there is no row.
         """
-        self._shape = real.shape
-        real = self._ranks.sum(real.to(self.parameters[0].device)).flatten() > 0
-        self._length = int(real.sum())
-        self._index = real.nonzero()[:, 0] if self._length < len(real) else None
+        self._shape = spread.shape
+        spread = self._ranks.sum(spread.to(self.parameters[0].device)).flatten()
+        there = spread.nonzero()[:, 0]
+        if self._extract == "PCA" and not len(there):
+            raise ValueError("the checkpoints do not differ: there is nothing to average")
+        self._length = len(there)
+        self._index = there if self._length < len(spread) else None
+        self.spread = spread[there] if self._extract == "PCA" else None
 
     def __len__(self) -> int:
         """The number of coefficients, all blocks together."""
@@ -208,12 +239,12 @@ class Subspace:
 
     @property
     def nbytes(self) -> int:
-        """The memory of the stored basis in bytes, scales included; on this rank."""
-        return self._storage.nbytes
+        """The memory of the stored basis in bytes, with scales and the mean; on this rank."""
+        return self._storage.nbytes + (0 if self.mean is None else self.mean.nbytes)
 
-    @_exactly
+    @_full_precision
     def project(self, gradients: Tensor) -> Tensor:
-        """`P g`: the gradient with respect to the coefficients.
+        """`σ ∘ P g`: the gradient with respect to the coefficients.
 
         Args:
             gradients: float32 [D], in the order of the columns.
@@ -222,11 +253,12 @@ class Subspace:
             float32 [len(self)], the coefficients of all blocks one after the other.
         """
         products = self._ranks.sum(self._storage.project(gradients)).flatten()
-        return products if self._index is None else products[self._index]
+        products = products if self._index is None else products[self._index]
+        return products if self.spread is None else products * self.spread
 
-    @_exactly
+    @_full_precision
     def expand(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
-        """`Pᵀ β`: weights from coefficients.
+        """`Pᵀ (σ ∘ c)`: weights from coefficients c, less the origin.
 
         Args:
             coefficients: float32 [len(self)].
@@ -237,19 +269,47 @@ class Subspace:
             float32 [D], in the order of the columns; `out` if given.
         """
         out = self.empty() if out is None else out
-        self._storage.expand(self._by_block(coefficients), out)
+        scaled = coefficients if self.spread is None else coefficients * self.spread
+        self._storage.expand(self._by_block(scaled), out)
         return out
 
-    @_exactly
+    @_full_precision
+    def coordinates(self, weights: Tensor) -> Tensor:
+        """The coefficients of the point of the subspace that is nearest to `weights`.
+
+        Args:
+            weights: float32 [D], in the order of the columns.
+
+        Returns:
+            float32 [len(self)].
+        """
+        weights = weights if self.mean is None else weights - self.mean
+        square = 1 if self.spread is None else self.spread.square()
+        coefficients = self.project(weights) / square
+        # Once more on what is left, against the rounding of a sum as long as the model.
+        rest = self.expand(coefficients)
+        torch.sub(weights, rest, out=rest)
+        return coefficients + self.project(rest) / square
+
+    @_full_precision
+    def limit(self, coefficients: Tensor, radius: float) -> None:
+        """Scales those of each block, in place, so that their root mean square is ≤ `radius`."""
+        padded = self._by_block(coefficients)
+        sizes = self._by_block(torch.ones_like(coefficients)).sum(1)
+        factors = radius / (padded.square().sum(1) / sizes).sqrt()
+        factors = factors.clamp(max=1)[:, None].expand(self._shape).flatten()
+        coefficients *= factors if self._index is None else factors[self._index]
+
+    @_full_precision
     def averaging_weights(self, coefficients: Tensor) -> Tensor:
-        """α with `w = Σ α_i w_i`, where `w` is `expand(coefficients)`.
+        """α with `w = Σ α_i w_i`, where `w` is the origin and `expand(coefficients)`.
 
         Args:
             coefficients: float32 [len(self)].
 
         Returns:
             float64 on the CPU, [checkpoints] at granularity "model", else [blocks, checkpoints].
-            Zero where a checkpoint was dropped.
+            They sum to 1 for "PCA". Zero where a checkpoint was dropped.
         """
         coefficients = self._by_block(coefficients).cpu()
         shape = (self._count, self._transforms[0][1].shape[2])
@@ -261,6 +321,8 @@ class Subspace:
                 )[:, 0].double()
         if self._ranks.count > 1:  # NCCL sums on its devices alone; MPS has no float64.
             weights = self._ranks.sum(weights.to(self.parameters[0].device)).cpu()
+        if self.mean is not None:
+            weights += 1 / weights.shape[1]
         return weights[0] if self._granularity == "model" else weights
 
     def empty(self) -> Tensor:
@@ -330,31 +392,32 @@ class _Window:
         ]
         self.rows = torch.empty(len(checkpoints), width, dtype=torch.float32, device=device)
         # One place for all differences: fresh memory for each chunk takes longer than to fill it.
-        self._room = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
+        self._buffer = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
         self._columns, self._checkpoints, self._chunk = columns, checkpoints, chunk
         self._start = self._stop = 0
 
-    def differences(self, batch: Blocks, dtype: torch.dtype) -> Iterator[Tensor]:
+    def differences(self, batch: Blocks, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The first checkpoint and the differences of each from the one before it.
 
         Yields the columns of `batch` in chunks, or all at once if they are of more than one block
-        (which then fit into a chunk), as [blocks, n, columns]; each takes the place of the last.
+        (which then fit into a chunk): the first column, and [blocks, n, columns]. Each chunk
+        overwrites the last.
         """
         if batch.stop - batch.start <= self.rows.shape[1]:
-            self._hold(batch.start, batch.stop)
+            self._read(batch.start, batch.stop)
         step = self._chunk if batch.count == 1 else batch.stop - batch.start
-        room = self._room.view(dtype)
+        buffer = self._buffer.view(dtype)
         for start in range(batch.start, batch.stop, step):
             stop = min(start + step, batch.stop)
-            self._hold(start, stop)
+            self._read(start, stop)
             rows = self.rows[:, start - self._start : stop - self._start]
             rows = rows.unflatten(1, (batch.count, -1)).transpose(0, 1)
-            differences = room[: rows.numel()].view(rows.shape).copy_(rows)
+            differences = buffer[: rows.numel()].view(rows.shape).copy_(rows)
             differences[:, 1:] -= rows[:, :-1]
-            yield differences
+            yield start, differences
 
-    def _hold(self, start: int, stop: int) -> None:
-        """Sees to it that the columns from `start` to `stop` are in memory."""
+    def _read(self, start: int, stop: int) -> None:
+        """Reads the columns from `start` on, unless those up to `stop` are in memory."""
         if self._start <= start and stop <= self._stop:
             return
         self._start = start
@@ -377,10 +440,14 @@ def _check_arguments(checkpoints, extract, components, bits, granularity) -> Non
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
-    if extract == "SVD" and (components is None or components < 1):
-        raise ValueError(f"extract 'SVD' takes components, 1 or more, not {components!r}")
-    if extract != "SVD" and components is not None:
-        raise ValueError(f"components belongs to extract 'SVD', not to {extract!r}")
+    if len(checkpoints) == 1 and extract == "PCA":
+        raise ValueError("extract 'PCA' takes two checkpoints or more: one has no spread")
+    if extract == "SVD" and components is None:
+        raise ValueError("extract 'SVD' needs components, 1 or more")
+    if extract == "Schmidt" and components is not None:
+        raise ValueError("components belongs to extract 'PCA' and 'SVD', not to 'Schmidt'")
+    if components is not None and components < 1:
+        raise ValueError(f"components must be 1 or more, not {components!r}")
 
 
 def _precise(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -392,19 +459,20 @@ def _precise(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if exact else torch.float64
 
 
-def _height(n: int, components: int | None) -> int:
+def _height(n: int, extract: str, components: int | None) -> int:
     """The most rows that a block of the basis has."""
-    return n if components is None else min(components + 1, n)
+    directions = n - 1 if components is None else min(components, n - 1)
+    return directions if extract == "PCA" else directions + 1
 
 
-def _workplace(device: torch.device) -> torch.device:
-    """Where a basis for `device` is made: there, but for MPS, which has no float64."""
+def _build_device(device: torch.device) -> torch.device:
+    """Where a basis for `device` is built: there, but for MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _in_place(bits: int, components: int | None, device: torch.device) -> bool:
+def _in_place(n: int, height: int, bits: int, device: torch.device) -> bool:
     """Whether the rows that are read become the basis."""
-    return bits == 32 and components is None and _workplace(device) == device
+    return bits == 32 and height >= n - 1 and _build_device(device) == device
 
 
 def _width(n: int, total: int, chunk: int) -> int:
@@ -415,6 +483,7 @@ def _width(n: int, total: int, chunk: int) -> int:
 def _check_memory(
     n: int,
     total: int,
+    extract: str,
     bits: int,
     components: int | None,
     device: torch.device,
@@ -424,19 +493,23 @@ def _check_memory(
 
     The message says what would fit.
     """
-    free = ranks.share(memory.available(device), device)
+    free = ranks.share(_free_memory(device), device)
 
     def size(n: int, bits: int) -> int:
-        basis = _height(n, components) * total * bits // 8
+        height = _height(n, extract, components)
+        basis = height * total * bits // 8
         if bits < 32:
-            basis += _height(n, components) * total // TILE * 4
-        rows = 0 if _in_place(bits, components, device) else n * _width(n, total, 1) * 4
-        return basis + rows + 2 * total * 4  # and a gradient, and the weights
+            basis += height * total // TILE * 4
+        if _in_place(n, height, bits, device):
+            basis = n * total * 4
+        else:
+            basis += (n * _width(n, total, 1) + (extract == "PCA") * total) * 4
+        return basis + 2 * total * 4  # and a gradient, and the weights
 
     if free is None or size(n, bits) <= free:
         return
     remedies = []
-    fewer = max((k for k in range(1, n) if size(k, bits) <= free), default=None)
+    fewer = max((k for k in range(2, n) if size(k, bits) <= free), default=None)
     if fewer:
         remedies.append(f"{fewer} checkpoints")
     smaller = [b for b in BITS if b < bits and size(n, b) <= free]
@@ -450,3 +523,12 @@ def _check_memory(
         f"{size(n, bits) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}; "
         f"{' or '.join(remedies)} would fit"
     )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on `device`; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    return psutil.virtual_memory().available if device.type == "cpu" else None
