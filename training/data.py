@@ -8,10 +8,8 @@ import http.client
 import io
 import math
 import random
-import shutil
 import socket
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
@@ -23,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets
+from torchvision.datasets import mnist
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
 
-from training.augment import OPERATIONS, rand_augment
+from twa.checkpoints import replacing
 from utils import UserError
 
 
@@ -55,6 +55,30 @@ DATASETS = {
         Spec("CIFAR100", 100, 3, 32, padding=4, flip=True, **_CIFAR),
     )
 }
+
+
+GROUP = 16  # images that share a draw of RandAugment
+
+
+def generator(name: str, device: torch.device) -> torch.Generator:
+    """A generator on `device` whose draws depend on `name` alone."""
+    return torch.Generator(device).manual_seed(_seed_of(name))
+
+
+@contextlib.contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """Context in which draws from torch's generator of the CPU depend on `name` alone.
+
+    The state that the generator had before comes back at its end.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_seed_of(name))
+        yield
+
+
+def _seed_of(name: str) -> int:
+    # A hash: neighbouring seeds share no epoch. The CPU's generator takes 32 bits.
+    return random.Random(name).getrandbits(32)
 
 
 @dataclass(frozen=True)
@@ -221,29 +245,31 @@ class Loader:
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         """The images and labels of these parts of the epoch, one after the other."""
-        draws = self._draws()
+        if not self.train:
+            for part in parts:
+                yield self._normalise(self.split.images[part]), self.split.labels[part].clone()
+            return
+        order, top, left, flip = self.draw()
         for part in parts:
-            yield self._batch(draws, part)
-
-    def _draws(self) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
-        """The epoch's random numbers: of `draw` and of `draw_operations`, where there are any."""
-        draw = self.draw() if self.train else None
-        return draw, self.draw_operations() if self.train and self.randaugment else None
-
-    def _batch(self, draws, part: slice) -> tuple[Tensor, Tensor]:
-        """The images and labels of the epoch from `part.start` to `part.stop`."""
-        draw, operations = draws
-        if draw is None:
-            images, labels = self.split.images[part], self.split.labels[part].clone()
-        else:
-            order, top, left, flip = (numbers[part] for numbers in draw)
-            images = self.split.crops[order, :, top, left]
+            images = self.split.crops[order[part], :, top[part], left[part]]
             if self.split.spec.flip:
-                images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
-            if operations is not None:
-                images = rand_augment(images, operations[part], self.randaugment)
-            labels = self.split.labels[order]
-        return self._normalise(images), labels
+                images = torch.where(flip[part].view(-1, 1, 1, 1), images.flip(3), images)
+            if self.randaugment:
+                images = self._rand_augment(images, part.start)
+            yield self._normalise(images), self.split.labels[order[part]]
+
+    def _rand_augment(self, images: Tensor, first: int) -> Tensor:
+        """The images of the epoch from position `first` on, after RandAugment.
+
+        GROUP consecutive positions of the epoch share a draw, whichever batch or rank has them.
+        """
+        transform = v2.RandAugment(num_ops=2, magnitude=self.randaugment)
+        groups = []
+        for group in range(first // GROUP, math.ceil((first + len(images)) / GROUP)):
+            low, high = (max(edge * GROUP - first, 0) for edge in (group, group + 1))
+            with seeded(f"{self.seed}/{self.epoch}/group {group}"):
+                groups.append(transform(images[low:high]))
+        return torch.cat(groups)
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Images uint8 [B, C, H, W] as float32, normalised and laid out as asked for."""
@@ -258,26 +284,12 @@ class Loader:
             (int64), and whether they are mirrored (bool).
         """
         n, device = len(self.split), self.split.images.device
-        generator = self._generator(f"{self.seed}/{self.epoch}", device)
-        order = torch.randperm(n, generator=generator, device=device)
+        draws = generator(f"{self.seed}/{self.epoch}", device)
+        order = torch.randperm(n, generator=draws, device=device)
         offsets = 2 * self.split.spec.padding + 1
-        top, left = torch.randint(offsets, (2, n), generator=generator, device=device)
-        flip = torch.randint(2, (n,), generator=generator, device=device).bool()
+        top, left = torch.randint(offsets, (2, n), generator=draws, device=device)
+        flip = torch.randint(2, (n,), generator=draws, device=device).bool()
         return order, top, left, flip
-
-    def draw_operations(self) -> Tensor:
-        """RandAugment's draws of the epoch, int64 [N, 2] on the CPU, as the images come.
-
-        From a generator of their own, so that all else is drawn as without RandAugment; on the
-        CPU, because there it is decided which images go through an operation together.
-        """
-        generator = self._generator(f"{self.seed}/{self.epoch}/operations", torch.device("cpu"))
-        return torch.randint(2 * len(OPERATIONS), (len(self.split), 2), generator=generator)
-
-    @staticmethod
-    def _generator(name: str, device: torch.device) -> torch.Generator:
-        # Hashed together: neighbouring seeds share no epoch. 32 bits are what the CPU's takes in.
-        return torch.Generator(device).manual_seed(random.Random(name).getrandbits(32))
 
 
 _Arrays = list[tuple[Tensor, Tensor]]  # images uint8 [N, C, H, W] and labels int64 [N]; train, test
@@ -306,8 +318,8 @@ def _fashion_mnist(data_dir: Path) -> _Arrays:
         file, packed = raw / Path(archive).stem, _DEBIAN_FASHION_MNIST / archive
         if not file.exists() and packed.exists():
             _unpack(packed, file)
-        if file.exists() and not _whole_idx(file):
-            raise _damaged(file)
+        if file.exists():
+            _check_idx(file)
     splits = _torchvision(
         datasets.FashionMNIST,
         data_dir,
@@ -345,10 +357,9 @@ def _torchvision(
     """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets no limit of its own
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # it would fill the log
     try:
-        with contextlib.ExitStack() as stack:
-            if not sys.stderr.isatty():  # a progress bar would fill the log
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        with contextlib.redirect_stderr(bar):
             return [kind(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -360,32 +371,24 @@ def _torchvision(
 
 
 def _unpack(packed: Path, file: Path) -> None:
-    """Unpack a gzip file to `file`, which appears whole or not at all."""
+    """Unpacks a gzip file to `file`, which appears whole or not at all."""
     try:
+        content = gzip.decompress(packed.read_bytes())
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            whole = Path(folder) / file.name
-            with gzip.open(packed) as source, whole.open("wb") as target:
-                shutil.copyfileobj(source, target)
-            whole.replace(file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{packed} is damaged ({error}): install its package again") from error
     except OSError as error:
         raise UserError(f"cannot unpack {packed} to {file}: {error}") from error
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
 
 
-def _whole_idx(file: Path) -> bool:
-    """Whether an IDX file of bytes is as long as its header says.
-
-    The header is two zero bytes, the type (8: unsigned byte), the number of dimensions, and each
-    dimension as a big-endian 32-bit integer.
-    """
-    with file.open("rb") as stream:
-        start = stream.read(4)
-        if len(start) < 4 or start[:3] != b"\0\0\x08":
-            return False
-        sizes = [int.from_bytes(stream.read(4), "big") for _ in range(start[3])]
-    return file.stat().st_size == 4 + 4 * len(sizes) + math.prod(sizes)
+def _check_idx(file: Path) -> None:
+    """Raises a `UserError` if torchvision cannot read the images or labels in `file`."""
+    try:
+        (mnist.read_image_file if "images" in file.name else mnist.read_label_file)(file)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
+        raise _damaged(file) from None
 
 
 def _damaged(file: Path) -> UserError:

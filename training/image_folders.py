@@ -6,7 +6,6 @@ The folder holds `train/` and `val/`, and each of these a folder per class, with
 from __future__ import annotations
 
 import os
-import random
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
@@ -122,9 +121,7 @@ class _Images(Dataset):
         file = os.fsdecode(self.split.images[index])
         try:
             image = decode(file)
-            with torch.random.fork_rng(devices=[]):  # without workers, this is the run's generator
-                draw = random.Random(f"{self.seed}/{epoch}/{position}")
-                torch.default_generator.manual_seed(draw.getrandbits(32))
+            with data.seeded(f"{self.seed}/{epoch}/{position}"):
                 return self.transform(image), int(self.split.labels[index]), None
         except UnidentifiedImageError:
             unread = _Unread(file, "not an image of a known format", opened=True)
@@ -175,8 +172,8 @@ class Loader(data.Loader):
         strict: stop at the first image that would be skipped.
 
     Raises:
-        UserError: while iterating: a file cannot be opened, or with `strict`, is no whole image.
-        RuntimeError: a worker process died.
+        UserError: while iterating: a worker process died, or a file cannot be opened or, with
+            `strict`, is no whole image.
     """
 
     def __init__(
@@ -210,17 +207,33 @@ class Loader(data.Loader):
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         self._plan.epoch, self._plan.order, self._plan.parts = self.epoch, self._order(), parts
-        for images, labels, unread in self._decoded:
+        for images, labels, unread in self._batches():
             for one in unread:
                 self._skip(one)
             images = images.to(self.device, non_blocking=True)
             yield self._normalise(images), labels.to(self.device, non_blocking=True)
 
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, list[_Unread]]]:
+        """The planned batches, decoded."""
+        try:
+            batches = iter(self._decoded)
+            if hasattr(signal, "SIGCHLD"):  # torch's handler raises wherever the trainer then is
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from batches
+        except RuntimeError as error:
+            if not self._decoded.num_workers:
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--workers {self._decoded.num_workers}: a process that decodes images failed "
+                f"({reason}); try fewer: each needs memory"
+            ) from None
+
     def _order(self) -> Tensor:
         """The indices of the images as they come in this epoch."""
         if not self.train:
             return torch.arange(len(self.split))
-        generator = self._generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
+        generator = data.generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
         return torch.randperm(len(self.split), generator=generator)
 
     def _skip(self, unread: _Unread) -> None:
