@@ -116,7 +116,7 @@ path = list(sys.path)
 for _ in range(2):  # as soups do
     models.build("user_data:make", 10, 1, 8)
 assert sys.modules["utils"].FACTOR == 0.5
-assert pickle.loads(pickle.dumps(image_folders._Images)) is image_folders._Images
+assert pickle.loads(pickle.dumps(image_folders._Batches)) is image_folders._Batches
 assert sys.path == path
 """
 

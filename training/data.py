@@ -1,4 +1,4 @@
-"""Data sets that live on the device as one tensor, and loaders that augment them in batches."""
+"""Data sets held on the device as one tensor, and the loader that augments them in batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a data set before it is read."""
+    """The constants of a data set."""
 
     name: str
     classes: int
@@ -57,30 +57,6 @@ DATASETS = {
 }
 
 
-GROUP = 16  # images that share a draw of RandAugment
-
-
-def generator(name: str, device: torch.device) -> torch.Generator:
-    """A generator on `device` whose draws depend on `name` alone."""
-    return torch.Generator(device).manual_seed(_seed_of(name))
-
-
-@contextlib.contextmanager
-def seeded(name: str) -> Iterator[None]:
-    """Context in which draws from torch's generator of the CPU depend on `name` alone.
-
-    The state that the generator had before comes back at its end.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_seed_of(name))
-        yield
-
-
-def _seed_of(name: str) -> int:
-    # A hash: neighbouring seeds share no epoch. The CPU's generator takes 32 bits.
-    return random.Random(name).getrandbits(32)
-
-
 @dataclass(frozen=True)
 class Split:
     """A part of a data set: for training, for testing, or held out."""
@@ -96,21 +72,19 @@ class Split:
     def crops(self) -> Tensor:
         """Every crop of every image: uint8 [N, C, 2 padding + 1, 2 padding + 1, H, W].
 
-        A view of the padded images, so that a batch of crops is one indexing operation, which
-        copies whole rows of pixels; all loaders of the split share it.
+        It is a view of the padded images, so that one indexing operation copies a batch of crops.
         """
         padded = F.pad(self.images, (self.spec.padding,) * 4)
         return padded.unfold(2, self.spec.size, 1).unfold(3, self.spec.size, 1)
 
     def part(self, indices: Tensor | slice) -> Split:
-        """The images that `indices` names, in that order."""
+        """The images at these indices, in that order."""
         return Split(self.images[indices], self.labels[indices], self.spec)
 
     def hold_out(self, percent: float, seed: int) -> tuple[Split, Split]:
-        """What is left for training, and the `percent` of the images that are held out.
+        """Splits off `percent` of the images, drawn by `seed`: (the others, those held out).
 
-        The same on every device for the same `seed`. Both come in random order, so that the first
-        images of either are a fair sample of it.
+        Both are in random order, so that the first images of either are a fair sample of it.
 
         Raises:
             UserError: one of the two would be empty.
@@ -129,12 +103,11 @@ class Split:
 def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, Split]:
     """The training and the test split of a data set, on `device`.
 
-    What is not below `data_dir` is put there: from Debian's package where it is installed, else by
-    a download. Digits come with scikit-learn.
+    Files that are missing in `data_dir` are unpacked there from Debian's package, if that is
+    installed, or downloaded. Digits come with scikit-learn.
 
     Raises:
-        UserError: there is no such data set; or it is neither there nor to be had; or a file of it
-            is damaged.
+        UserError: there is no data set of this name, it cannot be downloaded, or a file is damaged.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
@@ -151,18 +124,21 @@ def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, 
     return train, test
 
 
+GROUP = 16  # consecutive images of an epoch that go through the same operations of RandAugment
+
+
 class Loader:
     """Iterates over a split in batches: (images float32 [B, C, H, W], labels int64 [B]).
 
     Images are normalised by the mean and standard deviation of their data set. The last batch may
-    be smaller. Batch k of an epoch depends on nothing but the seed, the epoch and k. Of several
-    ranks each gets its share of every batch; the shares are disjoint.
+    be smaller. Batch k of an epoch depends on the seed, the epoch and k alone. With several ranks,
+    each gets its own part of every batch.
 
     Args:
-        split: what to iterate over; batches are on its device.
-        batch_size: images a batch, all ranks together.
-        train: shuffle, crop and flip at random, each image for itself; otherwise every image comes
-            as it is and in order.
+        split: the images; batches are on their device.
+        batch_size: images in a batch, on all ranks together.
+        train: whether images are shuffled, and each cropped and mirrored at random; otherwise they
+            come unchanged and in order.
         seed: of all random draws.
         channels_last: whether images are laid out in memory with their channels last.
         randaugment: strength of RandAugment, 1 to 30, for training; 0 for none.
@@ -170,10 +146,10 @@ class Loader:
         world: how many there are.
 
     Attributes:
-        skipped: the files that could not be read so far and were left out.
+        skipped: files that could not be read and were left out so far.
     """
 
-    skipped: Set[str] = frozenset()  # what lives on the device was read whole
+    skipped: Set[str] = frozenset()  # none, of data that are held on the device
 
     def __init__(
         self,
@@ -202,25 +178,25 @@ class Loader:
         self.std = 255 * torch.tensor(spec.std, device=device).view(-1, 1, 1)
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """The number of batches in an epoch."""
         return math.ceil(len(self.split) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def images_in(self, batch: int) -> int:
-        """How many images the batch of this number has, all ranks together."""
+        """The number of images in a batch, on all ranks together."""
         return min(self.batch_size, len(self.split) - batch * self.batch_size)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over this rank's shares of the epoch's batches, from batch `start` on.
+        """Iterates over this rank's parts of the epoch's batches, from batch `start` on.
 
-        A share that would be empty is one image with the label -100, which is no class and which
-        `cross_entropy` leaves out, so that all ranks go through the model equally often.
+        In place of an empty part comes one image with the label -100, which `cross_entropy`
+        ignores, so that all ranks call the model equally often.
         """
         shares = [self._share(batch) for batch in range(start, len(self))]
         parts = [slice(low, max(high, low + 1)) for low, high in shares]
@@ -228,23 +204,23 @@ class Loader:
             yield images, labels if high > low else labels.fill_(-100)
 
     def whole_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over this rank's part of the first `count` batches, each of which is whole.
+        """Iterates over the first `count` batches, whole ones, dealt out to the ranks in turn.
 
-        For batch norm's statistics, which do not depend on the number of ranks that way. All ranks
-        get as many: where these do not come out even, the first batches are given out again.
+        Batch norm's statistics then do not depend on the number of ranks. Every rank gets equally
+        many: the first batches are dealt out twice if need be.
         """
         turns = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
         starts = [turn % count * self.batch_size for turn in turns]
         return self._load([slice(first, first + self.batch_size) for first in starts])
 
     def _share(self, batch: int) -> tuple[int, int]:
-        """Where in the epoch this rank's share of a batch begins and ends."""
+        """The positions in the epoch at which this rank's part of a batch begins and ends."""
         first, size = batch * self.batch_size, self.images_in(batch)
         low, high = (first + size * rank // self.world for rank in (self.rank, self.rank + 1))
         return low, high
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images and labels of these parts of the epoch, one after the other."""
+        """The images and labels at these positions of the epoch."""
         if not self.train:
             for part in parts:
                 yield self._normalise(self.split.images[part]), self.split.labels[part].clone()
@@ -259,9 +235,9 @@ class Loader:
             yield self._normalise(images), self.split.labels[order[part]]
 
     def _rand_augment(self, images: Tensor, first: int) -> Tensor:
-        """The images of the epoch from position `first` on, after RandAugment.
+        """Two random operations for each group of images, which start at position `first`.
 
-        GROUP consecutive positions of the epoch share a draw, whichever batch or rank has them.
+        A group whose images are in two batches or on two ranks gets the same operations in both.
         """
         transform = v2.RandAugment(num_ops=2, magnitude=self.randaugment)
         groups = []
@@ -272,16 +248,16 @@ class Loader:
         return torch.cat(groups)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, C, H, W] as float32, normalised and laid out as asked for."""
+        """Images uint8 [B, C, H, W] as float32, normalised and in the memory format."""
         images = images.sub(self.mean).div_(self.std)
         return images.contiguous(memory_format=self.memory_format)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All random numbers of the epoch, each [N], in the order in which the images come.
+        """The draws of the epoch, each [N], in the order in which the images come.
 
         Returns:
-            The images' indices, the top and the left edges of their crops in the padded images
-            (int64), and whether they are mirrored (bool).
+            The images' indices, the top and left edges of their crops in the padded images (int64),
+            and whether they are mirrored (bool).
         """
         n, device = len(self.split), self.split.images.device
         draws = generator(f"{self.seed}/{self.epoch}", device)
@@ -292,11 +268,32 @@ class Loader:
         return order, top, left, flip
 
 
+def generator(name: str, device: torch.device) -> torch.Generator:
+    """A generator on `device` whose draws depend on `name` alone."""
+    return torch.Generator(device).manual_seed(_seed_of(name))
+
+
+@contextlib.contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """Context in which draws from torch's generator of the CPU depend on `name` alone.
+
+    At its end the generator has the state of before again.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_seed_of(name))
+        yield
+
+
+def _seed_of(name: str) -> int:
+    # Hashed, so that seeds 1 and 2 share no epoch, to the 32 bits that the CPU's generator takes.
+    return random.Random(name).getrandbits(32)
+
+
 _Arrays = list[tuple[Tensor, Tensor]]  # images uint8 [N, C, H, W] and labels int64 [N]; train, test
 
 
 def _digits() -> _Arrays:
-    from sklearn.datasets import load_digits  # slow to import, and needed for these alone
+    from sklearn.datasets import load_digits  # slow to import
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
@@ -352,19 +349,19 @@ def _torchvision(
     """The training and the test set, downloaded if need be.
 
     Raises:
-        UserError: they are not there and cannot be downloaded; `where` they were looked for and
-            the `remedy` are part of what it says.
+        UserError: they are not there and cannot be downloaded. The message contains `where` they
+            were looked for and the `remedy`.
     """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets no limit of its own
-    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # it would fill the log
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # not into logs
     try:
         with contextlib.redirect_stderr(bar):
             return [kind(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{kind.__name__} is neither in {where} nor to be downloaded ({reason}): {remedy}"
+            f"{kind.__name__} is not in {where} and cannot be downloaded ({reason}): {remedy}"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
