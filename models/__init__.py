@@ -3,13 +3,11 @@
 The names of their modules, and so the keys of a `state_dict`, are those of the paper's release.
 """
 
-import importlib
 from functools import partial
 
-import torch
 from torch import nn
 
-from models import imagenet
+from models import factory, imagenet
 from models.preresnet import PreResNet
 from models.resnet import ResNet
 from models.vgg import VGG
@@ -52,7 +50,7 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
             function is not there or makes something else.
     """
     if ":" in name:
-        return _of_factory(name, num_classes, in_channels, image_size)
+        return factory.build(name, num_classes, in_channels, image_size)
     if name in _SIZED:
         return _SIZED[name](num_classes, in_channels, image_size)
     if name in _ANY_SIZE:
@@ -60,35 +58,3 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
     if name in imagenet.NAMES:
         return imagenet.torchvision_model(name, num_classes)
     raise UserError(f"unknown architecture {name!r}: choose from {', '.join(ARCHITECTURES)}")
-
-
-def _of_factory(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """The module that `module:function` returns, called without arguments and tried once."""
-    module, _, function = name.partition(":")
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # whatever the user's code may raise
-        raise UserError(f"{name}: cannot be imported and called ({_said(error)})") from None
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{name}: returns a {type(model).__name__}, not an nn.Module")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"{name}: returns a model without parameters to train")
-    shape = (2, in_channels, image_size, image_size)
-    try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(shape))
-    except Exception as error:
-        raise UserError(f"{name}: does not take images of shape {shape} ({_said(error)})") from None
-    if not isinstance(logits, torch.Tensor):
-        raise UserError(f"{name}: gives a {type(logits).__name__}, not a tensor of logits")
-    if logits.shape != (2, num_classes):
-        raise UserError(
-            f"{name}: gives logits of shape {list(logits.shape)} for two images, and the data set "
-            f"has {num_classes} classes"
-        )
-    return model
-
-
-def _said(error: Exception) -> str:
-    """What an error of the user's code says, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -22,12 +22,9 @@ from utils import UserError
 NAMES = ("resnet18", "resnet50", "vit_b_16", "vit_b_32")
 _SIZE = 224  # pixels, what the pretrained weights were trained on
 
-# What `build` makes, for images as they come.
-CLASSIFIERS = tuple(list_models(module=torchvision.models))
-
-# Without the auxiliary classifiers, which give no logits in evaluation; and with the input made
-# what the pretrained weights expect.
-_INCEPTION = {"aux_logits": False, "transform_input": True, "init_weights": True}
+# What `build` makes, for images as they come: all but those with auxiliary classifiers, whose
+# output is no tensor of logits.
+CLASSIFIERS = tuple(list_models(torchvision.models, exclude=("googlenet", "inception_v3")))
 
 
 def build(name: str, num_classes: int, image_size: int) -> nn.Module:
@@ -42,15 +39,9 @@ def build(name: str, num_classes: int, image_size: int) -> nn.Module:
         raise UserError(
             f"unknown architecture {name!r}: choose from torchvision's {', '.join(CLASSIFIERS)}"
         )
-    keywords = {}
-    if name.startswith("vit_"):
-        keywords = {"image_size": image_size}
-    elif name.startswith("maxvit_"):
-        keywords = {"input_size": (image_size, image_size)}
-    elif name in ("googlenet", "inception_v3"):
-        keywords = _INCEPTION
+    size = {"image_size": image_size} if name.startswith("vit_") else {}
     try:
-        model = get_model(name, weights=None, num_classes=num_classes, **keywords)
+        model = get_model(name, weights=None, num_classes=num_classes, **size)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -87,10 +78,9 @@ def load_pretrained(model: nn.Module, name: str) -> None:
     Raises:
         UserError: the weights are not there and cannot be downloaded, or are of another size.
     """
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # it would fill the log
     try:
-        with contextlib.ExitStack() as stack:
-            if not sys.stderr.isatty():  # a progress bar would fill the log
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        with contextlib.redirect_stderr(bar):
             pretrained = get_model(name, weights="DEFAULT").state_dict()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -436,7 +436,8 @@ def test_folders_that_are_none_are_refused(script, how, words, copy, tmp_path):
     [
         (["--arch", "ResNet18"], "ResNet18"),
         (["--arch", "fcn_resnet50"], "fcn_resnet50"),
-        (["--arch", "inception_v3"], "--image-size"),
+        (["--arch", "inception_v3"], "inception_v3"),
+        (["--arch", "alexnet"], "--image-size"),
         (["--arch", "vit_b_16", "--image-size", 33], "vit_b_16: does not take images of 33"),
         (["--image-size", 0], "--image-size"),
         (["--saves-per-epoch", 5], "--saves-per-epoch"),

@@ -1,4 +1,4 @@
-"""Data sets that live on the device as one tensor, and loaders that augment them in batches."""
+"""Data sets held on the device as one tensor, and the loader that augments them in batches."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import http.client
 import io
 import math
 import random
-import shutil
 import socket
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
@@ -23,15 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets
+from torchvision.datasets import mnist
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
 
-from training.augment import OPERATIONS, rand_augment
+from twa.checkpoints import replacing
 from utils import UserError
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a data set before it is read."""
+    """The constants of a data set."""
 
     name: str
     classes: int
@@ -72,21 +72,19 @@ class Split:
     def crops(self) -> Tensor:
         """Every crop of every image: uint8 [N, C, 2 padding + 1, 2 padding + 1, H, W].
 
-        A view of the padded images, so that a batch of crops is one indexing operation, which
-        copies whole rows of pixels; all loaders of the split share it.
+        It is a view of the padded images, so that one indexing operation copies a batch of crops.
         """
         padded = F.pad(self.images, (self.spec.padding,) * 4)
         return padded.unfold(2, self.spec.size, 1).unfold(3, self.spec.size, 1)
 
     def part(self, indices: Tensor | slice) -> Split:
-        """The images that `indices` names, in that order."""
+        """The images at these indices, in that order."""
         return Split(self.images[indices], self.labels[indices], self.spec)
 
     def hold_out(self, percent: float, seed: int) -> tuple[Split, Split]:
-        """What is left for training, and the `percent` of the images that are held out.
+        """Splits off `percent` of the images, drawn by `seed`: (the others, those held out).
 
-        The same on every device for the same `seed`. Both come in random order, so that the first
-        images of either are a fair sample of it.
+        Both are in random order, so that the first images of either are a fair sample of it.
 
         Raises:
             UserError: one of the two would be empty.
@@ -105,12 +103,11 @@ class Split:
 def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, Split]:
     """The training and the test split of a data set, on `device`.
 
-    What is not below `data_dir` is put there: from Debian's package where it is installed, else by
-    a download. Digits come with scikit-learn.
+    Files that are missing in `data_dir` are unpacked there from Debian's package, if that is
+    installed, or downloaded. Digits come with scikit-learn.
 
     Raises:
-        UserError: there is no such data set; or it is neither there nor to be had; or a file of it
-            is damaged.
+        UserError: there is no data set of this name, it cannot be downloaded, or a file is damaged.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
@@ -127,18 +124,21 @@ def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, 
     return train, test
 
 
+GROUP = 16  # consecutive images of an epoch that go through the same operations of RandAugment
+
+
 class Loader:
     """Iterates over a split in batches: (images float32 [B, C, H, W], labels int64 [B]).
 
     Images are normalised by the mean and standard deviation of their data set. The last batch may
-    be smaller. Batch k of an epoch depends on nothing but the seed, the epoch and k. Of several
-    ranks each gets its share of every batch; the shares are disjoint.
+    be smaller. Batch k of an epoch depends on the seed, the epoch and k alone. With several ranks,
+    each gets its own part of every batch.
 
     Args:
-        split: what to iterate over; batches are on its device.
-        batch_size: images a batch, all ranks together.
-        train: shuffle, crop and flip at random, each image for itself; otherwise every image comes
-            as it is and in order.
+        split: the images; batches are on their device.
+        batch_size: images in a batch, on all ranks together.
+        train: whether images are shuffled, and each cropped and mirrored at random; otherwise they
+            come unchanged and in order.
         seed: of all random draws.
         channels_last: whether images are laid out in memory with their channels last.
         randaugment: strength of RandAugment, 1 to 30, for training; 0 for none.
@@ -146,10 +146,10 @@ class Loader:
         world: how many there are.
 
     Attributes:
-        skipped: the files that could not be read so far and were left out.
+        skipped: files that could not be read and were left out so far.
     """
 
-    skipped: Set[str] = frozenset()  # what lives on the device was read whole
+    skipped: Set[str] = frozenset()  # none, of data that are held on the device
 
     def __init__(
         self,
@@ -178,25 +178,25 @@ class Loader:
         self.std = 255 * torch.tensor(spec.std, device=device).view(-1, 1, 1)
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """The number of batches in an epoch."""
         return math.ceil(len(self.split) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def images_in(self, batch: int) -> int:
-        """How many images the batch of this number has, all ranks together."""
+        """The number of images in a batch, on all ranks together."""
         return min(self.batch_size, len(self.split) - batch * self.batch_size)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over this rank's shares of the epoch's batches, from batch `start` on.
+        """Iterates over this rank's parts of the epoch's batches, from batch `start` on.
 
-        A share that would be empty is one image with the label -100, which is no class and which
-        `cross_entropy` leaves out, so that all ranks go through the model equally often.
+        In place of an empty part comes one image with the label -100, which `cross_entropy`
+        ignores, so that all ranks call the model equally often.
         """
         shares = [self._share(batch) for batch in range(start, len(self))]
         parts = [slice(low, max(high, low + 1)) for low, high in shares]
@@ -204,87 +204,96 @@ class Loader:
             yield images, labels if high > low else labels.fill_(-100)
 
     def whole_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over this rank's part of the first `count` batches, each of which is whole.
+        """Iterates over the first `count` batches, whole ones, dealt out to the ranks in turn.
 
-        For batch norm's statistics, which do not depend on the number of ranks that way. All ranks
-        get as many: where these do not come out even, the first batches are given out again.
+        Batch norm's statistics then do not depend on the number of ranks. Every rank gets equally
+        many: the first batches are dealt out twice if need be.
         """
         turns = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
         starts = [turn % count * self.batch_size for turn in turns]
         return self._load([slice(first, first + self.batch_size) for first in starts])
 
     def _share(self, batch: int) -> tuple[int, int]:
-        """Where in the epoch this rank's share of a batch begins and ends."""
+        """The positions in the epoch at which this rank's part of a batch begins and ends."""
         first, size = batch * self.batch_size, self.images_in(batch)
         low, high = (first + size * rank // self.world for rank in (self.rank, self.rank + 1))
         return low, high
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images and labels of these parts of the epoch, one after the other."""
-        draws = self._draws()
+        """The images and labels at these positions of the epoch."""
+        if not self.train:
+            for part in parts:
+                yield self._normalise(self.split.images[part]), self.split.labels[part].clone()
+            return
+        order, top, left, flip = self.draw()
         for part in parts:
-            yield self._batch(draws, part)
-
-    def _draws(self) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
-        """The epoch's random numbers: of `draw` and of `draw_operations`, where there are any."""
-        draw = self.draw() if self.train else None
-        return draw, self.draw_operations() if self.train and self.randaugment else None
-
-    def _batch(self, draws, part: slice) -> tuple[Tensor, Tensor]:
-        """The images and labels of the epoch from `part.start` to `part.stop`."""
-        draw, operations = draws
-        if draw is None:
-            images, labels = self.split.images[part], self.split.labels[part].clone()
-        else:
-            order, top, left, flip = (numbers[part] for numbers in draw)
-            images = self.split.crops[order, :, top, left]
+            images = self.split.crops[order[part], :, top[part], left[part]]
             if self.split.spec.flip:
-                images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
-            if operations is not None:
-                images = rand_augment(images, operations[part], self.randaugment)
-            labels = self.split.labels[order]
-        return self._normalise(images), labels
+                images = torch.where(flip[part].view(-1, 1, 1, 1), images.flip(3), images)
+            if self.randaugment:
+                images = self._rand_augment(images, part.start)
+            yield self._normalise(images), self.split.labels[order[part]]
+
+    def _rand_augment(self, images: Tensor, first: int) -> Tensor:
+        """Two random operations for each group of images, which start at position `first`.
+
+        A group whose images are in two batches or on two ranks gets the same operations in both.
+        """
+        transform = v2.RandAugment(num_ops=2, magnitude=self.randaugment)
+        groups = []
+        for group in range(first // GROUP, math.ceil((first + len(images)) / GROUP)):
+            low, high = (max(edge * GROUP - first, 0) for edge in (group, group + 1))
+            with seeded(f"{self.seed}/{self.epoch}/group {group}"):
+                groups.append(transform(images[low:high]))
+        return torch.cat(groups)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, C, H, W] as float32, normalised and laid out as asked for."""
+        """Images uint8 [B, C, H, W] as float32, normalised and in the memory format."""
         images = images.sub(self.mean).div_(self.std)
         return images.contiguous(memory_format=self.memory_format)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All random numbers of the epoch, each [N], in the order in which the images come.
+        """The draws of the epoch, each [N], in the order in which the images come.
 
         Returns:
-            The images' indices, the top and the left edges of their crops in the padded images
-            (int64), and whether they are mirrored (bool).
+            The images' indices, the top and left edges of their crops in the padded images (int64),
+            and whether they are mirrored (bool).
         """
         n, device = len(self.split), self.split.images.device
-        generator = self._generator(f"{self.seed}/{self.epoch}", device)
-        order = torch.randperm(n, generator=generator, device=device)
+        draws = generator(f"{self.seed}/{self.epoch}", device)
+        order = torch.randperm(n, generator=draws, device=device)
         offsets = 2 * self.split.spec.padding + 1
-        top, left = torch.randint(offsets, (2, n), generator=generator, device=device)
-        flip = torch.randint(2, (n,), generator=generator, device=device).bool()
+        top, left = torch.randint(offsets, (2, n), generator=draws, device=device)
+        flip = torch.randint(2, (n,), generator=draws, device=device).bool()
         return order, top, left, flip
 
-    def draw_operations(self) -> Tensor:
-        """RandAugment's draws of the epoch, int64 [N, 2] on the CPU, as the images come.
 
-        From a generator of their own, so that all else is drawn as without RandAugment; on the
-        CPU, because there it is decided which images go through an operation together.
-        """
-        generator = self._generator(f"{self.seed}/{self.epoch}/operations", torch.device("cpu"))
-        return torch.randint(2 * len(OPERATIONS), (len(self.split), 2), generator=generator)
+def generator(name: str, device: torch.device) -> torch.Generator:
+    """A generator on `device` whose draws depend on `name` alone."""
+    return torch.Generator(device).manual_seed(_seed_of(name))
 
-    @staticmethod
-    def _generator(name: str, device: torch.device) -> torch.Generator:
-        # Hashed together: neighbouring seeds share no epoch. 32 bits are what the CPU's takes in.
-        return torch.Generator(device).manual_seed(random.Random(name).getrandbits(32))
+
+@contextlib.contextmanager
+def seeded(name: str) -> Iterator[None]:
+    """Context in which draws from torch's generator of the CPU depend on `name` alone.
+
+    At its end the generator has the state of before again.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_seed_of(name))
+        yield
+
+
+def _seed_of(name: str) -> int:
+    # Hashed, so that seeds 1 and 2 share no epoch, to the 32 bits that the CPU's generator takes.
+    return random.Random(name).getrandbits(32)
 
 
 _Arrays = list[tuple[Tensor, Tensor]]  # images uint8 [N, C, H, W] and labels int64 [N]; train, test
 
 
 def _digits() -> _Arrays:
-    from sklearn.datasets import load_digits  # slow to import, and needed for these alone
+    from sklearn.datasets import load_digits  # slow to import
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
@@ -306,8 +315,8 @@ def _fashion_mnist(data_dir: Path) -> _Arrays:
         file, packed = raw / Path(archive).stem, _DEBIAN_FASHION_MNIST / archive
         if not file.exists() and packed.exists():
             _unpack(packed, file)
-        if file.exists() and not _whole_idx(file):
-            raise _damaged(file)
+        if file.exists():
+            _check_idx(file)
     splits = _torchvision(
         datasets.FashionMNIST,
         data_dir,
@@ -340,52 +349,43 @@ def _torchvision(
     """The training and the test set, downloaded if need be.
 
     Raises:
-        UserError: they are not there and cannot be downloaded; `where` they were looked for and
-            the `remedy` are part of what it says.
+        UserError: they are not there and cannot be downloaded. The message contains `where` they
+            were looked for and the `remedy`.
     """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets no limit of its own
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # not into logs
     try:
-        with contextlib.ExitStack() as stack:
-            if not sys.stderr.isatty():  # a progress bar would fill the log
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        with contextlib.redirect_stderr(bar):
             return [kind(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{kind.__name__} is neither in {where} nor to be downloaded ({reason}): {remedy}"
+            f"{kind.__name__} is not in {where} and cannot be downloaded ({reason}): {remedy}"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def _unpack(packed: Path, file: Path) -> None:
-    """Unpack a gzip file to `file`, which appears whole or not at all."""
+    """Unpacks a gzip file to `file`, which appears whole or not at all."""
     try:
+        content = gzip.decompress(packed.read_bytes())
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            whole = Path(folder) / file.name
-            with gzip.open(packed) as source, whole.open("wb") as target:
-                shutil.copyfileobj(source, target)
-            whole.replace(file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{packed} is damaged ({error}): install its package again") from error
     except OSError as error:
         raise UserError(f"cannot unpack {packed} to {file}: {error}") from error
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
 
 
-def _whole_idx(file: Path) -> bool:
-    """Whether an IDX file of bytes is as long as its header says.
-
-    The header is two zero bytes, the type (8: unsigned byte), the number of dimensions, and each
-    dimension as a big-endian 32-bit integer.
-    """
-    with file.open("rb") as stream:
-        start = stream.read(4)
-        if len(start) < 4 or start[:3] != b"\0\0\x08":
-            return False
-        sizes = [int.from_bytes(stream.read(4), "big") for _ in range(start[3])]
-    return file.stat().st_size == 4 + 4 * len(sizes) + math.prod(sizes)
+def _check_idx(file: Path) -> None:
+    """Raises a `UserError` if torchvision cannot read the images or labels in `file`."""
+    try:
+        (mnist.read_image_file if "images" in file.name else mnist.read_label_file)(file)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
+        raise _damaged(file) from None
 
 
 def _damaged(file: Path) -> UserError:

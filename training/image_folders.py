@@ -1,12 +1,11 @@
-"""Image folders as ImageNet's: files that worker processes decode and augment, batch by batch.
+"""Folders of images such as ImageNet's, and the loader whose worker processes decode them.
 
-The folder holds `train/` and `val/`, and each of these a folder per class, with the same names.
+An image folder contains `train/` and `val/`, and each of these a folder per class.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,9 +24,9 @@ from training import data
 from utils import UserError
 
 NAME = "ImageNet"  # what --datasets calls an image folder
-SIZE = 224  # pixels, what torchvision's models are made for
-# What batch norm's statistics are re-estimated on: the whole of ImageNet's training set would take
-# as long as a third of an epoch of training, for each solution, and tell no more.
+SIZE = 224  # pixels
+# To re-estimate batch norm's statistics on all of ImageNet's training images would take as long as
+# a third of an epoch of training, for each solution.
 BN_IMAGES = 100_000
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images
 
@@ -35,10 +34,11 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's trai
 def load(directory: str | Path, size: int = SIZE) -> tuple[data.Split, data.Split]:
     """The training and the validation set of an image folder, for images of `size` pixels.
 
-    Files are listed, not read; classes are numbered in the order of their folders' names.
+    Files are listed and not read. Classes are numbered in the order of their folders' names.
 
     Raises:
-        UserError: `train/` or `val/` is missing, a class has no image, or the classes differ.
+        UserError: `train/` or `val/` is missing, a class has no image, or the two have not the same
+            classes.
     """
     train, val = (_listed(Path(directory).expanduser() / part) for part in ("train", "val"))
     odd = sorted(set(train.classes) ^ set(val.classes))
@@ -64,7 +64,7 @@ def _listed(directory: Path) -> ImageFolder:
 
 
 def _split(folder: ImageFolder, spec: data.Spec) -> data.Split:
-    # One array of bytes, which worker processes share: of a list each would come to have a copy.
+    # In an array, because worker processes would copy a list: they count its references.
     files = np.array([os.fsencode(file) for file, _ in folder.samples])
     return data.Split(files, torch.tensor(folder.targets), spec)
 
@@ -73,12 +73,12 @@ def transform(size: int, train: bool, randaugment: int = 0) -> v2.Transform:
     """From a PIL image to uint8 [3, size, size]; it draws from torch's global generator.
 
     Args:
-        train: a random part of the image, mirrored or not; otherwise its middle.
+        train: whether to take a random part of the image and mirror it at random, or its centre.
         randaugment: strength of RandAugment, 1 to 30, for training; 0 for none.
     """
     if not train:
-        middle = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-        return v2.Compose([*middle, v2.PILToTensor()])
+        centre = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        return v2.Compose([*centre, v2.PILToTensor()])
     # Tensors of uint8 are resized in half the time that PIL takes.
     part = [v2.PILToTensor(), v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     return v2.Compose([*part, *([v2.RandAugment(magnitude=randaugment)] if randaugment else [])])
@@ -89,7 +89,7 @@ def decode(file: str) -> Image.Image:
 
     Raises:
         OSError: with an `errno`, if the file cannot be opened.
-        Exception: of many types, if it is no whole image.
+        Exception: of many types, if it is damaged.
     """
     with warnings.catch_warnings(), open(file, "rb") as stream:
         warnings.simplefilter("ignore")  # of odd metadata
@@ -98,7 +98,7 @@ def decode(file: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Unread:
-    """A file that gave no image, and why; whether it could be opened at all."""
+    """A file that could not be read, why, and whether it could be opened."""
 
     file: str
     reason: str
@@ -106,29 +106,33 @@ class _Unread:
 
 
 @dataclass(frozen=True)
-class _Images(Dataset):
-    """What worker processes do: from (index, epoch, position in the epoch) to an image.
+class _Batches(Dataset):
+    """What worker processes load: from (epoch, first position in it, indices of images) to a batch.
 
-    It comes with its label and None; or, if its file is damaged, in the mean colour with the label
-    -100 and an `_Unread`.
+    An image that cannot be read has the mean colour, the label -100 and an `_Unread`.
     """
 
     split: data.Split
     transform: v2.Transform
     seed: int
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, _Unread | None]:
-        index, epoch, position = key
+    def __getitem__(self, key: tuple[int, int, np.ndarray]) -> tuple[Tensor, Tensor, list[_Unread]]:
+        epoch, first, indices = key
+        names = (
+            f"{self.seed}/{epoch}/{position}" for position in range(first, first + len(indices))
+        )
+        images, labels, unread = zip(*map(self._load, indices, names), strict=True)
+        return default_collate(images), torch.tensor(labels), [one for one in unread if one]
+
+    def _load(self, index: int, draws: str) -> tuple[Tensor, int, _Unread | None]:
         file = os.fsdecode(self.split.images[index])
         try:
             image = decode(file)
-            with torch.random.fork_rng(devices=[]):  # without workers, this is the run's generator
-                draw = random.Random(f"{self.seed}/{epoch}/{position}")
-                torch.default_generator.manual_seed(draw.getrandbits(32))
+            with data.seeded(draws):
                 return self.transform(image), int(self.split.labels[index]), None
         except UnidentifiedImageError:
             unread = _Unread(file, "not an image of a known format", opened=True)
-        except Exception as error:  # a damaged image can make its reader fail in any way
+        except Exception as error:  # PIL raises many types
             reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
             opened = getattr(error, "errno", None) is None
             unread = _Unread(file, reason or type(error).__name__, opened)
@@ -137,46 +141,27 @@ class _Images(Dataset):
         return colour.view(3, 1, 1).repeat(1, size, size), -100, unread
 
 
-def _collate(samples: list) -> tuple[Tensor, Tensor, list[_Unread]]:
-    images, labels, unread = zip(*samples, strict=True)
-    return default_collate(images), torch.tensor(labels), [one for one in unread if one]
-
-
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers end when the trainer does
-
-
-class _Plan:
-    """The batches that the workers are to load next, as lists of the keys of `_Images`."""
-
-    def __init__(self):
-        self.epoch, self.order, self.parts = 0, torch.arange(0), []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for part in self.parts:
-            positions = range(len(self.order))[part]
-            indices = self.order[part].tolist()
-            yield [(i, self.epoch, p) for i, p in zip(indices, positions, strict=True)]
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer ends its workers
 
 
 class Loader(data.Loader):
-    """As `data.Loader`, for the files of an image folder: one iteration at a time.
+    """As `data.Loader`, for the files of an image folder. Only one iteration runs at a time.
 
-    What is drawn for an image depends on the seed, the epoch and its position there alone, and not
-    on the number of workers or ranks.
+    What is drawn for an image depends on the seed, the epoch and its position there alone.
 
-    A file that can be opened and is no whole image is skipped: an image of the mean colour stands
-    in for it, with the label -100, which `cross_entropy` leaves out. The loss of a batch is divided
-    by all its images as ever, so that the others weigh what they would have weighed.
+    A file that can be opened and is damaged is skipped: in its place comes an image of the mean
+    colour with the label -100, which `cross_entropy` ignores. As the loss of a batch is divided by
+    the number of all its images, the weight of the others does not change.
 
     Args:
-        device: where the batches go; all other arguments as of `data.Loader`.
-        workers: processes that decode and augment; 0 for none but this one.
-        strict: stop at the first image that would be skipped.
+        device: where the batches go; other arguments as of `data.Loader`.
+        workers: processes that decode and augment; with 0, this one does.
+        strict: whether to stop at a damaged file.
 
     Raises:
-        UserError: while iterating: a file cannot be opened, or with `strict`, is no whole image.
-        RuntimeError: a worker process died.
+        UserError: while iterating: a worker process failed, a file cannot be opened, or it is
+            damaged and `strict`.
     """
 
     def __init__(
@@ -196,39 +181,56 @@ class Loader(data.Loader):
         self.device, self.strict = device, strict
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         self.skipped = set()
-        self._plan = _Plan()
+        self._keys: list[tuple[int, int, np.ndarray]] = []  # of the batches to be loaded
         self._decoded = DataLoader(
-            _Images(split, transform(split.spec.size, train, randaugment), seed),
-            batch_sampler=self._plan,
+            _Batches(split, transform(split.spec.size, train, randaugment), seed),
+            batch_size=None,
+            sampler=self._keys,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=device.type not in ("cpu", "mps"),  # Apple's memory is one
-            collate_fn=_collate,
-            worker_init_fn=_leave_interrupts_to_the_trainer,
-            generator=torch.Generator(),  # else it would draw from the run's
+            pin_memory=device.type not in ("cpu", "mps"),
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # not the run's
         )
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        self._plan.epoch, self._plan.order, self._plan.parts = self.epoch, self._order(), parts
-        for images, labels, unread in self._decoded:
+        order = self._order()
+        self._keys[:] = [(self.epoch, part.start, order[part]) for part in parts]
+        for images, labels, unread in self._decode():
             for one in unread:
                 self._skip(one)
             images = images.to(self.device, non_blocking=True)
             yield self._normalise(images), labels.to(self.device, non_blocking=True)
 
-    def _order(self) -> Tensor:
-        """The indices of the images as they come in this epoch."""
+    def _decode(self) -> Iterator[tuple[Tensor, Tensor, list[_Unread]]]:
+        """The batches of `_keys`."""
+        try:
+            batches = iter(self._decoded)
+            if hasattr(signal, "SIGCHLD"):  # torch's handler would raise outside of this function
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from batches
+        except RuntimeError as error:
+            if not self._decoded.num_workers:
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--workers {self._decoded.num_workers}: a process that decodes images failed "
+                f"({reason}); try fewer: each needs memory"
+            ) from None
+
+    def _order(self) -> np.ndarray:
+        """The indices of the images in the order of this epoch."""
         if not self.train:
-            return torch.arange(len(self.split))
-        generator = self._generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
-        return torch.randperm(len(self.split), generator=generator)
+            return np.arange(len(self.split))
+        generator = data.generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
+        return torch.randperm(len(self.split), generator=generator).numpy()
 
     def _skip(self, unread: _Unread) -> None:
         if not unread.opened:
             raise UserError(f"{unread.file}: cannot be opened ({unread.reason})")
         if self.strict:
             raise UserError(
-                f"{unread.file}: is no whole image ({unread.reason}); replace or remove it, or "
-                "leave out --strict-images, which skips such files"
+                f"{unread.file}: is damaged ({unread.reason}); replace or remove it, or leave out "
+                "--strict-images to skip such files"
             )
         self.skipped.add(unread.file)
