@@ -17,6 +17,7 @@ from training.flags import number
 from training.loop import autocast
 from training.optimizers import SCHEDULES
 from twa import TWA
+from twa.checkpoints import load_into, verify
 from utils import UserError
 
 RATE_HELP = (
@@ -126,3 +127,13 @@ def averaging_weights(optimizer: TWA) -> list[float]:
     """α of every checkpoint of the window; at a finer granularity the mean over the blocks."""
     alpha = optimizer.averaging_weights()
     return (alpha.mean(0) if alpha.dim() == 2 else alpha).tolist()
+
+
+def load_verified(model: nn.Module, path: Path | str) -> None:
+    """Loads the checkpoint `path` into `model` once it is known to be whole and to fit.
+
+    Raises:
+        twa.CheckpointError: as `verify` and `load_into`; the model is as it was.
+    """
+    verify(path)
+    load_into(model, path)
