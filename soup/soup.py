@@ -60,15 +60,17 @@ def parse_arguments():
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
-    """The files that match, each once, numbers in their names in order."""
+    """The files that match, each once, by the numbers in their names."""
+    found: set[str] = set()
     for pattern in patterns:
-        if not glob.glob(pattern):
+        matches = glob.glob(pattern)
+        if not matches:
             raise UserError(f"--checkpoints {pattern}: matches no file")
+        found.update(matches)
 
     def by_number(path: str) -> list:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
-    found = {path for pattern in patterns for path in glob.glob(pattern)}
     return [Path(path) for path in sorted(found, key=by_number)]
 
 
@@ -83,6 +85,16 @@ def refuse_other_split(paths: Sequence[Path], args) -> None:
                     f"{path}: was fine-tuned with {there} held out, and here it is {here}; "
                     "give the same --val-ratio and --randomseed"
                 )
+
+
+def settings_of(paths: Sequence[Path], args) -> dict:
+    """What every solution depends on: the files, told by name, size and time, and the data."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return {
+        "checkpoints": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
+        "held_out": flags.held_out(args),
+        **{key: getattr(args, key) for key in ("datasets", "batch_size", "bn_images", "amp")},
+    }
 
 
 class Evaluator:
@@ -217,9 +229,11 @@ def train_coefficients(
     for epoch in range(1, args.epochs + 1):
         trainer.epoch(epoch)
     names, alpha = [str(path) for path in paths], coefficients.averaging_weights(optimizer)
-    averaging_weights = dict(zip(names, alpha, strict=True))
-    weights = evaluator.model.state_dict()
-    return {"weights": weights, "models": names, "averaging_weights": averaging_weights}
+    return {
+        "weights": evaluator.model.state_dict(),
+        "models": names,
+        "averaging_weights": dict(zip(names, alpha, strict=True)),
+    }
 
 
 def main():
@@ -232,7 +246,6 @@ def main():
 def make_soups(args):
     utils.set_seed(args.randomseed)
     log_dir, paths = Path(args.log_dir), files_of(args.checkpoints)
-    names = [str(path) for path in paths]
     refuse_other_split(paths, args)
     evaluator = Evaluator(args)
     for path in paths:
@@ -240,15 +253,8 @@ def make_soups(args):
 
     utils.make_directory(log_dir)
     logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
-    solutions = Solutions(log_dir, evaluator)
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    settings = {
-        "checkpoints": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
-        "datasets": args.datasets,
-        "held_out": flags.held_out(args),
-        **{key: getattr(args, key) for key in ("batch_size", "bn_images", "amp")},
-    }
-    started = time.perf_counter()
+    solutions, settings = Solutions(log_dir, evaluator), settings_of(paths, args)
+    started, names = time.perf_counter(), [str(path) for path in paths]
     for name, path in zip(names, paths, strict=True):
         solutions.make(name, settings, partial(evaluator.evaluate_ensemble, [path]))
     accuracies = [solutions.records[name]["validation"]["accuracy"] for name in names]
@@ -262,9 +268,6 @@ def make_soups(args):
         scores, seconds = evaluator.evaluate_ensemble(paths), time.perf_counter() - started
         return scores | {"models": names, "seconds": seconds}
 
-    def uniform() -> dict:
-        return {"weights": average(paths), "models": names}
-
     def validation_accuracy(ingredients: Sequence[Path]) -> float:
         evaluator.load(average(ingredients))
         return evaluator.evaluate("validation")["accuracy"]
@@ -275,7 +278,7 @@ def make_soups(args):
 
     solutions.make("best single model", settings, best_single_model)
     solutions.make("ensemble", settings, ensemble)
-    solutions.make("uniform", settings, uniform)
+    solutions.make("uniform", settings, lambda: {"weights": average(paths), "models": names})
     solutions.make("greedy", settings, greedy)
 
     keys = ("start", "epochs", "opt", "schedule", "lr", "momentum", "weight_decay", "randomseed")
