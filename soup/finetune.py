@@ -6,7 +6,7 @@
 
 The flags that take several values span a grid, which is run whole, or from which `--models N` draws
 N runs. Each leaves a `state_dict` (`001.pt`, `002.pt`, …) and a line of `runs.jsonl` in --save-dir:
-its settings and its validation accuracy. Runs that already stand are not run again.
+its settings and its validation accuracy. Finished runs are not run again.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import math
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,18 +24,11 @@ import torch
 
 import models
 import utils
-from training import data, entry, flags, locks, logs, optimizers, ranks
+from training import coefficients, data, entry, flags, locks, logs, optimizers, ranks
 from training.flags import number
 from training.loop import Diverged, Trainer, build, describe
 from training.optimizers import OPTIMIZERS, SCHEDULES, schedule_of
-from twa.checkpoints import (
-    CheckpointError,
-    check,
-    load_into,
-    load_state_dict,
-    save,
-    verify,
-)
+from twa.checkpoints import CheckpointError, save
 from utils import UserError
 
 
@@ -44,11 +38,8 @@ def parse_arguments():
     add = parser.add_argument
     base = parser.add_mutually_exclusive_group(required=True)
     base.add_argument("--base", metavar="FILE", help="state_dict that every run starts from")
-    base.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="start from torchvision's weights of --arch, with a new head",
-    )
+    pretrained_help = "start from torchvision's weights of --arch, with a new head"
+    base.add_argument("--pretrained", action="store_true", help=pretrained_help)
     add("--save-dir", required=True, help="where models and runs.jsonl go")
     add("--models", type=number(int, 1), metavar="N", help="draw N runs; left out, the whole grid")
     add("--images", type=number(int, 1), help="of the training part to use; left out, all")
@@ -59,23 +50,14 @@ def parse_arguments():
     add("--clip-grad", type=number(float, 0), metavar="NORM", help=flags.CLIP_HELP)
 
     grid = parser.add_argument_group("settings that vary, one value or more each")
+    add = partial(grid.add_argument, nargs="+")
     lr_help = "rates; a draw is log-uniform between the lowest and the highest"
-    share, natural = number(float, 0, 1), number(int, 1)
-    grid.add_argument("--lr", nargs="+", type=number(float, 1e-12), default=[0.01], help=lr_help)
-    grid.add_argument(
-        "--weight-decay", "--wd", nargs="+", type=number(float, 0), default=[1e-4], help="decays"
-    )
-    grid.add_argument("--epochs", nargs="+", type=natural, default=[5], help="lengths of the runs")
-    grid.add_argument(
-        "--label-smoothing", nargs="+", type=share, default=[0.0], help=flags.SMOOTHING_HELP
-    )
-    grid.add_argument(
-        "--randaugment",
-        nargs="+",
-        type=number(int, 0, 30),
-        default=[0],
-        help=flags.RANDAUGMENT_HELP,
-    )
+    share, strength = number(float, 0, 1), number(int, 0, 30)
+    add("--lr", type=number(float, 1e-12), default=[0.01], help=lr_help)
+    add("--weight-decay", "--wd", type=number(float, 0), default=[1e-4], help="decays")
+    add("--epochs", type=number(int, 1), default=[5], help="lengths of the runs")
+    add("--label-smoothing", type=share, default=[0.0], help=flags.SMOOTHING_HELP)
+    add("--randaugment", type=strength, default=[0], help=flags.RANDAUGMENT_HELP)
     args = parser.parse_args()
     if args.warmup_epochs > min(args.epochs):
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than the least of --epochs")
@@ -108,34 +90,63 @@ def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
         models.imagenet.load_pretrained(model, args.arch)
         origin = "torchvision"
     else:
-        verify(args.base)
-        load_into(model, args.base)
+        coefficients.load_verified(model, args.base)
         origin = hashlib.sha256(Path(args.base).read_bytes()).hexdigest()[:16]
     return {key: value.clone() for key, value in model.state_dict().items()}, origin
 
 
-def stands(record: dict | None, settings: dict, path: Path, expected: dict) -> bool:
-    """Whether the run is done: its line is there, and so is its model, whole (or it diverged).
+def is_finished(record: dict | None, settings: dict, path: Path, model: torch.nn.Module) -> bool:
+    """Whether the run of `record` left a model at `path` that is whole and fits, or diverged.
 
     Raises:
-        UserError: a run of other settings stands in its place.
+        UserError: it was run with other settings.
     """
     if record is None:
         return False
     for key, value in settings.items():
         if record["settings"].get(key) != value:
             raise UserError(
-                f"{path}: stands already, with {key} {record['settings'].get(key)} instead of "
-                f"{value}; give another --save-dir, or remove {path.parent}"
+                f"{path}: was made with {key} {record['settings'].get(key)} instead of {value}; "
+                f"give another --save-dir, or remove {path.parent}"
             )
     if record["validation"] is None:
         return True
     try:
-        verify(path)
-        check(load_state_dict(path), expected, str(path))
+        coefficients.load_verified(model, path)
     except CheckpointError:
         return False
     return True
+
+
+def train(model, training: data.Split, validation: data.Loader, settings: dict, name: str, args):
+    """Fine-tunes `model` with one run's settings; its loss and accuracy on `validation`."""
+    utils.set_seed(settings["seed"])
+    loader = data.Loader(
+        training,
+        args.batch_size,
+        train=True,
+        seed=settings["seed"],
+        channels_last=args.amp,
+        randaugment=settings["randaugment"],
+    )
+    base, hyperparameters = optimizers.chosen(
+        args.optimizer, settings["lr"], settings["weight_decay"], args.momentum
+    )
+    optimizer, epochs = base(model.parameters(), **hyperparameters), settings["epochs"]
+    steps, warmup = epochs * len(loader), round(args.warmup_epochs * len(loader))
+    trainer = Trainer(
+        *(model, loader, validation, optimizer),
+        schedule_of(SCHEDULES[args.schedule], optimizer, steps, warmup),
+        epochs,
+        amp=args.amp,
+        print_every=args.print_freq,
+        label_smoothing=settings["label_smoothing"],
+        clip_grad=args.clip_grad,
+        name=f"{name} ",
+    )
+    for epoch in range(1, epochs + 1):
+        metrics = trainer.epoch(epoch)
+    return {key: metrics[f"test_{key}"] for key in ("loss", "accuracy")}
 
 
 def main():
@@ -147,69 +158,36 @@ def main():
 
 def fine_tune(args):
     utils.set_seed(args.randomseed)
-    device = utils.choose_device(args.device)
-    training, _ = data.load(args.datasets, args.data_dir, device)
+    training, _ = data.load(args.datasets, args.data_dir, utils.choose_device(args.device))
     training, held_out = training.hold_out(args.val_ratio, args.randomseed)
     training = training.part(slice(args.images))
     validation = data.Loader(held_out, 1000, train=False, channels_last=args.amp)
-    model = build(args.arch, training.spec, device, args)
-    base, origin = start_point(args, model)
+    model = build(args.arch, training.spec, training.labels.device, args)
+    start, origin = start_point(args, model)
 
     save_dir = Path(args.save_dir)
     utils.make_directory(save_dir)
     logs.write_json({"arguments": vars(args), **logs.provenance()}, save_dir / "run.json")
+    same = ("batch_size", "optimizer", "momentum", "schedule", "amp", "warmup_epochs", "clip_grad")
     fixed = {
         "model": args.arch,
         "datasets": args.datasets,
         "held_out": flags.held_out(args),
         "base": origin,
         "images": len(training),
-        "batch_size": args.batch_size,
-        **{key: getattr(args, key) for key in ("optimizer", "momentum", "schedule", "amp")},
-        **{key: getattr(args, key) for key in ("warmup_epochs", "clip_grad")},
+        **{key: getattr(args, key) for key in same},
     }
     runs = save_dir / "runs.jsonl"
     records = {record["file"]: record for record in logs.read_lines(runs)}
     for varied in settings_of_runs(args):
-        settings = varied | fixed
-        path = save_dir / f"{varied['seed']:03}.pt"
-        if stands(records.get(path.name), settings, path, base):
+        settings, path = varied | fixed, save_dir / f"{varied['seed']:03}.pt"
+        if is_finished(records.get(path.name), settings, path, model):
             continue
         started = time.perf_counter()
-        utils.set_seed(varied["seed"])
-        model.load_state_dict(base)
+        model.load_state_dict(start)
         model.zero_grad()  # a run that diverged leaves its gradients
-        train = data.Loader(
-            training,
-            args.batch_size,
-            train=True,
-            seed=varied["seed"],
-            channels_last=args.amp,
-            randaugment=varied["randaugment"],
-        )
-        base_optimizer, hyperparameters = optimizers.chosen(
-            args.optimizer, varied["lr"], varied["weight_decay"], args.momentum
-        )
-        optimizer = base_optimizer(model.parameters(), **hyperparameters)
-        steps, warmup = varied["epochs"] * len(train), round(args.warmup_epochs * len(train))
-        trainer = Trainer(
-            model,
-            train,
-            validation,
-            optimizer,
-            schedule_of(SCHEDULES[args.schedule], optimizer, steps, warmup),
-            varied["epochs"],
-            amp=args.amp,
-            print_every=args.print_freq,
-            label_smoothing=varied["label_smoothing"],
-            clip_grad=args.clip_grad,
-            name=f"{path.name} ",
-        )
         try:
-            for epoch in range(1, varied["epochs"] + 1):
-                metrics = trainer.epoch(epoch)
-            # What the trainer tests on is the validation part here.
-            scores = {key: metrics[f"test_{key}"] for key in ("loss", "accuracy")}
+            scores = train(model, training, validation, varied, path.name, args)
             save(model.state_dict(), path)
         except Diverged as diverged:
             print(f"{path.name} is left out: {diverged}")
@@ -220,7 +198,7 @@ def fine_tune(args):
             "validation": scores,
             "seconds": time.perf_counter() - started,
         }
-        logs.write_lines((records[file] for file in sorted(records)), runs)
+        logs.write_lines(records.values(), runs)
         if scores:
             told = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
             print(f"{path.name}: validation {describe(scores)} ({told})")

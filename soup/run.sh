@@ -2,6 +2,7 @@
 # Fine-tune stage: a base model, a dozen fine-tunings of it, and their soups.
 #
 #     bash run.sh [DATASET [MODEL [DATA_DIR]]]     Digits, PreResNet20, ../datasets if left out
+#     SEED=2 bash run.sh                           another seed, in a folder of its own
 #
 # Run again, it goes on where it was stopped. Edit the settings below for your own.
 set -euo pipefail
@@ -12,7 +13,7 @@ dataset=${1:-Digits}
 model=${2:-PreResNet20}
 data_dir=${3:-../datasets}
 seed=${SEED:-1}
-dir=../results/soup_${model}_$dataset
+dir=../results/soup_${model}_$dataset/seed$seed
 
 case $dataset/$model in
     Digits/*) # a minute

@@ -8,8 +8,9 @@ Section 2). TWA (Li et al., ICLR 2023) starts from one of the soups and trains t
 coefficients: TWA-t on images of the training part, TWA-v on the held-out part, in as many steps.
 Greedy and TWA-v look at the held-out part only; test data choose nothing.
 
-Writes `results.jsonl`, `soup.png` and each soup as an ordinary state_dict to --log-dir. What stands
-in `results.jsonl` is not done again, so that a second call can add TWA of another kind.
+Writes `results.jsonl`, `soup.png` and each soup as an ordinary state_dict to --log-dir. A solution
+that `results.jsonl` has with the same settings is not made again, so that a second call can add TWA
+with other flags, and one that was stopped goes on.
 """
 
 import glob
@@ -19,90 +20,58 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
+from torch import Tensor
 
 import models
 import utils
 from training import coefficients, data, entry, flags, locks, logs, ranks, report
 from training.flags import number
-from training.loop import (
-    Trainer,
-    build,
-    describe,
-    device_of,
-    evaluate,
-    predict,
-    reestimate_bn,
-    score,
-)
+from training.loop import Trainer, build, describe, evaluate, predict, reestimate_bn, score
 from training.optimizers import SCHEDULES, schedule_of
-from twa.checkpoints import (
-    Checkpoint,
-    average,
-    check,
-    load_into,
-    load_state_dict,
-    save,
-    verify,
-)
+from twa.checkpoints import Checkpoint, average, load_into, save
 from utils import UserError
+
+PARTS = ("validation", "test")  # what every solution is evaluated on
 
 
 def parse_arguments():
     parser = flags.Parser("soups of fine-tuned models: uniform, greedy, TWA")
     flags.add_soup_arguments(parser, models.ARCHITECTURES, data.DATASETS)
     add = parser.add_argument
-    add(
-        "--checkpoints",
-        nargs="+",
-        required=True,
-        metavar="GLOB",
-        help="state_dicts (.pt, .safetensors) of one architecture",
-    )
+    files_help = "state_dicts (.pt, .safetensors) of one architecture"
+    add("--checkpoints", nargs="+", required=True, metavar="GLOB", help=files_help)
     add("--log-dir", required=True, help="where results, soups and the figure go")
-    add(
-        "--bn-images",
-        type=number(int, 1),
-        default=10_000,
-        help="training images on which batch norm is re-estimated for everything that is measured",
-    )
-    twa = parser.add_argument_group("TWA")
-    twa.add_argument(
-        "--twa",
-        nargs="*",
-        default=["t", "v"],
-        choices=("t", "v"),
-        help="t: on the training part, v: on the held-out part; no value: none",
-    )
-    twa.add_argument(
-        "--start", default="uniform", choices=("uniform", "greedy"), help="soup to start from"
-    )
-    twa.add_argument(
-        "--epochs", type=number(int, 1), default=5, help="passes over as many images as held out"
-    )
+    bn_help = "training images on which batch norm is re-estimated before every measurement"
+    add("--bn-images", type=number(int, 1), default=10_000, help=bn_help)
+    add = parser.add_argument_group("TWA").add_argument
+    parts_help = "t: on the training part, v: on the held-out part; no value: none"
+    add("--twa", nargs="*", default=["t", "v"], choices=("t", "v"), help=parts_help)
+    add("--start", default="uniform", choices=("uniform", "greedy"), help="soup to start from")
+    epochs_help = "passes over as many images as are held out"
+    add("--epochs", type=number(int, 1), default=5, help=epochs_help)
     coefficients.add_arguments(parser, opt="AdamW", schedule="cosine")
     return parser.parse_args()
 
 
-def expand(patterns: Sequence[str]) -> list[Path]:
-    """The files that match, numbers in their names in order, each once."""
-    found = set()
+def files_of(patterns: Sequence[str]) -> list[Path]:
+    """The files that match, each once, by the numbers in their names."""
+    found: set[str] = set()
     for pattern in patterns:
         matches = glob.glob(pattern)
         if not matches:
             raise UserError(f"--checkpoints {pattern}: matches no file")
-        found |= set(matches)
+        found.update(matches)
 
-    def natural(path: str) -> list:
+    def by_number(path: str) -> list:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
-    return [Path(path) for path in sorted(found, key=natural)]
+    return [Path(path) for path in sorted(found, key=by_number)]
 
 
 def refuse_other_split(paths: Sequence[Path], args) -> None:
@@ -118,84 +87,97 @@ def refuse_other_split(paths: Sequence[Path], args) -> None:
                 )
 
 
-class Results:
-    """`results.jsonl`: a line for everything that was measured, with the settings it came from."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.records = {record["name"]: record for record in logs.read_lines(path)}
-
-    def stand(self, settings: dict, *names: str) -> bool:
-        return all(self.records.get(name, {}).get("settings") == settings for name in names)
-
-    def add(self, name: str, settings: dict, **values) -> None:
-        """Puts a record in the place of an older one, and tells of it."""
-        self.records[name] = {"name": name, **values, "settings": settings}
-        logs.write_lines(self.records.values(), self.path)
-        print(
-            f"{name}: validation {describe(values['validation'])}, test {describe(values['test'])}"
-        )
+def settings_of(paths: Sequence[Path], args) -> dict:
+    """What every solution depends on: the files, told by name, size and time, and the data."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return {
+        "checkpoints": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
+        "held_out": flags.held_out(args),
+        **{key: getattr(args, key) for key in ("datasets", "batch_size", "bn_images", "amp")},
+    }
 
 
-@dataclass
-class Bench:
-    """One model that takes all weights in turn, and the data they are measured on.
+class Evaluator:
+    """The model, which takes all weights in turn, and the data that they are evaluated on.
 
-    Args:
-        train: for batch norm, on `bn_images` of its images.
+    Batch norm is re-estimated alike for everything that is evaluated.
+
+    Attributes:
+        training, held_out: the two parts of the training set.
+        loaders: by part: "validation", what is held out, and "test".
     """
 
-    model: nn.Module
-    train: data.Loader
-    validation: data.Loader
-    test: data.Loader
-    amp: bool
-    bn_images: int
-
-    def put(self, checkpoint: Checkpoint) -> None:
-        """Loads weights; whatever is measured gets its batch norm re-estimated alike."""
-        load_into(self.model, checkpoint)
-        self.reestimate_bn()
-
-    def reestimate_bn(self) -> None:
-        reestimate_bn(self.model, self.train, self.amp, self.bn_images)
-
-    def validation_accuracy(self, checkpoint: Checkpoint) -> float:
-        self.put(checkpoint)
-        return evaluate(self.model, self.validation, self.amp)["accuracy"]
-
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Loss and accuracy on both parts, of the weights that are in the model."""
-        return {
-            "validation": evaluate(self.model, self.validation, self.amp),
-            "test": evaluate(self.model, self.test, self.amp),
+    def __init__(self, args):
+        self.args = args
+        training, test = data.load(args.datasets, args.data_dir, utils.choose_device(args.device))
+        self.training, self.held_out = training.hold_out(args.val_ratio, args.randomseed)
+        self.model = build(args.arch, training.spec, training.labels.device, args)
+        self.loaders = {
+            part: data.Loader(split, 1000, train=False, channels_last=args.amp)
+            for part, split in zip(PARTS, (self.held_out, test), strict=True)
         }
+        self._train = self.training_loader(self.training)
+        self._logits: dict[Path, dict[str, Tensor]] = {}
 
+    def training_loader(self, images: data.Split) -> data.Loader:
+        batch_size, seed = self.args.batch_size, self.args.randomseed
+        return data.Loader(images, batch_size, train=True, seed=seed, channels_last=self.args.amp)
 
-def measure_models(paths: Sequence[Path], bench: Bench, results: Results, settings: dict) -> None:
-    """Adds every individual model, the best of them, and the ensemble (the mean of logits)."""
-    started = time.perf_counter()
-    device = device_of(bench.model)
-    loaders = {"validation": bench.validation, "test": bench.test}
-    mean: dict[str, torch.Tensor | float] = dict.fromkeys(loaders, 0.0)
-    for path in paths:
-        bench.put(path)
+    def load(self, weights: Checkpoint) -> None:
+        load_into(self.model, weights)
+        reestimate_bn(self.model, self._train, self.args.amp, self.args.bn_images)
+
+    def evaluate(self, part: str) -> dict[str, float]:
+        """Loss and accuracy of the weights in the model."""
+        return evaluate(self.model, self.loaders[part], self.args.amp)
+
+    def evaluate_ensemble(self, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
+        """Loss and accuracy, by part, of the mean of the models' logits."""
         scores = {}
-        for part, loader in loaders.items():
-            predictions = list(predict(bench.model, loader, bench.amp))
-            logits, labels = (torch.cat(tensors) for tensors in zip(*predictions, strict=True))
-            scores[part] = score([(logits, labels)], device)
-            mean[part] += logits / len(paths)
-        results.add(str(path), settings, **scores)
+        for part, loader in self.loaders.items():
+            mean = sum(self._logits_of(path)[part] / len(paths) for path in paths)
+            scores[part] = score([(mean, loader.split.labels)], mean.device)
+        return scores
 
-    best = max(paths, key=lambda path: results.records[str(path)]["validation"]["accuracy"])
-    scores = {part: results.records[str(best)][part] for part in loaders}
-    results.add("best single model", settings, **scores, models=[str(best)], seconds=0.0)
-    scores = {
-        part: score([(mean[part], loader.split.labels)], device) for part, loader in loaders.items()
-    }
-    seconds = time.perf_counter() - started
-    results.add("ensemble", settings, **scores, models=[*map(str, paths)], seconds=seconds)
+    def _logits_of(self, path: Path) -> dict[str, Tensor]:
+        """Those of one model, by part; kept, since the ensemble needs all models'."""
+        if path not in self._logits:
+            self.load(path)
+            self._logits[path] = {
+                part: torch.cat([y for y, _ in predict(self.model, loader, self.args.amp)])
+                for part, loader in self.loaders.items()
+            }
+        return self._logits[path]
+
+
+class Solutions:
+    """What is made of the models: a record each in `results.jsonl`, and the soups beside it."""
+
+    def __init__(self, log_dir: Path, evaluator: Evaluator):
+        self.path, self._evaluator = log_dir / "results.jsonl", evaluator
+        self.records = {record["name"]: record for record in logs.read_lines(self.path)}
+
+    def make(self, name: str, settings: dict, function: Callable[[], dict]) -> dict:
+        """The record of the solution `name`, made unless the file has it with these settings.
+
+        Args:
+            function: returns what the record is to hold: "validation" and "test", the scores; or
+                "weights", which are then saved and evaluated.
+        """
+        record = self.records.get(name)
+        if record is None or record["settings"] != settings:
+            started = time.perf_counter()
+            values = function()
+            if "weights" in values:
+                self._evaluator.load(values.pop("weights"))
+                soup = self.path.with_name(f"{name.replace(' ', '-')}.pt")
+                save(self._evaluator.model.state_dict(), soup)
+                values["seconds"] = time.perf_counter() - started
+                values |= {part: self._evaluator.evaluate(part) for part in PARTS}
+            record = self.records[name] = {"name": name, **values, "settings": settings}
+            logs.write_lines(self.records.values(), self.path)
+            print(f"{name}: {', '.join(f'{part} {describe(record[part])}' for part in PARTS)}")
+        return record
 
 
 def greedy_soup(
@@ -223,25 +205,22 @@ def greedy_soup(
 
 
 def train_coefficients(
-    name: str, paths: Sequence[Path], start: Path, images: data.Split, bench: Bench, args
-) -> dict[str, float]:
-    """Trains the averaging coefficients over `paths` on `images`; they are in the model then.
+    name: str, paths: Sequence[Path], images: data.Split, start: Path, evaluator: Evaluator
+) -> dict:
+    """The average of `paths` whose coefficients are trained on `images`, from the soup `start` on.
 
     Returns:
-        α of every checkpoint; at a finer granularity the mean over its blocks.
+        its "weights", its "models", and its "averaging_weights", α of each; at a finer granularity
+        the mean over the blocks.
     """
-    train = data.Loader(
-        images, args.batch_size, train=True, seed=args.randomseed, channels_last=args.amp
-    )
-    optimizer = coefficients.optimizer_of(args, bench.model, paths, train, start=start)
+    args = evaluator.args
+    utils.set_seed(args.randomseed)  # the same draws whatever was made before
+    train = evaluator.training_loader(images)
+    optimizer = coefficients.optimizer_of(args, evaluator.model, paths, train, start=start)
     print(f"{name}: {coefficients.described(optimizer)}")
-    scheduler = schedule_of(SCHEDULES[args.schedule], optimizer, args.epochs * len(train))
     trainer = Trainer(
-        bench.model,
-        train,
-        bench.validation,
-        optimizer,
-        scheduler,
+        *(evaluator.model, train, evaluator.loaders["validation"], optimizer),
+        schedule_of(SCHEDULES[args.schedule], optimizer, args.epochs * len(train)),
         args.epochs,
         amp=args.amp,
         print_every=args.print_freq,
@@ -249,8 +228,12 @@ def train_coefficients(
     )
     for epoch in range(1, args.epochs + 1):
         trainer.epoch(epoch)
-    bench.reestimate_bn()
-    return dict(zip(map(str, paths), coefficients.averaging_weights(optimizer), strict=True))
+    names, alpha = [str(path) for path in paths], coefficients.averaging_weights(optimizer)
+    return {
+        "weights": evaluator.model.state_dict(),
+        "models": names,
+        "averaging_weights": dict(zip(names, alpha, strict=True)),
+    }
 
 
 def main():
@@ -262,106 +245,80 @@ def main():
 
 def make_soups(args):
     utils.set_seed(args.randomseed)
-    log_dir = Path(args.log_dir)
-    paths = expand(args.checkpoints)
+    log_dir, paths = Path(args.log_dir), files_of(args.checkpoints)
     refuse_other_split(paths, args)
-
-    device = utils.choose_device(args.device)
-    training, test = data.load(args.datasets, args.data_dir, device)
-    training, held_out = training.hold_out(args.val_ratio, args.randomseed)
-    model = build(args.arch, training.spec, device, args)
+    evaluator = Evaluator(args)
     for path in paths:
-        verify(path)
-        check(load_state_dict(path), model.state_dict(), str(path))
-    bench = Bench(
-        model,
-        data.Loader(
-            training, args.batch_size, train=True, seed=args.randomseed, channels_last=args.amp
-        ),
-        data.Loader(held_out, 1000, train=False, channels_last=args.amp),
-        data.Loader(test, 1000, train=False, channels_last=args.amp),
-        args.amp,
-        args.bn_images,
-    )
+        coefficients.load_verified(evaluator.model, path)
 
     utils.make_directory(log_dir)
     logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
-    results = Results(log_dir / "results.jsonl")
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    settings = {
-        "checkpoints": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
-        "datasets": args.datasets,
-        "held_out": flags.held_out(args),
-        **{key: getattr(args, key) for key in ("batch_size", "bn_images", "amp")},
-    }
+    solutions, settings = Solutions(log_dir, evaluator), settings_of(paths, args)
+    started, names = time.perf_counter(), [str(path) for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        solutions.make(name, settings, partial(evaluator.evaluate_ensemble, [path]))
+    accuracies = [solutions.records[name]["validation"]["accuracy"] for name in names]
+    best = names[accuracies.index(max(accuracies))]
 
-    def serve(name: str, ingredients: Sequence[Path], started: float, settings: dict, **values):
-        """Saves and measures the soup that is in the model."""
-        save(model.state_dict(), log_dir / f"{name.replace(' ', '-')}.pt")
-        seconds = time.perf_counter() - started
-        ingredients = [str(path) for path in ingredients]
-        scores = bench.scores()
-        results.add(name, settings, **scores, models=ingredients, seconds=seconds, **values)
+    def best_single_model() -> dict:
+        scores = {part: solutions.records[best][part] for part in PARTS}
+        return scores | {"models": [best], "seconds": 0.0}
 
-    if not results.stand(settings, *map(str, paths), "best single model", "ensemble"):
-        measure_models(paths, bench, results, settings)
+    def ensemble() -> dict:
+        scores, seconds = evaluator.evaluate_ensemble(paths), time.perf_counter() - started
+        return scores | {"models": names, "seconds": seconds}
 
-    if not results.stand(settings, "uniform"):
-        started = time.perf_counter()
-        bench.put(average(paths))
-        serve("uniform", paths, started, settings)
+    def validation_accuracy(ingredients: Sequence[Path]) -> float:
+        evaluator.load(average(ingredients))
+        return evaluator.evaluate("validation")["accuracy"]
 
-    if not results.stand(settings, "greedy"):
-        started = time.perf_counter()
-        accuracies = [results.records[str(path)]["validation"]["accuracy"] for path in paths]
-        ingredients = greedy_soup(
-            paths, accuracies, lambda some: bench.validation_accuracy(average(some))
-        )
-        bench.put(average(ingredients))
-        serve("greedy", ingredients, started, settings)
+    def greedy() -> dict:
+        ingredients = greedy_soup(paths, accuracies, validation_accuracy)
+        return {"weights": average(ingredients), "models": [str(path) for path in ingredients]}
 
-    trained = ("start", "epochs", "opt", "schedule", "lr", "momentum", "weight_decay")
-    twa_settings = settings | {key: getattr(args, key) for key in (*trained, "randomseed")}
+    solutions.make("best single model", settings, best_single_model)
+    solutions.make("ensemble", settings, ensemble)
+    solutions.make("uniform", settings, lambda: {"weights": average(paths), "models": names})
+    solutions.make("greedy", settings, greedy)
+
+    keys = ("start", "epochs", "opt", "schedule", "lr", "momentum", "weight_decay", "randomseed")
+    twa_settings = settings | {key: getattr(args, key) for key in keys}
+    start, held_out = log_dir / f"{args.start}.pt", evaluator.held_out
     for kind in args.twa:
         name = f"TWA-{kind}"
         name += f" {args.granularity}" if args.granularity != "model" else ""
         name += f" {args.bits} bits" if args.bits != 32 else ""
         name += " from greedy" if args.start == "greedy" else ""
-        if results.stand(twa_settings, name):
-            continue
-        started = time.perf_counter()
         # As many images of either part, so that the two differ in what they see, not in how much.
-        images = held_out if kind == "v" else training.part(slice(len(held_out)))
-        alpha = train_coefficients(name, paths, log_dir / f"{args.start}.pt", images, bench, args)
-        serve(name, paths, started, twa_settings, averaging_weights=alpha)
+        images = held_out if kind == "v" else evaluator.training.part(slice(len(held_out)))
+        soup = partial(train_coefficients, name, paths, images, start, evaluator)
+        solutions.make(name, twa_settings, soup)
+    show(solutions, names, settings, args)
 
-    # Everything that was ever made of these checkpoints, by this call or an earlier one.
-    made = [
-        record
-        for record in results.records.values()
-        if "models" in record and settings.items() <= record["settings"].items()
-    ]
-    soups = {
-        record["name"]: {
+
+def show(solutions: Solutions, names: Sequence[str], settings: dict, args) -> None:
+    """The figure and the table of all that was made of the models `names`, by any call."""
+    rows = {
+        name: {
             "validation": record["validation"]["accuracy"],
             "test": record["test"]["accuracy"],
             "test loss": record["test"]["loss"],
-            "models": len(record["models"]),
-            "seconds": record["seconds"],
+            "models": len(record.get("models", [name])),
+            "seconds": record.get("seconds"),
         }
-        for record in made
+        for name, record in solutions.records.items()
+        if settings.items() <= record["settings"].items()
     }
+    single = [rows.pop(name) for name in names]
+    figure = solutions.path.with_name("soup.png")
     report.scatter(
-        log_dir / "soup.png",
-        f"{len(paths)} models on {args.datasets}",
-        models=[
-            tuple(results.records[str(path)][part]["accuracy"] for part in ("validation", "test"))
-            for path in paths
-        ],
-        soups={name: (s["validation"], s["test"]) for name, s in soups.items()},
+        figure,
+        f"{len(names)} models on {args.datasets}",
+        models=[(row["validation"], row["test"]) for row in single],
+        soups={name: (row["validation"], row["test"]) for name, row in rows.items()},
     )
-    print(report.table(soups, COLUMNS))
-    print(f"written: {results.path}, {log_dir / 'soup.png'}, and the soups beside them")
+    print(report.table(rows, COLUMNS))
+    print(f"written: {solutions.path}, {figure}, and the soups beside them")
 
 
 COLUMNS = {

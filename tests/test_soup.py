@@ -1,7 +1,9 @@
 """The fine-tune stage: held-out data, fine-tuning, soups against a plain computation, bad input."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,7 +139,7 @@ def test_fine_tuning_leaves_models_and_their_settings(folder):
     assert len({record["settings"]["lr"] for record in records}) == 4
 
 
-def test_what_stands_is_not_run_again_and_what_is_damaged_is(folder, tmp_path):
+def test_finished_runs_are_kept_and_damaged_ones_are_run_again(folder, tmp_path):
     shutil.copytree(folder / "models", tmp_path, dirs_exist_ok=True)
     (tmp_path / "002.pt").write_bytes((folder / "models/002.pt").read_bytes()[:1000])
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
@@ -244,7 +246,7 @@ def test_ensemble_equals_a_plain_computation(folder, tmp_path):
     assert results["ensemble"]["test"]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_was_measured_stands_and_another_kind_is_added(folder, capsys):
+def test_a_second_call_adds_another_kind_and_makes_nothing_again(folder, capsys):
     before = lines_of(folder / "soup/results.jsonl")
     capsys.readouterr()
     call(soup, *soup_arguments(folder), "--epochs", 2, "--granularity", "layer", "--twa", "v")
@@ -252,6 +254,57 @@ def test_what_was_measured_stands_and_another_kind_is_added(folder, capsys):
     assert len(told) == 1 and told[0].startswith("TWA-v layer:")
     after = lines_of(folder / "soup/results.jsonl")
     assert after[:-1] == before and after[-1]["name"] == "TWA-v layer"
+
+
+def test_a_solution_is_made_unless_it_is_there_with_the_same_settings(tmp_path):
+    calls = []
+
+    def function() -> dict:
+        calls.append(len(calls))
+        return {part: {"loss": 0.1, "accuracy": 90.0 + calls[-1]} for part in soup.PARTS}
+
+    for settings in ({"lr": 1}, {"lr": 1}, {"lr": 2}):
+        solutions = soup.Solutions(tmp_path, evaluator=None)  # as a call of its own
+        record = solutions.make("a", settings, function)
+        assert record == lines_of(tmp_path / "results.jsonl")[0]
+        assert record["settings"] == settings
+    assert calls == [0, 1]
+    assert record["test"]["accuracy"] == 91.0
+    solutions.make("b", settings, function)
+    assert [record["name"] for record in lines_of(tmp_path / "results.jsonl")] == ["a", "b"]
+
+
+def test_models_measured_among_others_are_measured_again(folder, tmp_path):
+    """As after a call on some of the models that was stopped before its ensemble."""
+    shutil.copytree(folder / "soup", tmp_path / "soup")
+    path, arguments = tmp_path / "soup/results.jsonl", soup_arguments(folder)
+    before = lines_of(path)
+    stale = [{**before[0], "settings": before[0]["settings"] | {"checkpoints": "others"}}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*stale, *before[1:]]))
+    call(soup, *arguments, "--epochs", 2, "--log-dir", tmp_path / "soup")
+    assert lines_of(path)[: len(before)] == before
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_run_sh_has_a_folder_for_each_seed(tmp_path, monkeypatch):
+    (tmp_path / "twa/soup").mkdir(parents=True)
+    root = Path(soup.__file__).parents[1]
+    for name in ("soup/run.sh", "env.sh"):
+        shutil.copy(root / name, tmp_path / "twa" / name)
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = - ] || echo "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("SEED", raising=False)
+    for seed, given in (("1", {}), ("2", {"SEED": "2"})):
+        command = ["bash", tmp_path / "twa/soup/run.sh"]
+        done = subprocess.run(
+            command, env=os.environ | given, capture_output=True, text=True, check=True
+        )
+        calls = done.stdout.splitlines()
+        assert len(calls) == 5
+        for line in calls:
+            assert f"--randomseed {seed} " in line
+            assert f"../results/soup_PreResNet20_Digits/seed{seed}" in line
 
 
 def test_four_bits(folder):

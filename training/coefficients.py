@@ -1,4 +1,4 @@
-"""TWA's coefficients as the scripts train them: flags, rate, averaging weights."""
+"""TWA's coefficients as the scripts train them: flags, optimizer, rate, averaging weights."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from training.flags import number
 from training.loop import autocast
 from training.optimizers import SCHEDULES
 from twa import TWA
+from twa.checkpoints import load_into, verify
 from utils import UserError
 
 RATE_HELP = (
@@ -28,19 +29,11 @@ CURVATURE_IMAGES = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser, opt: str, schedule: str) -> None:
-    """The flags of every script that trains coefficients, but for epochs and start point.
-
-    Args:
-        opt, schedule: the defaults.
-    """
+    """The flags of every script that trains coefficients, with its defaults of two of them."""
     add = parser.add_argument_group("coefficients").add_argument
     add("--bits", type=int, default=32, choices=(32, 16, 8, 4), help="of a stored basis element")
-    add(
-        "--granularity",
-        default="model",
-        choices=("model", "layer", "channel"),
-        help="what has coefficients of its own",
-    )
+    parts, parts_help = ("model", "layer", "channel"), "what has coefficients of its own"
+    add("--granularity", default="model", choices=parts, help=parts_help)
     add("--opt", default=opt, choices=("SGD", "AdamW"), help="optimizer of the coefficients")
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
     add("--lr", type=flags.scale, help="rate of the coefficients; left out: " + RATE_HELP)
@@ -55,22 +48,21 @@ def optimizer_of(
     train: data.Loader,
     **arguments,
 ) -> TWA:
-    """The optimizer that the flags ask for, at the start point; without `--lr` at a safe rate.
+    """The optimizer that the flags ask for; without `--lr` at a rate that is measured on `train`.
 
     Args:
-        args: what `add_arguments` adds, and `amp`.
-        train: what the rate is measured on.
-        arguments: TWA's further ones, `start` above all.
+        args: with the flags of `add_arguments`, and `amp`.
+        arguments: further ones of `TWA`, `start` above all.
 
     Raises:
-        UserError: as `safe_rate` says.
+        UserError: as `safe_rate`.
         twa.CheckpointError: a file of the window cannot be used.
     """
     base, settings = optimizers.chosen(
         args.opt.lower(), args.lr or 0.0, args.weight_decay, args.momentum
     )
-    arguments |= {"bits": args.bits, "granularity": args.granularity}
-    optimizer = TWA(model, window, base, **arguments, **settings)
+    basis = {"bits": args.bits, "granularity": args.granularity}
+    optimizer = TWA(model, window, base, **basis, **arguments, **settings)
     if args.lr is None:
         rate = safe_rate(optimizer, model, train, settings.get("momentum"), args.amp)
         optimizer.param_groups[0]["lr"] = rate
@@ -117,7 +109,7 @@ def safe_rate(
 
 
 def described(optimizer: TWA) -> str:
-    """Number of coefficients, rate and size of the basis, in words."""
+    """The number of coefficients, the rate and the size of the basis, for the log."""
     rate, size = optimizer.param_groups[0]["lr"], optimizer.subspace.nbytes / 2**20
     return f"{len(optimizer.subspace)} coefficients, rate {rate:.3g}, basis of {size:.1f} MiB"
 
@@ -126,3 +118,13 @@ def averaging_weights(optimizer: TWA) -> list[float]:
     """α of every checkpoint of the window; at a finer granularity the mean over the blocks."""
     alpha = optimizer.averaging_weights()
     return (alpha.mean(0) if alpha.dim() == 2 else alpha).tolist()
+
+
+def load_verified(model: nn.Module, path: Path | str) -> None:
+    """Loads the checkpoint `path` into `model` once it is known to be whole and to fit.
+
+    Raises:
+        twa.CheckpointError: as `verify` and `load_into`; the model is as it was.
+    """
+    verify(path)
+    load_into(model, path)
