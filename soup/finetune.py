@@ -118,7 +118,7 @@ def is_finished(record: dict | None, settings: dict, path: Path, model: torch.nn
     return True
 
 
-def train(model, training: data.Split, validation: data.Loader, settings: dict, name: str, args):
+def train(model, training, validation, settings: dict, name: str, args) -> dict[str, float]:
     """Fine-tunes `model` with one run's settings; its loss and accuracy on `validation`."""
     utils.set_seed(settings["seed"])
     loader = data.Loader(

@@ -88,7 +88,7 @@ def refuse_other_split(paths: Sequence[Path], args) -> None:
 
 
 def settings_of(paths: Sequence[Path], args) -> dict:
-    """What every solution depends on: the files, told by name, size and time, and the data."""
+    """What every solution depends on: the files (by name, size and time) and the data."""
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return {
         "checkpoints": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
@@ -141,10 +141,11 @@ class Evaluator:
 
     def _logits_of(self, path: Path) -> dict[str, Tensor]:
         """Those of one model, by part; kept, since the ensemble needs all models'."""
+        amp = self.args.amp
         if path not in self._logits:
             self.load(path)
             self._logits[path] = {
-                part: torch.cat([y for y, _ in predict(self.model, loader, self.args.amp)])
+                part: torch.cat([logits for logits, _ in predict(self.model, loader, amp)])
                 for part, loader in self.loaders.items()
             }
         return self._logits[path]
