@@ -1,12 +1,12 @@
 """Trains the averaging coefficients over a window of checkpoints (Li et al., ICLR 2023).
 
     python train_twa.py --datasets CIFAR100 --arch VGG16BN --params_start 0 --params_end 101 \\
-        --train_start -1 --opt SGD --schedule step --lr 2 --epochs 10 \\
-        --save-dir results/checkpoints --log-dir results
+        --epochs 10 --save-dir results/checkpoints --log-dir results
 
 Reads `N.pt` from --save-dir and what is known of the run that left them from --log-dir. Writes
-`twa.pt`, an ordinary state_dict, `twa.json` (the results) and `twa.png` to --out. Test data choose
-nothing: the end of training is reported.
+`twa.pt`, an ordinary state_dict, `twa.json` (the results) and `twa.png` to --out. Start and end are
+chosen by the loss on training images; test data choose nothing. The paper's method, with its end
+as it comes: --opt SGD --extract Schmidt --schedule step --lr 2 --train_start -1.
 
 Under `torchrun` the ranks hold model and basis together, a shard each, and all else is the same.
 """
@@ -21,8 +21,8 @@ from training import coefficients, data, entry, flags, image_folders, ranks, rep
 from training.flags import number
 from training.locks import lock
 from training.logs import write_json
-from training.loop import Trainer, evaluate, reestimate_bn, set_up, skipped_images
-from training.optimizers import SCHEDULES, schedule_of
+from training.loop import Trainer, evaluate, reestimate_bn, sample_loss, set_up, skipped_images
+from training.optimizers import SCHEDULES, schedule_of, step_of_the_paper
 from training.runs import Run
 from twa.checkpoints import load_into
 
@@ -38,14 +38,8 @@ def parse_arguments():
     epochs_help = "epochs over the training set, or over its held-out part with --split"
     add("--epochs", type=number(int, 0), default=100, help=epochs_help)
     windows.add_arguments(parser)
-    add(
-        "--extract",
-        default="Schmidt",
-        choices=("Schmidt", "SVD"),
-        help="how the basis is made: Gram-Schmidt, or the window's principal directions",
-    )
-    add("--components", type=number(int, 1), help="directions that --extract SVD keeps")
-    coefficients.add_arguments(parser, opt="SGD", schedule="step")
+    coefficients.add_arguments(parser, schedule="linear")
+    flags.add_recipe_arguments(parser)
     add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches per projected step")
     add(
         "--reshard-after-forward",
@@ -59,15 +53,13 @@ def parse_arguments():
         args.image_size = args.image_size or image_folders.SIZE
     elif args.image_size or args.strict_images:
         parser.error(f"--image-size and --strict-images: only with --datasets {image_folders.NAME}")
-    if (args.extract == "SVD") != (args.components is not None):
-        parser.error("--extract SVD and --components belong together")
     # The folder of the checkpoints may be others' as well: nothing is written there.
     if Path(args.out or args.log_dir).resolve() == Path(args.save_dir).resolve():
         if args.out:
             parser.error(f"--out {args.out}: is --save-dir, the folder of the checkpoints")
         args.out = str(Path(args.save_dir) / "twa")
     args.out = args.out or args.log_dir
-    return args
+    return coefficients.check_arguments(args)
 
 
 def main():
@@ -88,7 +80,7 @@ def train_twa(args):
         return evaluate(model, test, args.amp, on_imagenet)
 
     window = windows.paths_of(args)
-    averages, start = windows.averages_of(window, args, model)
+    averages = windows.averages_of(window, model)
     sgd = report.SGDRun.read(Path(args.log_dir))
     spent = sgd.spent(args.params_end - 1)
     solutions = {}
@@ -101,31 +93,38 @@ def train_twa(args):
             print("\n".join(filter(None, [report.table(solutions), skipped])))
         return
 
+    def loss() -> float:
+        return sample_loss(model, train, args.amp)
+
     started = time.perf_counter()
-    optimizer = coefficients.optimizer_of(
-        args,
-        model,
-        window,
-        train,
-        start=averages[start],
-        extract=args.extract,
-        components=args.components,
-    )
-    rate = optimizer.param_groups[0]["lr"]
+    start, checkpoint, compared = windows.start_of(window, args, model, loss)
+    if start not in solutions:
+        load_into(model, checkpoint)
+        solutions[start] = measure() | spent
+    optimizer = coefficients.optimizer_of(args, model, window, start=checkpoint)
     build_seconds = time.perf_counter() - started
-    steps = args.epochs * math.ceil(len(train) / args.accumulate)
+    steps_an_epoch = math.ceil(len(train) / args.accumulate)
+    steps, warmup = args.epochs * steps_an_epoch, round(args.warmup_epochs * steps_an_epoch)
+    factor = step_of_the_paper(args.epochs) if args.schedule == "step" else SCHEDULES[args.schedule]
+    late = coefficients.LateMean(optimizer, steps)
     trainer = Trainer(
-        *(model, train, test, optimizer),
-        schedule_of(SCHEDULES[args.schedule], optimizer, steps),
+        *(model, train, test, optimizer, schedule_of(factor, optimizer, steps, warmup)),
         args.epochs,
         amp=args.amp,
         print_every=args.print_freq,
         accumulate=args.accumulate,
+        label_smoothing=args.label_smoothing,
+        clip_grad=args.clip_grad,
         top5=on_imagenet,
         name="TWA ",
     )
     run = Run(
-        *(args, trainer), state=out / "twa_state.pt", log_dir=out, flag="--out", prefix="twa_"
+        *(args, trainer),
+        state=out / "twa_state.pt",
+        log_dir=out,
+        flag="--out",
+        prefix="twa_",
+        late=late,
     )
     run.keep_other_results()
     run.start(
@@ -133,6 +132,8 @@ def train_twa(args):
         f"{args.params_end - 1} from {start}: {coefficients.described(optimizer)} in "
         f"{build_seconds:.1f} s"
     )
+    if compared:
+        run.log.line(f"start: {coefficients.comparison(compared)}")
     if args.split and sgd.held_out != flags.held_out(args):
         run.log.line(
             f"note: the checkpoints' run held out {sgd.held_out or 'nothing'}, so its models know "
@@ -140,10 +141,14 @@ def train_twa(args):
         )
     run.train()
 
-    # The end of training is what is reported: test data choose nothing.
+    end, started = {}, time.perf_counter()
+    if args.extract == "PCA":
+        end = coefficients.keep_best(optimizer, late, loss)
+        run.log.line(f"end: {coefficients.comparison(end)}")
+    seconds = build_seconds + sum(m["seconds"] for m in run.log.epochs)
+    seconds += time.perf_counter() - started
     tested = measure()
     ranks.save_model(model, out / "twa.pt")
-    seconds = build_seconds + sum(m["seconds"] for m in run.log.epochs)
     epochs = args.epochs * (args.val_ratio / 100 if args.split else 1)
     solutions["TWA"] = tested | report.more(spent, epochs=epochs, seconds=seconds)
     alpha = coefficients.averaging_weights(optimizer)
@@ -157,8 +162,9 @@ def train_twa(args):
         "epochs": args.epochs,
         "seconds": seconds,
         "build_seconds": build_seconds,
-        "lr": rate,
+        "lr": args.lr,
         "start": start,
+        "sample_losses": {"start": compared, "end": end},
         "sgd": sgd.end,
     }
     write_json(results, out / "twa.json")

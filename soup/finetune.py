@@ -24,11 +24,11 @@ import torch
 
 import models
 import utils
-from training import coefficients, data, entry, flags, locks, logs, optimizers, ranks
+from training import data, entry, flags, locks, logs, optimizers, ranks
 from training.flags import number
 from training.loop import Diverged, Trainer, build, describe
 from training.optimizers import OPTIMIZERS, SCHEDULES, schedule_of
-from twa.checkpoints import CheckpointError, save
+from twa.checkpoints import CheckpointError, load_verified, save
 from utils import UserError
 
 
@@ -90,7 +90,7 @@ def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
         models.imagenet.load_pretrained(model, args.arch)
         origin = "torchvision"
     else:
-        coefficients.load_verified(model, args.base)
+        load_verified(model, args.base)
         origin = hashlib.sha256(Path(args.base).read_bytes()).hexdigest()[:16]
     return {key: value.clone() for key, value in model.state_dict().items()}, origin
 
@@ -112,7 +112,7 @@ def is_finished(record: dict | None, settings: dict, path: Path, model: torch.nn
     if record["validation"] is None:
         return True
     try:
-        coefficients.load_verified(model, path)
+        load_verified(model, path)
     except CheckpointError:
         return False
     return True

@@ -32,9 +32,18 @@ import models
 import utils
 from training import coefficients, data, entry, flags, locks, logs, ranks, report
 from training.flags import number
-from training.loop import Trainer, build, describe, evaluate, predict, reestimate_bn, score
+from training.loop import (
+    Trainer,
+    build,
+    describe,
+    evaluate,
+    predict,
+    reestimate_bn,
+    sample_loss,
+    score,
+)
 from training.optimizers import SCHEDULES, schedule_of
-from twa.checkpoints import Checkpoint, average, load_into, save
+from twa.checkpoints import Checkpoint, average, load_into, load_verified, save
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on
@@ -55,8 +64,8 @@ def parse_arguments():
     add("--start", default="uniform", choices=("uniform", "greedy"), help="soup to start from")
     epochs_help = "passes over as many images as are held out"
     add("--epochs", type=number(int, 1), default=5, help=epochs_help)
-    coefficients.add_arguments(parser, opt="AdamW", schedule="cosine")
-    return parser.parse_args()
+    coefficients.add_arguments(parser, schedule="linear")
+    return coefficients.check_arguments(parser.parse_args())
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
@@ -217,11 +226,13 @@ def train_coefficients(
     args = evaluator.args
     utils.set_seed(args.randomseed)  # the same draws whatever was made before
     train = evaluator.training_loader(images)
-    optimizer = coefficients.optimizer_of(args, evaluator.model, paths, train, start=start)
+    model, steps = evaluator.model, args.epochs * len(train)
+    optimizer = coefficients.optimizer_of(args, model, paths, start=start)
+    late = coefficients.LateMean(optimizer, steps)
     print(f"{name}: {coefficients.described(optimizer)}")
     trainer = Trainer(
-        *(evaluator.model, train, evaluator.loaders["validation"], optimizer),
-        schedule_of(SCHEDULES[args.schedule], optimizer, args.epochs * len(train)),
+        *(model, train, evaluator.loaders["validation"], optimizer),
+        schedule_of(SCHEDULES[args.schedule], optimizer, steps),
         args.epochs,
         amp=args.amp,
         print_every=args.print_freq,
@@ -229,9 +240,11 @@ def train_coefficients(
     )
     for epoch in range(1, args.epochs + 1):
         trainer.epoch(epoch)
+    losses = coefficients.keep_best(optimizer, late, lambda: sample_loss(model, train, args.amp))
+    print(f"{name}: {coefficients.comparison(losses)}")
     names, alpha = [str(path) for path in paths], coefficients.averaging_weights(optimizer)
     return {
-        "weights": evaluator.model.state_dict(),
+        "weights": model.state_dict(),
         "models": names,
         "averaging_weights": dict(zip(names, alpha, strict=True)),
     }
@@ -250,7 +263,7 @@ def make_soups(args):
     refuse_other_split(paths, args)
     evaluator = Evaluator(args)
     for path in paths:
-        coefficients.load_verified(evaluator.model, path)
+        load_verified(evaluator.model, path)
 
     utils.make_directory(log_dir)
     logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
@@ -282,7 +295,8 @@ def make_soups(args):
     solutions.make("uniform", settings, lambda: {"weights": average(paths), "models": names})
     solutions.make("greedy", settings, greedy)
 
-    keys = ("start", "epochs", "opt", "schedule", "lr", "momentum", "weight_decay", "randomseed")
+    keys = ("extract", "components", "start", "epochs", "opt", "schedule", "lr", "momentum")
+    keys += ("weight_decay", "randomseed")
     twa_settings = settings | {key: getattr(args, key) for key in keys}
     start, held_out = log_dir / f"{args.start}.pt", evaluator.held_out
     for kind in args.twa:

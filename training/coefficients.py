@@ -1,111 +1,142 @@
-"""TWA's coefficients as the scripts train them: flags, optimizer, rate, averaging weights."""
+"""TWA's coefficients as the scripts train them: flags, optimizer, the best of what came out."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from training import data, flags, optimizers, ranks
+from training import flags, optimizers
 from training.flags import number
-from training.loop import autocast
 from training.optimizers import SCHEDULES
 from twa import TWA
-from twa.checkpoints import load_into, verify
 from utils import UserError
 
-RATE_HELP = (
-    "(1 - momentum) / curvature for SGD, with the largest curvature of the training loss along the "
-    "coefficients, which is measured; 0.01 · ‖coefficients‖ / sqrt(their number) for AdamW"
-)
-# Images of which the curvature is measured, in whole batches.
-CURVATURE_IMAGES = 128
+# In units of the window's spread these hold for every model, granularity and budget that was tried
+# (docs/RESULTS.md).
+RATES = {"sgd": 0.1, "adam": 0.02, "adamw": 0.02}
 
 
-def add_arguments(parser: argparse.ArgumentParser, opt: str, schedule: str) -> None:
-    """The flags of every script that trains coefficients, with its defaults of two of them."""
+def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
+    """The flags of every script that trains coefficients, but for epochs and start point."""
     add = parser.add_argument_group("coefficients").add_argument
+    add(
+        "--extract",
+        default="PCA",
+        choices=("PCA", "Schmidt", "SVD"),
+        help="the basis: the window's principal directions, coefficients in units of its spread "
+        "along each (PCA); as in the paper, Gram-Schmidt, or its --components principal "
+        "directions, coefficients in units of the weights (Schmidt, SVD)",
+    )
+    add("--components", type=number(int, 1), help="directions to keep; left out, all (not of SVD)")
     add("--bits", type=int, default=32, choices=(32, 16, 8, 4), help="of a stored basis element")
     parts, parts_help = ("model", "layer", "channel"), "what has coefficients of its own"
     add("--granularity", default="model", choices=parts, help=parts_help)
-    add("--opt", default=opt, choices=("SGD", "AdamW"), help="optimizer of the coefficients")
+    add(
+        "--opt",
+        default="AdamW",
+        choices=("SGD", "Adam", "AdamW"),
+        help="optimizer of the coefficients",
+    )
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    add("--lr", type=flags.scale, help="rate of the coefficients; left out: " + RATE_HELP)
+    rates = "left out, with --extract PCA: 0.02, for SGD 0.1"
+    add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--weight-decay", "--wd", type=flags.scale, default=1e-5, help="weight decay")
+    add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
+
+
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with the rate filled in; a `UserError` says which flags do not go together."""
+    if args.extract == "SVD" and args.components is None:
+        raise UserError("--extract SVD: needs --components")
+    if args.extract == "Schmidt" and args.components is not None:
+        raise UserError("--components: only with --extract PCA or SVD")
+    if args.lr is None:
+        if args.extract != "PCA":
+            raise UserError(f"--lr: needed with --extract {args.extract}, in units of the weights")
+        args.lr = RATES[args.opt.lower()]
+    return args
 
 
 def optimizer_of(
-    args: argparse.Namespace,
-    model: nn.Module,
-    window: Sequence[Path],
-    train: data.Loader,
-    **arguments,
+    args: argparse.Namespace, model: nn.Module, window: Sequence[Path], **arguments
 ) -> TWA:
-    """The optimizer that the flags ask for; without `--lr` at a rate that is measured on `train`.
+    """The optimizer that the flags ask for.
 
     Args:
-        args: with the flags of `add_arguments`, and `amp`.
+        args: with the flags of `add_arguments`.
         arguments: further ones of `TWA`, `start` above all.
 
     Raises:
-        UserError: as `safe_rate`.
+        UserError: all checkpoints are the same.
         twa.CheckpointError: a file of the window cannot be used.
     """
-    base, settings = optimizers.chosen(
-        args.opt.lower(), args.lr or 0.0, args.weight_decay, args.momentum
-    )
-    basis = {"bits": args.bits, "granularity": args.granularity}
-    optimizer = TWA(model, window, base, **basis, **arguments, **settings)
-    if args.lr is None:
-        rate = safe_rate(optimizer, model, train, settings.get("momentum"), args.amp)
-        optimizer.param_groups[0]["lr"] = rate
+    base, settings = optimizers.chosen(args.opt.lower(), args.lr, args.weight_decay, args.momentum)
+    names = ("extract", "components", "bits", "granularity")
+    basis = {name: getattr(args, name) for name in names}
+    try:
+        optimizer = TWA(model, window, base, **basis, **arguments, **settings)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not len(optimizer.subspace):
+        raise UserError("the checkpoints hold nothing but zeros: there is nothing to average")
     return optimizer
 
 
-def safe_rate(
-    optimizer: TWA, model: nn.Module, train: data.Loader, momentum: float | None, amp: bool
-) -> float:
-    """A rate for the coefficients at the start point (see RATE_HELP).
-
-    What a rate of SGD does depends on its product with the curvature alone, whatever the model, the
-    granularity and the number of checkpoints; what one of Adam's does on the angle by which a step,
-    which is about rate · √n long, turns the weights.
+class LateMean:
+    """The mean of the coefficients over the last half of the training; part of a run's state.
 
     Args:
-        momentum: of SGD; None: AdamW.
-
-    Raises:
-        UserError: there are no coefficients, or the loss does not depend on them.
+        steps: optimizer steps of the whole training.
     """
-    coefficients = optimizer.coefficients.detach()
-    if len(coefficients) == 0:
-        raise UserError("the checkpoints hold nothing but zeros: there is nothing to average")
-    if momentum is None:
-        return 0.01 * coefficients.norm().item() / math.sqrt(len(coefficients))
-    train.set_epoch(0)
-    batches = list(islice(train, math.ceil(CURVATURE_IMAGES / train.batch_size)))
-    model.train()
 
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        for i, (images, labels) in enumerate(batches):
-            share = ranks.world() / train.images_in(i) / len(batches)
-            with autocast(images.device, amp):
-                part = F.cross_entropy(model(images), labels, reduction="sum") * share
-            part.backward()
-        return part
+    def __init__(self, optimizer: TWA, steps: int):
+        self._coefficients, self._first = optimizer.coefficients, steps // 2
+        self._done, self.mean = 0, torch.zeros_like(optimizer.coefficients)
+        optimizer.register_step_post_hook(lambda *_: self._update())
 
-    curvature = optimizer.curvature(loss)
-    if not 0 < curvature < math.inf:
-        raise UserError(f"--lr: needed here, since the loss has a curvature of {curvature}")
-    return (1 - momentum) / curvature
+    @torch.no_grad()
+    def _update(self) -> None:
+        self._done += 1
+        if self._done > self._first:
+            self.mean += (self._coefficients - self.mean) / (self._done - self._first)
+
+    def state_dict(self) -> dict:
+        return {"done": self._done, "mean": self.mean}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._done = state["done"]
+        self.mean.copy_(state["mean"])
+
+
+def keep_best(optimizer: TWA, late: LateMean, loss: Callable[[], float]) -> dict[str, float]:
+    """Moves the model to the best of start, end and late mean; returns their losses.
+
+    Args:
+        loss: of the model as it is.
+    """
+    points = {
+        "end": optimizer.coefficients.detach().clone(),
+        "mean of the last half": late.mean,
+        "start": optimizer.origin,
+    }
+    losses = {}
+    for name, coefficients in points.items():
+        optimizer.set_coefficients(coefficients)
+        value = loss()
+        losses[name] = value if math.isfinite(value) else math.inf
+    optimizer.set_coefficients(points[min(losses, key=losses.get)])  # of equals the first
+    return losses
+
+
+def comparison(losses: dict[str, float]) -> str:
+    """What `keep_best` or `best_start` compared, for the log; the best one first."""
+    told = [f"{name} {losses[name]:.4f}" for name in sorted(losses, key=losses.get)]
+    return f"loss on a sample of training images: {', '.join(told)}"
 
 
 def described(optimizer: TWA) -> str:
@@ -118,13 +149,3 @@ def averaging_weights(optimizer: TWA) -> list[float]:
     """α of every checkpoint of the window; at a finer granularity the mean over the blocks."""
     alpha = optimizer.averaging_weights()
     return (alpha.mean(0) if alpha.dim() == 2 else alpha).tolist()
-
-
-def load_verified(model: nn.Module, path: Path | str) -> None:
-    """Loads the checkpoint `path` into `model` once it is known to be whole and to fit.
-
-    Raises:
-        twa.CheckpointError: as `verify` and `load_into`; the model is as it was.
-    """
-    verify(path)
-    load_into(model, path)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from training import data, image_folders, ranks
 from training.logs import import_wandb
 from twa.checkpoints import NotFiniteError
 from utils import UserError, choose_device
+
+SAMPLE = 1024  # images on which start and end points are compared
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
@@ -356,6 +359,17 @@ def reestimate_bn(
     with autocast(device_of(model), amp):
         update_bn(train.whole_batches(count), model)
     ranks.average_buffers(model)
+
+
+def sample_loss(model: nn.Module, train: data.Loader, amp: bool = False) -> float:
+    """The loss in nats on the first `SAMPLE` images of epoch 0, which no training uses.
+
+    Batch norm is re-estimated on these first. What a start or an end point is chosen by: test data
+    choose nothing.
+    """
+    reestimate_bn(model, train, amp, SAMPLE)
+    count = min(len(train), math.ceil(SAMPLE / train.batch_size))
+    return evaluate(model, islice(train, count), amp)["loss"]
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -19,6 +19,21 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+def step_of_the_paper(epochs: int) -> Callable[[float], float]:
+    """The factor of `step` in TWA, as the paper's release has it: by whole epochs.
+
+    The rate is divided by 10 at epoch int(0.5 epochs) and at epoch int(0.75 epochs + 0.9), counted
+    from 0: a single epoch runs at a tenth of the rate throughout.
+    """
+    milestones = int(0.5 * epochs), int(0.75 * epochs + 0.9)
+
+    def factor(x: float) -> float:
+        epoch = int(x * epochs + 1e-9)  # x may be rounded down
+        return 0.1 ** sum(epoch >= milestone for milestone in milestones)
+
+    return factor
+
+
 def chosen(
     name: str, lr: float, weight_decay: float, momentum: float
 ) -> tuple[type[torch.optim.Optimizer], dict[str, float]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from training import flags, ranks
-from twa.checkpoints import average, verify
+from twa import best_start
+from twa.checkpoints import Checkpoint, average, last_means, verify
 from utils import UserError
 
 
@@ -20,9 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--params_end", type=natural, default=51, help="one past the window's last")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
+        "--start",
+        default="auto",
+        choices=("auto", "last", "SWA"),
+        help="where TWA starts: auto takes the last checkpoint or the mean of the last 2, 4, 8, … "
+        "or all (SWA), whichever has the lowest loss on a sample of the images that it trains on",
+    )
+    start.add_argument(
         "--train_start",
         type=flags.number(int, -1),
-        default=-1,
         help="checkpoint to start from; -1: the mean of the window (SWA)",
     )
     start.add_argument(
@@ -53,28 +61,50 @@ def paths_of(args: argparse.Namespace) -> list[Path]:
         holds = f"it holds {min(found)} to {max(found)}" if found else "it holds no checkpoints"
         raise UserError(f"{save_dir}: {missing}.pt is missing from [{start}, {end}); {holds}")
     window = [save_dir / f"{i}.pt" for i in range(start, end)]
-    start_point = [save_dir / f"{args.train_start}.pt"] if args.train_start >= 0 else []
+    start_point = [] if args.train_start in (None, -1) else [save_dir / f"{args.train_start}.pt"]
     for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
         verify(path)
     return window
 
 
-def averages_of(window: list[Path], args: argparse.Namespace, model: nn.Module) -> tuple[dict, str]:
-    """The averages that TWA is compared with, by name, and which of them is its start point."""
-    expected = model.state_dict()
-    averages = {
-        "last": window[-1],
-        f"mean of last {min(5, len(window))}": average(window[-5:], expected),
-        "SWA": average(window, expected),
-    }
+def averages_of(window: list[Path], model: nn.Module) -> dict[str, dict]:
+    """The averages that TWA is compared with, by name: `state_dict`s."""
+    counts = sorted({1, min(5, len(window)), len(window)})
+    means = dict(zip(counts, last_means(window, counts, model.state_dict()), strict=True))
+    names = {"last": 1, f"mean of last {min(5, len(window))}": min(5, len(window))}
+    return {name: means[count] for name, count in (names | {"SWA": len(window)}).items()}
+
+
+def start_of(
+    window: list[Path], args: argparse.Namespace, model: nn.Module, loss: Callable[[], float]
+) -> tuple[str, Checkpoint, dict[str, float]]:
+    """The start point that the flags ask for: its name, the checkpoint, what it was compared with.
+
+    Args:
+        loss: of the model as it is; what `--start auto` compares.
+
+    Raises:
+        UserError: the window is shorter than `--start-average`.
+    """
+    expected, count = model.state_dict(), None
     if args.start_average:
-        if args.start_average > len(window):
+        count = args.start_average
+        if count > len(window):
             raise UserError(f"--start-average: the window has only {len(window)} checkpoints")
-        start = f"mean of last {args.start_average}"
-        averages.setdefault(start, average(window[-args.start_average :], expected))
-    elif args.train_start >= 0:
-        start = f"checkpoint {args.train_start}"
-        averages[start] = Path(args.save_dir) / f"{args.train_start}.pt"
-    else:
-        start = "SWA"
-    return averages, start
+    elif args.train_start is not None and args.train_start >= 0:
+        return f"checkpoint {args.train_start}", Path(args.save_dir) / f"{args.train_start}.pt", {}
+    elif args.train_start == -1 or args.start == "SWA":
+        count = len(window)
+    elif args.start == "last":
+        count = 1
+    if count:
+        return name_of(count, window), average(window[-count:], expected), {}
+    start, losses = best_start(model, window, loss)
+    compared = {name_of(count, window): value for count, value in losses.items()}
+    return min(compared, key=compared.get), start, compared
+
+
+def name_of(count: int, window: list[Path]) -> str:
+    """What the mean of the last `count` checkpoints of the window is called."""
+    names = {len(window): "SWA", 1: "last"}
+    return names.get(count, f"mean of last {count}")

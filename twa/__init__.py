@@ -1,12 +1,14 @@
 """Trainable Weight Averaging (Li et al., ICLR 2023): train the coefficients of an average.
 
-    from twa import TWA, Subspace
+    from twa import TWA, Subspace, best_start
 
-`TWA` is the optimizer that a training loop uses; `Subspace` is the basis beneath it.
+`TWA` is the optimizer that a training loop uses; `best_start` finds where it should begin, and
+`Subspace` is the basis beneath it.
 """
 
 from twa.checkpoints import CheckpointError
 from twa.optimizer import TWA
+from twa.starts import best_start
 from twa.subspace import Subspace
 
-__all__ = ["TWA", "CheckpointError", "Subspace"]
+__all__ = ["TWA", "CheckpointError", "Subspace", "best_start"]

@@ -8,7 +8,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -201,6 +201,16 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint, name: str | None =
     model.load_state_dict(own)
 
 
+def load_verified(model: torch.nn.Module, path: str | os.PathLike) -> None:
+    """Loads the checkpoint `path` into `model` once it is known to be whole and to fit.
+
+    Raises:
+        CheckpointError: as `verify` and `load_into`; the model is as it was.
+    """
+    verify(path)
+    load_into(model, path)
+
+
 def average(
     checkpoints: Sequence[Checkpoint], expected: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -217,24 +227,47 @@ def average(
     Raises:
         CheckpointError: one of them cannot be read, does not fit, or holds NaN or infinity.
     """
-    like = load_state_dict(checkpoints[0]) if expected is None else unwrapped(expected)
+    (mean,) = last_means(checkpoints, [len(checkpoints)], expected)
+    return mean
+
+
+def last_means(
+    checkpoints: Sequence[Checkpoint],
+    counts: Sequence[int],
+    expected: Mapping[str, Tensor] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """The means, as `average` takes them, of the last so many checkpoints, for each of `counts`.
+
+    Each file is read once, from the last one back.
+
+    Args:
+        counts: in rising order.
+        checkpoints, expected: as for `average`.
+
+    Raises:
+        CheckpointError: as `average`.
+    """
+    like = load_state_dict(checkpoints[-1]) if expected is None else unwrapped(expected)
     total: dict[str, Tensor] = {}
-    for checkpoint in checkpoints:
+    for count, checkpoint in enumerate(reversed(checkpoints[-counts[-1] :]), start=1):
         state = completed(load_state_dict(checkpoint), like)
         check(state, like, name_of(checkpoint))
         for key, value in state.items():
-            if value.is_floating_point() and key in total:
-                total[key] += sharding.part(value, like[key])
-            else:
+            if key not in total:
                 exact = torch.float64 if value.is_floating_point() else value.dtype
                 total[key] = sharding.part(value, like[key]).to(exact, copy=True)
-    mean = {}
-    for key, tensor in like.items():
-        value = total.pop(key)  # So that there are never two of the whole.
-        if value.is_floating_point():
-            value /= len(checkpoints)
-        mean[key] = sharding.shard(value.to(tensor.dtype), tensor)
-    return mean
+            elif value.is_floating_point():
+                total[key] += sharding.part(value, like[key])
+        if count in counts:
+            # At the end one by one, so that there are never two of the whole.
+            take = total.pop if count == counts[-1] else total.get
+            mean = {}
+            for key, tensor in like.items():
+                value = take(key)
+                if value.is_floating_point():
+                    value = value / count
+                mean[key] = sharding.shard(value.to(tensor.dtype), tensor)
+            yield mean
 
 
 def save(obj, path: str | os.PathLike) -> None:

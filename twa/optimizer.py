@@ -97,13 +97,13 @@ class TWA(torch.optim.Optimizer):
         self._start = self.subspace.flatten(self.subspace.parameters)
         self._start_coefficients = self.subspace.coordinates(self._start)
         # The coefficients at which the model is the start point.
-        self._origin = self._start_coefficients.clone()
+        self.origin = self._start_coefficients.clone()
         if extract == "PCA":
-            self._origin.zero_()
+            self.origin.zero_()
         self._flat = self.subspace.empty()  # For gradients and weights in turn.
         # Of another window this is another vector, even where both begin with the start point.
         self._fingerprint = self.subspace.project(self._flat.fill_(1))
-        self.coefficients = torch.nn.Parameter(self._origin.clone())
+        self.coefficients = torch.nn.Parameter(self.origin.clone())
         self.base = base([self.coefficients], **base_arguments)
         super().__init__(self.base.param_groups, self.base.defaults)
         # One list and one state for both, so that a schedule that writes a rate into a group, and
@@ -166,7 +166,7 @@ class TWA(torch.optim.Optimizer):
         length = 0.03 if self.subspace.spread is not None else 1e-3 * max(float(here.norm()), 1e-3)
 
         def gradient(coefficients: Tensor) -> Tensor:
-            self._set_coefficients(coefficients)
+            self.set_coefficients(coefficients)
             with _unchanged(self._model, here.device):
                 closure()
             self._project_gradients()
@@ -175,7 +175,7 @@ class TWA(torch.optim.Optimizer):
         try:
             within = _hessian_within(gradient, here, length, iterations)
         finally:
-            self._set_coefficients(here)
+            self.set_coefficients(here)
             self.zero_grad()
         return float(torch.linalg.eigvalsh((within + within.T) / 2).abs().max())
 
@@ -189,7 +189,7 @@ class TWA(torch.optim.Optimizer):
         start point has outside, the model keeps, and α leaves out: `Σ α_i w_i` is then the point
         of the subspace nearest to w. Below 32 bits the model holds the rounding of the basis too.
         """
-        outset = self._start_coefficients - self._origin
+        outset = self._start_coefficients - self.origin
         return self.subspace.averaging_weights(self.coefficients.detach() + outset)
 
     def state_dict(self) -> dict:
@@ -228,7 +228,7 @@ class TWA(torch.optim.Optimizer):
         super().load_state_dict(state)
         self.base.param_groups = self.param_groups
         self.base.state = self.state
-        self._set_coefficients(coefficients)
+        self.set_coefficients(coefficients)
 
     def __getstate__(self) -> dict:
         raise TypeError(
@@ -247,13 +247,14 @@ class TWA(torch.optim.Optimizer):
         self._write_weights()
 
     @torch.no_grad()
-    def _set_coefficients(self, coefficients: Tensor) -> None:
+    def set_coefficients(self, coefficients: Tensor) -> None:
+        """Moves the model to these coefficients, float32 [n]; `origin` is the start point."""
         self.coefficients.copy_(coefficients)
         self._write_weights()
 
     @torch.no_grad()
     def _write_weights(self) -> None:
-        moved = self.coefficients - self._origin
+        moved = self.coefficients - self.origin
         self.subspace.assign(self.subspace.expand(moved, out=self._flat).add_(self._start))
 
 

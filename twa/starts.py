@@ -1,0 +1,53 @@
+"""The start point: the simple average of the last checkpoints that has the lowest loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from twa.checkpoints import Checkpoint, last_means, load_into
+
+
+def best_start(
+    model: torch.nn.Module, checkpoints: Sequence[Checkpoint], loss: Callable[[], float]
+) -> tuple[dict[str, Tensor], dict[int, float]]:
+    """The best of the last checkpoint and the means of the last 2, 4, 8, … and of all.
+
+    How many to average is a matter of the run: of noisy checkpoints at a constant rate the mean of
+    a few is far better than the last one, and better than the mean of many where the early ones
+    are far away.
+
+        start, losses = best_start(model, checkpoints, lambda: training_loss(model))
+        optimizer = TWA(model, checkpoints, start=start)
+
+    Args:
+        model: takes the averages one after the other, whole or sharded; it holds the last of them
+            afterwards.
+        checkpoints: paths or `state_dict`s, in the order of training; each is read once.
+        loss: the loss of the model as it is, always on the same sample of training data (some
+            hundred images do); re-estimates batch norm's statistics first, if there are any. On
+            several ranks the same number on each.
+
+    Returns:
+        The best start point, a `state_dict`, and the losses by how many checkpoints are averaged.
+
+    Raises:
+        CheckpointError: as `twa.checkpoints.average`.
+    """
+    counts = [2**k for k in range(len(checkpoints).bit_length()) if 2**k < len(checkpoints)]
+    counts.append(len(checkpoints))
+    losses: dict[int, float] = {}
+    best: dict[str, Tensor] = {}
+    for count, mean in zip(
+        counts, last_means(checkpoints, counts, model.state_dict()), strict=True
+    ):
+        load_into(model, mean)
+        value = loss()
+        value = value if math.isfinite(value) else math.inf
+        if not losses or value < min(losses.values()):
+            best = mean
+        losses[count] = value
+    return best, losses
