@@ -63,8 +63,9 @@ def gram_schmidt(w: torch.Tensor) -> torch.Tensor:
 
 
 def dense(basis: Subspace) -> torch.Tensor:
-    """P of all blocks, float64 [coefficients, D]: what `expand` makes of unit vectors."""
-    return torch.stack([basis.expand(unit) for unit in torch.eye(len(basis))]).double()
+    """P of all blocks, float64 [coefficients, D]: what `expand` makes of unit vectors, less σ."""
+    rows = torch.stack([basis.expand(unit) for unit in torch.eye(len(basis))]).double()
+    return rows if basis.spread is None else rows / basis.spread.double()[:, None]
 
 
 def orthogonality_error(p: torch.Tensor) -> float:
@@ -72,8 +73,13 @@ def orthogonality_error(p: torch.Tensor) -> float:
 
 
 def worst_reconstruction(basis: Subspace, w: torch.Tensor) -> float:
-    """The largest relative error of `expand(project(w_i))`."""
-    back = torch.stack([basis.expand(basis.project(row.float())) for row in w]).double()
+    """The largest relative error of `expand(project(w_i))`, or of `w_i` less the mean with it."""
+    back = torch.zeros_like(w) if basis.mean is None else basis.mean.double().repeat(len(w), 1)
+    for result, row in zip(back, w, strict=True):
+        coefficients = basis.project((row - result).float())
+        if basis.spread is not None:
+            coefficients /= basis.spread.square()
+        result += basis.expand(coefficients)
     return float(((back - w).norm(dim=1) / w.norm(dim=1)).max())
 
 
@@ -84,14 +90,16 @@ def test_the_basis_is_that_of_row_by_row_gram_schmidt_in_float64():
     model = make_model()
     states = walk(model, 9)
     expected = gram_schmidt(rows(model, states))
-    torch.testing.assert_close(dense(Subspace(model, states)), expected, atol=1e-6, rtol=0)
+    basis = Subspace(model, states, extract="Schmidt")
+    torch.testing.assert_close(dense(basis), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("extract", ["PCA", "Schmidt"])
 @pytest.mark.parametrize("step", [1.0, 1e-2, 1e-3])
-def test_checkpoints_close_together_get_an_orthonormal_basis_that_holds_them(step):
+def test_checkpoints_close_together_get_an_orthonormal_basis_that_holds_them(step, extract):
     model = make_model()
     states = walk(model, 40, step)
-    basis = Subspace(model, states)
+    basis = Subspace(model, states, extract=extract)
     assert orthogonality_error(dense(basis)) <= 1e-5
     assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
 
@@ -104,21 +112,24 @@ def test_a_condition_number_up_to_1e5_leaves_the_basis_orthonormal(exponent):
     singular = torch.logspace(0, -exponent, 20, dtype=torch.float64)
     w = (left * singular) @ torch.linalg.qr(right)[0].mT
     states = [{"weight": row.view(40, 30).float()} for row in w]
-    basis = Subspace(model, states)
+    basis = Subspace(model, states, extract="Schmidt")
     assert len(basis) == 20
     assert orthogonality_error(dense(basis)) <= 1e-5
     assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
 
 
-def test_averaging_weights_combine_the_checkpoints_into_the_weights():
+@pytest.mark.parametrize("extract", ["PCA", "Schmidt"])
+def test_averaging_weights_combine_the_checkpoints_into_the_weights(extract):
     model = make_model()
     states = walk(model, 12, 1e-2)
-    basis = Subspace(model, states)
-    coefficients = basis.project(rows(model, states)[3:8].mean(0).float())
+    basis = Subspace(model, states, extract=extract)
+    coefficients = basis.coordinates(rows(model, states)[3:8].mean(0).float())
     alpha = basis.averaging_weights(coefficients)
     assert alpha.shape == (12,) and alpha.dtype == torch.float64
     combined = alpha @ rows(model, states)
     expanded = basis.expand(coefficients).double()
+    if basis.mean is not None:
+        expanded += basis.mean
     torch.testing.assert_close(combined, expanded, atol=1e-5, rtol=0)
     expected = torch.tensor([0, 0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0, 0, 0]).double()
     torch.testing.assert_close(alpha, expected, atol=1e-3, rtol=0)
@@ -130,7 +141,7 @@ def test_averaging_weights_combine_the_checkpoints_into_the_weights():
 def test_one_checkpoint_is_its_own_direction():
     model = make_model()
     states = walk(model, 1)
-    basis = Subspace(model, states)
+    basis = Subspace(model, states, extract="Schmidt")
     assert len(basis) == 1 and basis.dropped == []
     w = rows(model, states)
     torch.testing.assert_close(dense(basis), w / w.norm(), atol=1e-6, rtol=0)
@@ -140,7 +151,7 @@ def test_more_checkpoints_than_weights_leaves_as_many_directions_as_weights():
     model = nn.Linear(2, 2)
     states = walk(model, 10)
     with pytest.warns(UserWarning, match=r"4 of 10 checkpoints .*: 6, 7, 8, 9"):
-        basis = Subspace(model, states)
+        basis = Subspace(model, states, extract="Schmidt")
     assert len(basis) == 6 and basis.dropped == ["6", "7", "8", "9"]
     assert orthogonality_error(dense(basis)) <= 1e-5
     assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
@@ -158,7 +169,7 @@ def test_duplicates_and_combinations_are_dropped_and_named(bits, tmp_path):
         window.append(tmp_path / f"{i}.pt")
         torch.save(state, window[-1])
     with pytest.warns(UserWarning, match=r"3 of 6 checkpoints"):
-        basis = Subspace(model, window, bits=bits)
+        basis = Subspace(model, window, extract="Schmidt", bits=bits)
     assert basis.dropped == [os.fspath(window[i]) for i in (1, 3, 5)]
     assert len(basis) == 3
     alpha = basis.averaging_weights(torch.ones(3))
@@ -250,7 +261,7 @@ def test_files_of_both_formats_and_wrapped_models_give_the_same_basis(tmp_path):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
 def test_both_products_use_the_same_values(bits, granularity):
-    """<Pᵀβ, g> = <β, P g>, and an element is off by no more than the rounding of its tile."""
+    """<Bᵀc, g> = <c, B g>, B = σP, and an element of P is off by the rounding of its tile alone."""
     torch.manual_seed(0)
     model = make_model()
     states = walk(model, 10)
@@ -259,6 +270,7 @@ def test_both_products_use_the_same_values(bits, granularity):
     p, full = dense(basis), dense(exact)
     limit = ROUNDING[bits] * float(full.abs().max())
     assert float((p - full).abs().max()) <= limit
+    p *= basis.spread.double()[:, None]
     gradient, coefficients = torch.randn(p.shape[1]), torch.randn(len(basis))
     torch.testing.assert_close(
         basis.project(gradient).double(), p @ gradient.double(), atol=1e-4, rtol=1e-4
@@ -270,12 +282,15 @@ def test_both_products_use_the_same_values(bits, granularity):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_memory_is_what_the_bits_say(bits):
+    """Seven principal directions and, in 32 bits, the mean; eight directions of the paper."""
     model = nn.Linear(512, 512, bias=False)
     states = walk(model, 8)
-    full = Subspace(model, states).nbytes
-    assert full == 8 * 512 * 512 * 4
-    ideal = full * bits / 32
-    assert ideal <= Subspace(model, states, bits=bits).nbytes <= 1.05 * ideal
+    row = 512 * 512 * 4
+    for extract, directions, mean in (("PCA", 7, row), ("Schmidt", 8, 0)):
+        assert Subspace(model, states, extract=extract).nbytes == directions * row + mean
+        ideal = directions * row * bits / 32
+        basis = Subspace(model, states, extract=extract, bits=bits)
+        assert ideal <= basis.nbytes - mean <= 1.05 * ideal
 
 
 def compile_small(monkeypatch, height: int) -> None:
@@ -290,7 +305,7 @@ def test_compiled_kernels_equal_the_plain_ones(bits, monkeypatch):
     model = nn.Linear(64, 65)
     states = walk(model, 7)
     plain = Subspace(model, states, bits=bits, granularity="layer")
-    compile_small(monkeypatch, 7)
+    compile_small(monkeypatch, 6)
     used, compiled_kernel = [], storage._compiled
     monkeypatch.setattr(storage, "_compiled", lambda k: used.append(k) or compiled_kernel(k))
     compiled = Subspace(model, states, bits=bits, granularity="layer")
@@ -304,7 +319,7 @@ def test_without_a_compiler_one_warning_and_the_same_products(monkeypatch):
     model = nn.Linear(64, 65)
     states = walk(model, 7)
     plain = Subspace(model, states, bits=8)
-    compile_small(monkeypatch, 7)
+    compile_small(monkeypatch, 6)
 
     def no_compiler(product):
         raise RuntimeError("no compiler was found")
@@ -312,7 +327,7 @@ def test_without_a_compiler_one_warning_and_the_same_products(monkeypatch):
     monkeypatch.setattr(storage, "_compiled", no_compiler)
     storage._warn_once.cache_clear()
     basis = Subspace(model, states, bits=8)
-    coefficients = torch.randn(7)
+    coefficients = torch.randn(len(plain))
     with pytest.warns(UserWarning, match="no compiler was found") as caught:
         first = basis.expand(coefficients)
         again = basis.expand(coefficients)
@@ -324,27 +339,165 @@ def test_without_a_compiler_one_warning_and_the_same_products(monkeypatch):
 # --- granularity ---
 
 
+def widths_of_blocks(granularity: str) -> list[int]:
+    """How many columns the blocks of `make_model` have, in order."""
+    conv1, bn1, conv2, rest2, linear = 8 * 27, 16, 16 * 72, 16 + 32, 16 * 7 + 7
+    return {
+        "model": [conv1 + bn1 + conv2 + rest2 + linear],
+        "layer": [conv1 + bn1, conv2 + rest2, linear],
+        "channel": [27] * 8 + [bn1] + [72] * 16 + [rest2] + [16] * 7 + [7],
+    }[granularity]
+
+
+@pytest.mark.parametrize("extract, most", [("PCA", 11), ("Schmidt", 12)])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_every_block_has_an_orthonormal_basis_of_its_own(granularity):
+def test_every_block_has_an_orthonormal_basis_of_its_own(granularity, extract, most):
     model = make_model()
     states = walk(model, 12, 1e-2)
-    basis = Subspace(model, states, granularity=granularity)
+    w = rows(model, states)
+    basis = Subspace(model, states, extract=extract, granularity=granularity)
     p = dense(basis)
     assert orthogonality_error(p) <= 1e-5
-    assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+    assert worst_reconstruction(basis, w) <= 1e-5
     # The columns that a direction touches lie in one block.
-    conv1, bn1, conv2, rest2, linear = 8 * 27, 16, 16 * 72, 16 + 32, 16 * 7 + 7
-    if granularity == "layer":
-        widths = [conv1 + bn1, conv2 + rest2, linear]
-    else:
-        widths = [27] * 8 + [bn1] + [72] * 16 + [rest2] + [16] * 7 + [7]
+    widths = widths_of_blocks(granularity)
     edges = torch.tensor([0, *widths]).cumsum(0)
     block_of = torch.bucketize(torch.arange(p.shape[1]), edges[1:], right=True)
     for direction in p:
         assert len(block_of[direction != 0].unique()) == 1
-    assert len(basis) == sum(min(12, width) for width in widths)
-    alpha = basis.averaging_weights(basis.project(rows(model, states)[4].float()))
+    assert len(basis) == sum(min(most, width) for width in widths)
+    alpha = basis.averaging_weights(basis.coordinates(w[4].float()))
     assert alpha.shape == (len(widths), 12)
+    for weights, columns in zip(alpha, w.split(widths, dim=1), strict=True):
+        torch.testing.assert_close(weights @ columns, columns[4], atol=1e-4, rtol=0)
+
+
+# --- principal directions and the spread along them ---
+
+
+@pytest.mark.parametrize("components", [None, 4, 100])
+@pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
+def test_directions_and_spread_are_those_of_an_svd_of_the_centred_window(granularity, components):
+    model, n = make_model(), 9
+    states = walk(model, n, 0.1)
+    w = rows(model, states)
+    basis = Subspace(model, states, components=components, granularity=granularity)
+    expected, spread, start = [], [], 0
+    for columns in w.split(widths_of_blocks(granularity), dim=1):
+        _, values, directions = torch.linalg.svd(columns - columns.mean(0), full_matrices=False)
+        for i in range(min(n - 1, columns.shape[1], components or n)):
+            row = torch.zeros(w.shape[1], dtype=torch.float64)
+            row[start : start + columns.shape[1]] = directions[i]
+            expected.append(row)
+            spread.append(values[i] / n**0.5)
+            scatter = (columns @ directions[i]).std(correction=0)
+            assert spread[-1] == pytest.approx(scatter.item(), rel=1e-6)
+        start += columns.shape[1]
+    expected, spread = torch.stack(expected), torch.stack(spread)
+    torch.testing.assert_close(basis.spread.double(), spread, rtol=1e-5, atol=0)
+    torch.testing.assert_close(basis.mean.double(), w.mean(0), rtol=1e-6, atol=1e-7)
+    p = dense(basis)
+    assert orthogonality_error(p) <= 1e-6
+    signs = (p * expected).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(p, signs * expected, rtol=0, atol=1e-4)
+    gradient = torch.randn(w.shape[1], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        basis.project(gradient).double(),
+        signs[:, 0] * spread * (expected @ gradient.double()),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_checkpoint_has_coordinates_of_mean_zero_and_variance_one():
+    model = make_model()
+    states = walk(model, 12, 0.1)
+    basis = Subspace(model, states, granularity="layer")
+    coordinates = torch.stack([basis.coordinates(row.float()) for row in rows(model, states)])
+    zero, one = torch.zeros(len(basis)), torch.ones(len(basis))
+    torch.testing.assert_close(coordinates.mean(0), zero, atol=1e-5, rtol=0)
+    torch.testing.assert_close(coordinates.std(0, correction=0), one, atol=1e-5, rtol=0)
+
+
+def test_neither_order_nor_scale_of_the_window_changes_the_directions():
+    model = make_model()
+    states = walk(model, 8, 0.1)
+    mean = average(states)
+    basis = Subspace(model, states)
+    wider = [{k: mean[k] + 5 * (v - mean[k]) for k, v in s.items()} for s in states]
+    for others, factor in ((states[::-1], 1), (wider, 5)):
+        other = Subspace(model, others)
+        torch.testing.assert_close(dense(other), dense(basis), atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.spread, factor * basis.spread, atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("extract", ["PCA", "SVD"])
+@pytest.mark.parametrize("width", [2, 9, 27, 39, 72])
+def test_blocks_with_fewer_directions_than_asked_for_keep_those_they_have(width, extract):
+    """40 checkpoints, spread in each channel over a range of 1 to 10^decay: rounding is near."""
+    n, channels = 40, 4
+    rank = min(width, n - 1)
+    for decay in range(7):
+        generator = torch.Generator().manual_seed(decay)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: B023
+
+        spread = torch.logspace(0, -decay, rank, dtype=torch.float64)
+        left = torch.linalg.qr(random(channels, n, rank))[0] * spread
+        w = left @ torch.linalg.qr(random(channels, width, width))[0][:, :rank]
+        w += random(channels, 1, width)
+        model = nn.Linear(width, channels, bias=False)
+        states = [{"weight": w[:, i].float()} for i in range(n)]
+        basis = Subspace(model, states, extract=extract, components=n - 1, granularity="channel")
+        p = dense(basis)
+        assert orthogonality_error(p) <= 1e-6
+        most = min(width, n - 1 if extract == "PCA" else n)
+        assert channels <= len(basis) <= channels * most
+        if decay < 4:
+            assert len(basis) == channels * most
+        assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
+
+
+def test_two_checkpoints_have_one_direction_half_their_difference():
+    model = make_model()
+    states = walk(model, 2)
+    first, second = rows(model, states)
+    basis = Subspace(model, states)
+    assert len(basis) == 1
+    torch.testing.assert_close(
+        basis.expand(torch.ones(1)).double(), (second - first) / 2, atol=1e-6, rtol=0
+    )
+    expected = torch.tensor([0.0, 1], dtype=torch.float64)
+    torch.testing.assert_close(basis.averaging_weights(torch.ones(1)), expected)
+
+
+def test_equal_checkpoints_share_their_weight_and_none_is_dropped():
+    model = make_model()
+    first, second = walk(model, 2)
+    basis = Subspace(model, [first, second, first])
+    assert len(basis) == 1 and basis.dropped == []
+    alpha = basis.averaging_weights(basis.coordinates(rows(model, [first])[0].float()))
+    expected = torch.tensor([0.5, 0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(alpha, expected, atol=1e-5, rtol=0)
+
+
+def test_blocks_in_which_nothing_differs_have_no_coefficients():
+    model = make_model()
+    states = walk(model, 4)
+    for state in states:
+        state["0.weight"], state["5.bias"] = states[0]["0.weight"], states[0]["5.bias"]
+    basis = Subspace(model, states, granularity="channel")
+    assert len(basis) == 3 * (1 + 16 + 1 + 7)
+    assert (basis.expand(torch.randn(len(basis)))[: 8 * 27] == 0).all()
+    assert (basis.averaging_weights(torch.randn(len(basis)))[:8] == 0.25).all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_checkpoints_that_do_not_differ_are_refused(count):
+    model = make_model()
+    with pytest.raises(ValueError, match="two checkpoints or more" if count == 1 else "not differ"):
+        Subspace(model, walk(model, 1) * count)
 
 
 # --- truncation ---
@@ -392,7 +545,7 @@ def test_svd_with_all_components_spans_the_window(granularity):
     n=st.integers(1, 8),
     bits=st.sampled_from(BITS),
     granularity=st.sampled_from(["model", "layer", "channel"]),
-    extract=st.sampled_from([("Schmidt", None), ("SVD", 1), ("SVD", 3)]),
+    extract=st.sampled_from([("PCA", None), ("PCA", 2), ("Schmidt", None), ("SVD", 1), ("SVD", 3)]),
     seed=st.integers(0, 99),
 )
 @pytest.mark.filterwarnings("ignore:.*depend linearly")
@@ -404,7 +557,7 @@ def test_any_shapes_give_adjoint_products_and_coefficients_that_count(
         layer = nn.Module()
         layer.weight = nn.Parameter(torch.zeros(shape))
         model.add_module(f"layer{i}", layer)
-    states = walk(model, n, 0.5, seed)
+    states = walk(model, max(n, 2), 0.5, seed)
     basis = Subspace(
         model,
         states,
@@ -415,13 +568,14 @@ def test_any_shapes_give_adjoint_products_and_coefficients_that_count(
     )
     p = dense(basis)
     assert p.isfinite().all() and (p != 0).any(dim=1).all()
+    scaled = p if basis.spread is None else p * basis.spread.double()[:, None]
     gradient = torch.randn(p.shape[1], generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(
-        basis.project(gradient).double(), p @ gradient.double(), atol=1e-5, rtol=1e-4
+        basis.project(gradient).double(), scaled @ gradient.double(), atol=1e-5, rtol=1e-4
     )
     if bits == 32:
         assert orthogonality_error(p) <= 1e-5
-        if extract[0] == "Schmidt":
+        if extract[1] is None:
             assert worst_reconstruction(basis, rows(model, states)) <= 1e-5
 
 
@@ -431,12 +585,13 @@ def test_any_shapes_give_adjoint_products_and_coefficients_that_count(
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"extract": "PCA"},
+        {"extract": "principal"},
         {"bits": 2},
         {"granularity": "neuron"},
         {"extract": "SVD"},
         {"extract": "SVD", "components": 0},
-        {"components": 3},
+        {"components": 0},
+        {"extract": "Schmidt", "components": 3},
     ],
 )
 def test_an_argument_out_of_its_range_is_refused(arguments):
