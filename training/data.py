@@ -370,8 +370,8 @@ def _torchvision(
 def _unpack(packed: Path, file: Path) -> None:
     """Unpacks a gzip file to `file`, which appears whole or not at all."""
     try:
-        content = gzip.decompress(packed.read_bytes())
         file.parent.mkdir(parents=True, exist_ok=True)
+        content = gzip.decompress(packed.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{packed} is damaged ({error}): install its package again") from error
     except OSError as error:
