@@ -1,4 +1,4 @@
-"""Image classifiers, by the names the command line knows.
+"""Image classifiers by the names of `--arch`.
 
 The names of their modules, and so the keys of a `state_dict`, are those of the paper's release.
 """
@@ -15,7 +15,7 @@ from models.vit import ViT
 from models.wide_resnet import WideResNet
 from utils import UserError
 
-# Built for one size of image: called with (num_classes, in_channels, image_size).
+# For images of one size: called with (num_classes, in_channels, image_size).
 _SIZED = {
     "VGG16": partial(VGG, 16, False),
     "VGG16BN": partial(VGG, 16, True),
@@ -24,7 +24,7 @@ _SIZED = {
     "ViT": ViT,
 }
 
-# Fully convolutional up to a global average, so any size will do: (num_classes, in_channels).
+# For images of any size: called with (num_classes, in_channels).
 _ANY_SIZE = {
     "PreResNet20": partial(PreResNet, 20),
     "PreResNet56": partial(PreResNet, 56),
@@ -41,13 +41,13 @@ ARCHITECTURES = (*_SIZED, *_ANY_SIZE, *imagenet.NAMES)
 
 
 def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
-    """A freshly initialised classifier, by its name or as `module:function` of the user's own.
+    """A freshly initialised classifier: an architecture's name, or `module:function` of the user's.
 
     It maps images, float [B, in_channels, image_size, image_size], to logits [B, num_classes].
 
     Raises:
         UserError: no architecture has this name, it cannot take images of this size, or the user's
-            function is not there or makes something else.
+            function does not return such a model.
     """
     if ":" in name:
         return factory.build(name, num_classes, in_channels, image_size)

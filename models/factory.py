@@ -1,8 +1,9 @@
-"""A model of the user's own, `module:function`, from folders whose modules may be named as ours.
+"""Models of the user's own: the function that `--model-factory MODULE:FUNCTION` names.
 
-The user's folders are the current directory and those on PYTHONPATH. Where they have a module of
-the same name as one of ours, ours is removed from `sys.modules` for good: the scripts have imported
-it by then, and what imports that name later, a forward pass or `torch.compile`, means the user's.
+It is imported from the current directory, PYTHONPATH, and then the repository's root. If the user
+has a module of the same name as one of ours, ours is removed from `sys.modules` for good: the
+scripts have imported it by then, and what imports that name later (a forward pass, `torch.compile`)
+means the user's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""torchvision's classifiers: for image folders as they are, and for any other data set.
+"""torchvision's classifiers, for image folders and, with resized images, for other data sets.
 
-Their `state_dict`s are torchvision's but for the head, which has the data set's classes.
+Their `state_dict`s are torchvision's, except for the head, which has the data set's classes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torchvision.models import get_model, list_models
 
 from utils import UserError
 
-# What `torchvision_model` makes, for images of any size.
+# For `torchvision_model`.
 NAMES = ("resnet18", "resnet50", "vit_b_16", "vit_b_32")
-_SIZE = 224  # pixels, what the pretrained weights were trained on
+_SIZE = 224  # pixels, of the images that pretrained weights were trained on
 
-# What `build` makes, for images as they come: all but those with auxiliary classifiers, whose
-# output is no tensor of logits.
+# For `build`: all but those with auxiliary classifiers, whose output is no tensor of logits.
 CLASSIFIERS = tuple(list_models(torchvision.models, exclude=("googlenet", "inception_v3")))
 
 
@@ -48,13 +47,13 @@ def build(name: str, num_classes: int, image_size: int) -> nn.Module:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name}: does not take images of {image_size} pixels ({reason}); "
-            f"give another --image-size"
+            "give another --image-size"
         ) from None
     return model
 
 
 def _to_imagenet(_, inputs: tuple[Tensor]) -> Tensor:
-    """Images of one or three channels and any size as the network knows them."""
+    """Images of one or three channels and any size in the form that the network takes."""
     (images,) = inputs
     images = F.interpolate(images, size=(_SIZE, _SIZE), mode="bilinear", antialias=True)
     return images.expand(-1, 3, -1, -1)
@@ -71,22 +70,22 @@ def torchvision_model(name: str, num_classes: int) -> nn.Module:
 
 
 def load_pretrained(model: nn.Module, name: str) -> None:
-    """Puts torchvision's default weights into the classifier `name`.
+    """Loads torchvision's default weights into the classifier `name`.
 
-    A head of another number of classes than ImageNet's 1000 stays as it is.
+    A head with another number of classes than ImageNet's 1000 keeps its weights.
 
     Raises:
-        UserError: the weights are not there and cannot be downloaded, or are of another size.
+        UserError: the weights cannot be found or downloaded, or are for images of another size.
     """
-    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # it would fill the log
+    bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # not into logs
     try:
         with contextlib.redirect_stderr(bar):
             pretrained = get_model(name, weights="DEFAULT").state_dict()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"--pretrained: torchvision's weights of {name} are not to be had ({reason}): they are "
-            f"neither in {torch.hub.get_dir()}/checkpoints nor to be downloaded"
+            f"--pretrained: torchvision's weights of {name} are not in {torch.hub.get_dir()}/"
+            f"checkpoints and cannot be downloaded ({reason}); put them there, or leave it out"
         ) from None
     own = model.state_dict()
     head = list(own)[-1].rpartition(".")[0]

@@ -7,7 +7,7 @@ from models.initialisation import he_normal_
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and ReLU, beside a shortcut."""
+    """Two 3x3 convolutions, each after batch norm and ReLU, plus a shortcut."""
 
     expansion = 1
 
@@ -26,7 +26,7 @@ class _BasicBlock(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, each after batch norm and ReLU, beside a shortcut."""
+    """1x1, 3x3 and 1x1 convolutions, each after batch norm and ReLU, plus a shortcut."""
 
     expansion = 4
 
@@ -48,7 +48,7 @@ class _Bottleneck(nn.Module):
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """The identity (empty) where the shape stays, else a 1x1 convolution."""
+    """The identity (empty) where the shape does not change, else a 1x1 convolution."""
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))

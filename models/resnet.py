@@ -1,4 +1,4 @@
-"""ResNet (He et al., 2016, arXiv:1512.03385) with the CIFAR stem: a 3x3 convolution alone."""
+"""ResNet (He et al., 2016, arXiv:1512.03385) for CIFAR: it starts with a single 3x3 convolution."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +10,7 @@ _LAYOUTS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3,
 
 
 class _Block(nn.Module):
-    """A residual function of convolutions and batch norms, beside a shortcut."""
+    """Convolutions and batch norms, plus a shortcut."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int, stride: int):
         super().__init__()
@@ -33,7 +33,7 @@ class _Block(nn.Module):
                 nn.Conv2d(width, out_channels, 1, bias=False),
                 nn.BatchNorm2d(out_channels),
             )
-        self.shortcut = nn.Sequential()  # the identity where the shape stays
+        self.shortcut = nn.Sequential()  # the identity where the shape does not change
         if stride != 1 or in_channels != out_channels:
             self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
             self.shortcut.append(nn.BatchNorm2d(out_channels))

@@ -1,4 +1,4 @@
-"""VGG (Simonyan and Zisserman, 2015, arXiv:1409.1556) with the small classifier used on CIFAR."""
+"""VGG (Simonyan and Zisserman, 2015, arXiv:1409.1556) with a small classifier, for CIFAR."""
 
 from torch import Tensor, nn
 
@@ -55,5 +55,5 @@ class VGG(nn.Module):
         he_normal_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One pixel is left of 32x32; the mean lets larger images in as well.
+        # One pixel is left of 32x32; the mean is for larger images.
         return self.classifier(self.features(x).mean((2, 3)))

@@ -29,7 +29,7 @@ class ViT(VisionTransformer):
                 f"{image_size}x{image_size} is no multiple of that"
             )
         super().__init__(image_size, _PATCH, 6, 8, 512, 512, num_classes=num_classes)
-        # torchvision's takes three channels; its initialisation is kept.
+        # torchvision's takes three channels; the initialisation is the same.
         self.conv_proj = nn.Conv2d(in_channels, self.hidden_dim, _PATCH, _PATCH)
         nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (in_channels * _PATCH**2)))
         nn.init.zeros_(self.conv_proj.bias)

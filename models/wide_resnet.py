@@ -10,27 +10,20 @@ from models.initialisation import he_normal_
 
 
 class _DownsampleUnit(nn.Module):
-    """The unit that opens a stage: both of its paths start from the activated input."""
+    """The first unit of a stage: both of its paths start from the activated input."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.norm_act = nn.Sequential(
-            OrderedDict(
-                [
-                    ("0_normalization", nn.BatchNorm2d(in_channels)),
-                    ("1_activation", nn.ReLU()),
-                ]
-            )
+        self.norm_act = _sequential(
+            {"0_normalization": nn.BatchNorm2d(in_channels), "1_activation": nn.ReLU()}
         )
-        self.block = nn.Sequential(
-            OrderedDict(
-                [
-                    ("0_convolution", _conv3x3(in_channels, out_channels, stride)),
-                    ("1_normalization", nn.BatchNorm2d(out_channels)),
-                    ("2_activation", nn.ReLU()),
-                    ("4_convolution", _conv3x3(out_channels, out_channels)),
-                ]
-            )
+        self.block = _sequential(
+            {
+                "0_convolution": _conv3x3(in_channels, out_channels, stride),
+                "1_normalization": nn.BatchNorm2d(out_channels),
+                "2_activation": nn.ReLU(),
+                "4_convolution": _conv3x3(out_channels, out_channels),
+            }
         )
         self.downsample = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
@@ -40,25 +33,27 @@ class _DownsampleUnit(nn.Module):
 
 
 class _BasicUnit(nn.Module):
-    """The other units: the shape stays, and the shortcut is the input itself."""
+    """Any other unit: the shape does not change, and the shortcut is the identity."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.block = nn.Sequential(
-            OrderedDict(
-                [
-                    ("0_normalization", nn.BatchNorm2d(channels)),
-                    ("1_activation", nn.ReLU()),
-                    ("2_convolution", _conv3x3(channels, channels)),
-                    ("3_normalization", nn.BatchNorm2d(channels)),
-                    ("4_activation", nn.ReLU()),
-                    ("6_convolution", _conv3x3(channels, channels)),
-                ]
-            )
+        self.block = _sequential(
+            {
+                "0_normalization": nn.BatchNorm2d(channels),
+                "1_activation": nn.ReLU(),
+                "2_convolution": _conv3x3(channels, channels),
+                "3_normalization": nn.BatchNorm2d(channels),
+                "4_activation": nn.ReLU(),
+                "6_convolution": _conv3x3(channels, channels),
+            }
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x)
+
+
+def _sequential(modules: dict[str, nn.Module]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -80,8 +75,8 @@ class _Stage(nn.Module):
 class WideResNet(nn.Module):
     """Three stages of 16k, 32k and 64k channels, then a global average and one linear layer.
 
-    This is the standard form: n units a stage, the one that opens it included. The paper's release
-    adds a unit to each stage, so only checkpoints of the standard form load.
+    A stage has n units. The paper's release adds a unit to each stage, so that its checkpoints do
+    not load.
 
     Args:
         depth: 6n + 4.
@@ -93,20 +88,18 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, width: int, num_classes: int, in_channels: int):
         super().__init__()
         units = (depth - 4) // 6
-        self.f = nn.Sequential(
-            OrderedDict(
-                [
-                    ("0_convolution", _conv3x3(in_channels, 16)),
-                    ("1_block", _Stage(16, 16 * width, 1, units)),
-                    ("2_block", _Stage(16 * width, 32 * width, 2, units)),
-                    ("3_block", _Stage(32 * width, 64 * width, 2, units)),
-                    ("4_normalization", nn.BatchNorm2d(64 * width)),
-                    ("5_activation", nn.ReLU()),
-                    ("6_pooling", nn.AdaptiveAvgPool2d(1)),
-                    ("7_flattening", nn.Flatten()),
-                    ("8_classification", nn.Linear(64 * width, num_classes)),
-                ]
-            )
+        self.f = _sequential(
+            {
+                "0_convolution": _conv3x3(in_channels, 16),
+                "1_block": _Stage(16, 16 * width, 1, units),
+                "2_block": _Stage(16 * width, 32 * width, 2, units),
+                "3_block": _Stage(32 * width, 64 * width, 2, units),
+                "4_normalization": nn.BatchNorm2d(64 * width),
+                "5_activation": nn.ReLU(),
+                "6_pooling": nn.AdaptiveAvgPool2d(1),
+                "7_flattening": nn.Flatten(),
+                "8_classification": nn.Linear(64 * width, num_classes),
+            }
         )
         he_normal_(self)
 

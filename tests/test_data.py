@@ -228,7 +228,10 @@ def test_truncated_package_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "datasets/FashionMNIST/raw").iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\x1f\x8b\x08\x00", None])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x1f\x8b\x08\x00", b"\0\0\x08\x03", idx(np.zeros(5)), idx(np.zeros((1, 9))), None],
+)
 def test_damaged_fashion_mnist_is_named(tmp_path, monkeypatch, content):
     package = tmp_path / "package"
     install_fashion_mnist(package)

@@ -297,12 +297,12 @@ def _digits() -> _Arrays:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(digits.target).long()
-    parts = train_test_split(
-        torch.arange(len(labels)).numpy(), test_size=0.5, random_state=0, stratify=labels.numpy()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)[:, np.newaxis]
+    halves = train_test_split(
+        images, digits.target, test_size=0.5, random_state=0, stratify=digits.target
     )
-    return [(images[part], labels[part]) for part in parts]
+    train_images, test_images, train_labels, test_labels = map(torch.from_numpy, halves)
+    return [(train_images, train_labels), (test_images, test_labels)]
 
 
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -370,8 +370,8 @@ def _torchvision(
 def _unpack(packed: Path, file: Path) -> None:
     """Unpacks a gzip file to `file`, which appears whole or not at all."""
     try:
-        content = gzip.decompress(packed.read_bytes())
         file.parent.mkdir(parents=True, exist_ok=True)
+        content = gzip.decompress(packed.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{packed} is damaged ({error}): install its package again") from error
     except OSError as error:
