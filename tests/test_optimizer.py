@@ -235,7 +235,7 @@ def test_a_unit_of_every_coefficient_is_the_standard_deviation_of_the_checkpoint
     directions, spread = principal_directions(rows_of(model, checkpoints))
     for i in range(len(spread)):
         z = torch.eye(len(spread))[i]
-        optimizer._set_coefficients(z)
+        optimizer.set_coefficients(z)
         moved = weights_of(model) - rows_of(model, checkpoints)[2]
         assert moved.norm() == pytest.approx(spread[i].item(), rel=1e-4)
         assert (moved @ directions[i]).abs() == pytest.approx(spread[i].item(), rel=1e-4)
@@ -631,7 +631,7 @@ def test_a_window_in_another_order_has_the_same_coefficients():
     model = Small()
     other = TWA(model, small_run()[::-1], start=small_run()[0])
     train(Small(), optimizer, range(0))
-    optimizer._set_coefficients(torch.tensor([0.3, -0.2, 0.1, 0.4]))
+    optimizer.set_coefficients(torch.tensor([0.3, -0.2, 0.1, 0.4]))
     other.load_state_dict(optimizer.state_dict())
     alpha = optimizer.averaging_weights()
     torch.testing.assert_close(other.averaging_weights().flip(0), alpha, rtol=0, atol=1e-4)

@@ -560,7 +560,7 @@ def test_divergence_is_said_with_step_rate_and_last_state(tmp_path):
 
 def test_weights_that_left_the_finite_numbers_are_not_saved(tmp_path):
     """In a step whose loss was finite yet, and after which a checkpoint is due."""
-    flags = [*where(tmp_path), "--epochs", 2, "--lr", 1e10, "--wd", 1e38, "--saves-per-epoch", 8]
+    flags = [*where(tmp_path), "--epochs", 2, "--lr", 1e10, "--wd", 1e30, "--saves-per-epoch", 8]
     line = one_line(call(SGD, *flags))
     assert "epoch 1/2, iteration 1:" in line
     assert "1.pt is not saved: conv1.weight holds NaN or infinity at rate 1e+10" in line
@@ -737,8 +737,8 @@ def test_a_state_of_another_format_is_refused_by_its_version(whole, tmp_path):
 def test_another_window_is_refused_with_both_shown(whole):
     folder = whole["TWA"]
     line = refuse(folder, *RUNS["TWA"].command(folder), "--params_start", 2)
-    assert "window [1, 7)" in line
-    assert "window [2, 7)" in line
+    assert "params_start 1" in line
+    assert "params_start 2" in line
     line = refuse(whole["SWA"], *RUNS["SWA"].command(whole["SWA"]), "--swa_start", 3)
     assert "swa_start 2" in line
     assert "swa_start 3" in line
