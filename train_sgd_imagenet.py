@@ -29,6 +29,7 @@ def parse_arguments():
     step_help = "every 30 epochs"
     sgd.add_arguments(parser, epochs=90, saves_per_epoch=5, step_help=step_help)
     flags.add_training_arguments(parser, batch_size=256)
+    flags.add_launch_arguments(parser)
     flags.add_image_arguments(parser, image_folders.SIZE)
     parser.set_defaults(datasets=image_folders.NAME)
     args = parser.parse_args()
@@ -39,6 +40,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    flags.check_launch(args)
     if args.start_epoch > args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} lies past --epochs {args.epochs}")
     with lock(args.save_dir, writes=not args.evaluate):

@@ -47,6 +47,7 @@ def parse_arguments():
         help="under torchrun, gather the weights of a block once more for its backward pass: for "
         "models that one device cannot hold",
     )
+    flags.add_launch_arguments(parser)
     flags.add_image_arguments(parser, None)
     args = parser.parse_args()
     if args.datasets == image_folders.NAME:
@@ -64,6 +65,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    flags.check_launch(args)
     with lock(args.out, writes=not args.evaluate):
         train_twa(args)
 

@@ -16,24 +16,22 @@ swa_lr=${SWA_LR:-0.05}
 case $dataset/$model in
     Digits/*)
         params_start=21 params_end=41 epochs=5 batch_size=32 amp=
-        twa="--schedule linear --train_start -1 --wd 1e-5"
         ;;
     FashionMNIST/*)
         params_start=5 params_end=11 epochs=1 batch_size=128 amp=--amp
-        twa="--schedule linear --train_start -1 --wd 1e-5"
         ;;
-    */PreResNet*) # the paper's recipe for PreResNet164
+    */PreResNet*) # epochs as in the paper's recipe for PreResNet164
         params_start=126 params_end=226 epochs=10 batch_size=128 amp=
-        twa="--schedule step --lr 2 --train_start 225 --wd 5e-5"
         ;;
-    *) # the paper's recipe for VGG16BN
+    *) # epochs as in the paper's recipe for VGG16BN
         params_start=161 params_end=301 epochs=10 batch_size=128 amp=
-        twa="--schedule step --lr 2 --train_start 300 --wd 5e-5"
         ;;
 esac
+# The paper's own settings, from the last checkpoint on:
+#     --opt SGD --extract Schmidt --schedule step --lr 2 --wd 5e-5 --train_start $((params_end - 1))
 
 dir=../results/swa_${model}_$dataset/swa_lr$swa_lr.seed$seed
 "$PYTHON" -u ../train_twa.py --datasets "$dataset" --arch "$model" --data-dir "$data_path" \
-    --opt SGD --extract Schmidt --params_start $params_start --params_end $params_end \
-    --epochs $epochs --batch-size $batch_size $amp $twa --randomseed "$seed" \
+    --params_start $params_start --params_end $params_end --epochs $epochs \
+    --batch-size $batch_size $amp --randomseed "$seed" \
     --save-dir "$dir/checkpoints" --log-dir "$dir" -p 100 --resume

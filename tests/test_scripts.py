@@ -398,6 +398,62 @@ def test_the_schedule_ends_with_the_epochs_also_where_batches_are_accumulated(ru
     assert rates == pytest.approx([0.3, 0.2, 0.1])
 
 
+def test_step_divides_the_rate_by_ten_at_the_epochs_of_the_papers_release(run, tmp_path):
+    for epochs in (1, 2, 3, 5, 10):
+        out = tmp_path / str(epochs)
+        flags = ["--params_end", 5, "--epochs", epochs, "--schedule", "step", "--lr", 2]
+        paper = ["--opt", "SGD", "--extract", "Schmidt", "--images", 256]
+        succeed(call(TWA, *where(run), *flags, *paper, "--out", out))
+        reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 2.0)
+        milestones = [int(0.5 * epochs), int(0.75 * epochs + 0.9)]
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(reference, milestones, last_epoch=-1)
+        expected = []
+        for epoch in range(epochs):
+            passed = sum(epoch >= milestone for milestone in milestones)
+            expected.append(2.0 * 0.1**passed)
+            if milestones[0] > 0:  # torch looks at no milestone before the first step
+                assert scheduler.get_last_lr()[0] == pytest.approx(expected[-1])
+            reference.step()
+            scheduler.step()
+        rates = [m["rate"] for m in read_lines(out / "twa_metrics.jsonl")]
+        assert rates == pytest.approx(expected)
+
+
+def test_the_start_is_the_best_of_simple_averages_by_training_loss(run, tmp_path):
+    succeed(call(TWA, *where(run), "--params_end", 5, "--epochs", 0, "--out", tmp_path))
+    summary = json.loads((tmp_path / "twa.json").read_text())
+    compared = summary["sample_losses"]["start"]
+    model, (train, _) = preresnet(), loaders()
+    for name, count in (("last", 1), ("mean of last 2", 2), ("mean of last 4", 4), ("SWA", 5)):
+        load_into(model, average([run / f"checkpoints/{n}.pt" for n in range(5 - count, 5)]))
+        train.set_epoch(0)
+        batches = [next(iter(train))] if len(train) == 1 else list(train)
+        torch.optim.swa_utils.update_bn(batches, model)
+        expected = evaluate(model, batches)["loss"]
+        assert compared[name] == pytest.approx(expected, rel=1e-4), name
+    assert summary["start"] == min(compared, key=compared.get)
+    # No step was taken: what is handed over is the start.
+    results = summary["results"]
+    assert results["TWA"]["loss"] == results[summary["start"]]["loss"]
+
+
+def test_the_start_is_handed_over_where_training_makes_it_worse(run, tmp_path):
+    flags = ["--params_end", 5, "--epochs", 1, "--schedule", "constant", "--opt", "SGD"]
+    flags += ["--lr", 1e4, "--out", tmp_path]
+    log = succeed(call(TWA, *where(run), *flags)).out
+    summary = json.loads((tmp_path / "twa.json").read_text())
+    losses = summary["sample_losses"]["end"]
+    assert losses["start"] < min(losses["end"], losses["mean of the last half"])
+    assert summary["results"]["TWA"]["loss"] == summary["results"][summary["start"]]["loss"]
+    assert "end: loss on a sample of training images: start" in log
+    # The paper's method reports its end, whatever that is.
+    paper = ["--params_end", 5, "--epochs", 1, "--opt", "SGD", "--extract", "Schmidt", "--lr", 30]
+    succeed(call(TWA, *where(run), *paper, "--out", tmp_path / "paper"))
+    summary = json.loads((tmp_path / "paper/twa.json").read_text())
+    assert summary["sample_losses"]["end"] == {}
+    assert summary["results"]["TWA"]["loss"] > summary["results"][summary["start"]]["loss"]
+
+
 # --- resuming ---
 
 

@@ -6,6 +6,11 @@ import argparse
 import math
 from collections.abc import Callable, Iterable
 
+import torch
+
+from training import ranks
+from utils import UserError
+
 EVALUATE_HELP = "test the model, with --resume the saved one, and end; TWA: the averages"
 WORKERS_HELP = (
     "processes that decode and augment the images of ImageNet, on each rank; the other data sets "
@@ -108,7 +113,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser, size: int = 128) -> Non
 def add_training_arguments(parser: argparse.ArgumentParser, batch_size: int = 128) -> None:
     """The flags of every trainer of the head stage, but for the model and the data set."""
     add = parser.add_argument
-    add("--workers", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
+    add("--workers", "--worker", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
     add("--save-dir", default="save_temp", help="where checkpoints are saved")
     add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
     add("--evaluate", "-e", action="store_true", help=EVALUATE_HELP)
@@ -137,6 +142,33 @@ def add_image_arguments(parser: argparse.ArgumentParser, size: int | None) -> No
     add("--image-size", type=number(int, 1), default=size, help=IMAGE_SIZE_HELP)
     strict_help = "stop at an image that cannot be read, rather than skip it"
     add("--strict-images", action="store_true", help=strict_help)
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags with which the paper's ImageNet scripts start their processes."""
+    add = parser.add_argument_group("in place of torchrun, for one process").add_argument
+    add("--gpu", type=number(int, 0), help="accelerator to use; the same as --device cuda:GPU")
+    add("--world-size", type=number(int, 1), default=1, help="machines; more than one: torchrun")
+    add("--rank", type=number(int, 0), default=0, help="number of this machine")
+    add("--dist-url", help="where machines meet; torchrun has --rdzv_endpoint")
+    add("--dist-backend", help="left to the device: nccl for CUDA, gloo for the CPU")
+    each_help = "a process for each accelerator; where there are several: torchrun"
+    add("--multiprocessing-distributed", action="store_true", help=each_help)
+
+
+def check_launch(args: argparse.Namespace) -> None:
+    """Takes `--gpu` as the device; a `UserError` tells of torchrun where it is needed."""
+    several = args.multiprocessing_distributed and torch.accelerator.device_count() > 1
+    if args.world_size > 1 or (several and args.gpu is None and not ranks.launched()):
+        flag = "--world-size" if args.world_size > 1 else "--multiprocessing-distributed"
+        many = f"--nnodes {args.world_size} --rdzv_backend c10d --rdzv_endpoint HOST:PORT"
+        how = many if args.world_size > 1 else "--standalone"
+        raise UserError(
+            f"{flag}: start the script with torchrun {how} "
+            f"--nproc_per_node {max(1, torch.accelerator.device_count())}, without this flag"
+        )
+    if args.gpu is not None and args.device is None:
+        args.device = f"{torch.accelerator.current_accelerator() or 'cuda'}:{args.gpu}"
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +223,7 @@ MAY_CHANGE = {
     *("save_dir", "log_dir", "out", "log_name", "data_dir", "resume", "overwrite", "evaluate"),
     *("device", "compile", "workers", "reshard_after_forward", "strict_images"),
     *("print_freq", "save_freq", "eval_freq", "wandb", "EXP", "pretrained", "start_epoch"),
+    *("gpu", "world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
     *("split", "val_ratio"),  # said by `held_out`
 }
 
