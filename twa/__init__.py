@@ -1,8 +1,8 @@
-"""Trainable Weight Averaging (Li et al., ICLR 2023): train the coefficients of an average.
+"""Trainable Weight Averaging (Li et al., ICLR 2023): train the coefficients of a weight average.
 
     from twa import TWA, Subspace
 
-`TWA` is the optimizer that a training loop uses; `Subspace` is the basis beneath it.
+`TWA` is the optimizer that a training loop uses; `Subspace` is the basis that it moves in.
 """
 
 from twa.checkpoints import CheckpointError
