@@ -1,9 +1,9 @@
-"""Trainable Weight Averaging (Li et al., ICLR 2023): train the coefficients of an average.
+"""Trainable Weight Averaging (Li et al., ICLR 2023): train the coefficients of a weight average.
 
     from twa import TWA, Subspace, best_start
 
 `TWA` is the optimizer that a training loop uses; `best_start` finds where it should begin, and
-`Subspace` is the basis beneath it.
+`Subspace` is the basis that it moves in.
 """
 
 from twa.checkpoints import CheckpointError

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: read without trust, averaged one at a time, written all or not at all."""
+"""Checkpoint files: reading without executing anything in them, averaging, writing atomically."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ class NotFiniteError(CheckpointError):
 def load(path: str | os.PathLike):
     """What `torch.save` wrote to `path`, or the tensors of a `.safetensors` file, on the CPU.
 
-    Nothing in the file is executed (`weights_only=True`), and tensors are mapped rather than
-    read, so that a caller who needs some columns touches no more than these. So damage within a
-    tensor is not seen here (`verify` sees it), and whoever writes over the file in place, rather
-    than replacing it as `save` does, changes the tensors, or ends this process with a bus error
-    where the file has become shorter.
+    Nothing in the file is executed (`weights_only=True`). Tensors are memory-mapped, so that only
+    what is used of them is read. Damage within a tensor is therefore not found here, but by
+    `verify`; and if the file is overwritten in place, rather than replaced as `save` does, the
+    tensors change with it, or this process ends with a bus error where the file became shorter.
 
     Raises:
         CheckpointError: the file is missing, unreadable, truncated, or holds pickled code.
@@ -45,18 +44,18 @@ def load(path: str | os.PathLike):
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            # Opened before: safe_open says of any file that it may not read that there is none.
+            # `open` first: safe_open says "no such file" also of one that may not be read.
             with open(path, "rb"), safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        # Files of torch < 1.6 are no zip archives and cannot be mapped.
+        # Files of torch < 1.6 are no zip archives and cannot be memory-mapped.
         mmap = zipfile.is_zipfile(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles: they are read or refused
+            warnings.simplefilter("ignore")  # about unusual pickles: they are read or refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except pickle.UnpicklingError:
-        # A damaged archive says so elsewhere; what fails here asked for a class or a function.
+        # A damaged archive raises other errors; this one asked for a class or a function.
         raise CheckpointError(
             f"{path}: holds pickled code or is no checkpoint; only plain tensors are read"
         ) from None
@@ -65,10 +64,10 @@ def load(path: str | os.PathLike):
 
 
 def verify(path: str | os.PathLike) -> None:
-    """Reads the file `path` whole and compares the checksums that `torch.save` put into it.
+    """Reads the file `path` in full and compares the checksums that `torch.save` put into it.
 
-    They cover every byte of every tensor. `.safetensors` files and those of torch < 1.6 have none:
-    nothing is read there, and damage to their structure is for `load` to see.
+    They cover every byte of every tensor. `.safetensors` files and those of torch < 1.6 have no
+    checksums: they are not read, and `load` finds damage to their structure only.
 
     Raises:
         CheckpointError: a checksum differs, or the file cannot be read.
@@ -89,14 +88,14 @@ def verify(path: str | os.PathLike) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what `error` says, or its type if it says nothing."""
+    """The first line of the message of `error`, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The `state_dict` behind `checkpoint`: a path is read, a mapping is taken as it is.
+    """The `state_dict` of `checkpoint`: a path is read, a mapping is taken as it is.
 
-    Its keys are plain names, so that checkpoints of wrapped models load as they are.
+    The prefixes of wrappers are removed from its keys.
 
     Raises:
         CheckpointError: as `load`, or the file holds something other than a `state_dict`.
@@ -110,10 +109,10 @@ def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def unwrapped(state: Mapping[str, Value]) -> dict[str, Value]:
-    """`state` without what wrappers put before every key.
+    """`state` without the prefix that a wrapper puts before every key.
 
     That is `module.` for `DataParallel` and `DistributedDataParallel` and `_orig_mod.` for
-    `torch.compile`. A module that is called so among others keeps its name.
+    `torch.compile`. It stays where not all keys have it: then it is the name of a submodule.
     """
     for prefix in ("module.", "_orig_mod.") * 2:
         if all(key.startswith(prefix) for key in state):
@@ -122,13 +121,13 @@ def unwrapped(state: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def completed(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state`, with a tied weight under all the names that the model `expected` has for it.
+    """`state`, with a tied weight under each of the names that the model's `expected` has for it.
 
     `safetensors` saves it once, under one of them.
     """
     names: dict[tuple, list[str]] = {}
     for key, tensor in expected.items():
-        names.setdefault(_place(tensor), []).append(key)
+        names.setdefault(_identity(tensor), []).append(key)
     for tied in names.values():
         there = [key for key in tied if key in state]
         if 0 < len(there) < len(tied):
@@ -136,23 +135,22 @@ def completed(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
     return state
 
 
-def _place(tensor: Tensor) -> tuple:
-    """Where `tensor` lies in memory, in which shape."""
+def _identity(tensor: Tensor) -> tuple:
+    """What tells the memory of `tensor` from that of another: tied weights agree in it."""
     own = sharding.local(tensor)
     return own.device, own.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
 def name_of(checkpoint: Checkpoint) -> str:
-    """How messages call `checkpoint`: its path, or that it came as a `state_dict`."""
+    """The name of `checkpoint` in messages: its path, or "state_dict"."""
     return "state_dict" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
 
 
 def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
     """Raises `CheckpointError` unless `state` fits a model whose `state_dict` is `expected`.
 
-    The message names the first key, in the model's order, that is missing or of another shape;
-    then keys that the model does not have; then tensors that hold NaN or infinity (of a sharded
-    model, in this rank's part).
+    In this order: a key is missing or of another shape, the model does not have a key, a tensor
+    holds NaN or infinity (of a sharded model, in this rank's part). The message names the key.
     """
     expected = unwrapped(expected)
     check_shapes(state, expected, name)
@@ -182,12 +180,12 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
 
 
 def load_into(model: torch.nn.Module, checkpoint: Checkpoint, name: str | None = None) -> None:
-    """Loads `checkpoint` into `model`; refuses one that does not fit before anything is changed.
+    """Loads `checkpoint` into `model`, which is left as it was if the checkpoint does not fit.
 
     Of a sharded model, each rank reads its own part.
 
     Args:
-        name: how messages call the checkpoint, if it did not come as a path.
+        name: the name of the checkpoint in messages, if it is not a path.
 
     Raises:
         CheckpointError: as `load_state_dict` and `check`.
@@ -196,7 +194,7 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint, name: str | None =
     state = completed(load_state_dict(checkpoint), unwrapped(own))
     check(state, own, name or name_of(checkpoint))
     keys = unwrapped({key: key for key in own})
-    # Into the model's own, which tells the modules their versions as well.
+    # Into the model's own `state_dict`, whose metadata holds the versions of the modules.
     own.update({key: sharding.shard(state[plain], own[key]) for plain, key in keys.items()})
     model.load_state_dict(own)
 
@@ -216,13 +214,13 @@ def average(
 ) -> dict[str, Tensor]:
     """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018).
 
-    Summed in float64, one checkpoint in memory at a time. What has no mean (the integer
-    counters of batch norm) is taken from the last.
+    Summed in float64, one checkpoint in memory at a time. Integers (the counters of batch norm)
+    are those of the last.
 
     Args:
-        expected: the `state_dict` that each has to fit, and whose dtypes the mean gets; the first
-            checkpoint's if None. Where it is sharded, so is the mean, and each rank reads its own
-            part.
+        expected: the `state_dict` that each has to fit, and that gives the mean its dtypes; the
+            first checkpoint if None. Where it is sharded, so is the mean, and each rank reads its
+            own part.
 
     Raises:
         CheckpointError: one of them cannot be read, does not fit, or holds NaN or infinity.
@@ -259,7 +257,7 @@ def last_means(
             elif value.is_floating_point():
                 total[key] += sharding.part(value, like[key])
         if count in counts:
-            # At the end one by one, so that there are never two of the whole.
+            # At the end freed one by one: sum and mean are never both complete.
             take = total.pop if count == counts[-1] else total.get
             mean = {}
             for key, tensor in like.items():
@@ -271,7 +269,7 @@ def last_means(
 
 
 def save(obj, path: str | os.PathLike) -> None:
-    """`torch.save`, all or nothing: a reader finds the old file or the new one, whole.
+    """`torch.save`, atomically: a reader finds the complete old file or the complete new one.
 
     Raises:
         CheckpointError: as `replacing`.
@@ -280,16 +278,16 @@ def save(obj, path: str | os.PathLike) -> None:
         try:
             torch.save(obj, file)
         except RuntimeError as error:
-            # Where a write fails, torch's zip writer fails after it, in words of its own.
+            # After a failed write torch's zip writer raises too, and hides the first error.
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 class replacing:
-    """Context: yields a temporary path beside `path` that takes its name once the block is done.
+    """Context manager: yields a temporary path in the folder of `path`, renamed to it at the end.
 
     If the block raises, the temporary file is removed and `path` stays as it was. The data are
-    flushed to the disk before the new name is given, so that a crash leaves no empty file. A
-    process that is killed in the block leaves the temporary file, which matches `LEFTOVERS`.
+    flushed to the disk before the renaming, so that a crash leaves no empty file. A process that is
+    killed in the block leaves the temporary file, which matches `LEFTOVERS`.
 
     Raises:
         CheckpointError: the disk is full, or the file cannot be written for another reason.

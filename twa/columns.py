@@ -1,8 +1,8 @@
-"""Which weights are the columns of the basis, and which of them belong together.
+"""The columns of the basis, their order, and the blocks that they form.
 
 The columns are the model's trainable parameters, one after the other; of a sharded model, this
-rank's shards of them. They fall into blocks (the whole model, a layer, or an output channel), each
-of which gets a basis of its own.
+rank's shards of them. They form blocks (the whole model, a layer, or an output channel), each of
+which gets a basis of its own.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from twa.sharding import Ranks, first_row, local, part
 
 @dataclass(frozen=True)
 class Blocks:
-    """`count` blocks of `width` columns each, side by side from column `start`.
+    """`count` adjacent blocks of `width` columns each, from column `start` on.
 
-    `first` is the number of the first of them among all blocks of the model. A block that is
-    `shared` goes on in the columns of other ranks; one that is not lies on this rank alone.
+    `first` is the index of the first of them among all blocks of the model. The columns of a
+    `shared` block are spread over several ranks; any other block lies on this rank alone.
     """
 
     first: int
@@ -40,7 +40,7 @@ class Blocks:
 
     @property
     def numbers(self) -> slice:
-        """The blocks, as a slice of all blocks."""
+        """Their indices among all blocks of the model, as a slice."""
         return slice(self.first, self.first + self.count)
 
     @property
@@ -49,17 +49,17 @@ class Blocks:
         return self.start + self.count * self.width
 
     def of(self, rows: Tensor) -> Tensor:
-        """These columns of `rows` [height, D], a view of shape [count, height, width]."""
+        """The columns of these blocks in `rows` [height, D], as a view [count, height, width]."""
         columns = rows[:, self.start : self.stop]
         return columns.unflatten(1, (self.count, self.width)).transpose(0, 1)
 
     def follows(self, other: Blocks) -> bool:
-        """Whether these and the `other` before them can be one item."""
+        """Whether `other` and these blocks can be merged: adjacent, equally wide and not shared."""
         shared = self.shared or other.shared
         return not shared and (other.numbers.stop, other.width) == (self.first, self.width)
 
     def split(self, columns: int) -> Iterator[Blocks]:
-        """These blocks in parts of as many as fit in `columns`, of one where none does."""
+        """Runs of these blocks of at most so many `columns`, or of one block that is wider."""
         step = max(1, columns // max(1, self.width))
         for skip in range(0, self.count, step):
             count, start = min(step, self.count - skip), self.start + skip * self.width
@@ -73,9 +73,11 @@ class Columns:
     row-major order whatever its memory format.
 
     Attributes:
-        ranks: those that hold the columns together.
-        names, parameters: in order, by their names in a `state_dict` without wrappers' prefixes.
-        total: columns on this rank.
+        ranks: the ranks among which the columns are divided.
+        names, parameters: the trainable parameters in order, and their names in a `state_dict`
+            without the prefixes of wrappers.
+        widths: the number of columns that each parameter has on this rank.
+        total: the number of columns on this rank.
 
     Raises:
         ValueError: the model has no trainable parameters, or one that is complex or that its
@@ -84,7 +86,7 @@ class Columns:
 
     def __init__(self, model: nn.Module):
         self.ranks = Ranks(model)
-        # By identity: wrappers, such as activation checkpointing's, may have names of their own.
+        # Matched by identity: some wrappers (activation checkpointing) change the names.
         state = unwrapped(model.state_dict(keep_vars=True))
         missing = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         trained = {name: p for name, p in state.items() if missing.pop(id(p), None)}
@@ -101,16 +103,16 @@ class Columns:
                 raise ValueError(f"{name} is complex: coefficients are real numbers")
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
-        """`flat` [D] as views in the shapes of the parameters, or of their shards."""
+        """Views of `flat` [D] in the shapes of the parameters, or of their shards."""
         for columns, parameter in zip(flat.split(self.widths), self.parameters, strict=True):
             yield columns.view(local(parameter).shape)
 
     def read(self, checkpoint: Checkpoint, name: str, start: int, row: Tensor) -> None:
-        """Writes the columns of `checkpoint` from `start` on into `row`, as many as it holds.
+        """Copies the columns of `checkpoint` from `start` on into `row` until it is full.
 
         Raises:
-            CheckpointError: it cannot be read or does not fit the model; `name` is what to call
-                it.
+            CheckpointError: the checkpoint cannot be read or does not fit the model. The message
+                calls it `name`.
         """
         state = completed(load_state_dict(checkpoint), self._state)
         self._check(state, name)
@@ -128,22 +130,22 @@ class Columns:
     def _check(self, state: dict[str, Tensor], name: str) -> None:
         check_shapes(state, dict(zip(self.names, self.parameters, strict=True)), name)
         for key, value in state.items():
-            # Whole numbers are counters, such as batch norm's, and no sign of another model.
+            # An integer may be a counter, such as batch norm's: no sign of another architecture.
             if key not in self._state and value.is_floating_point():
                 raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
 
     def blocks(self, granularity: str) -> tuple[list[Blocks], int]:
-        """The blocks at `granularity` that have columns here, and how many the model has.
+        """The blocks at `granularity` that have columns on this rank, and the model's number.
 
-        Those of equal width that follow each other are one item, but for shared ones, which are
-        the same items on every rank.
+        Adjacent blocks of equal width are merged into one item, except shared ones, so that these
+        are the same items on every rank.
         """
         blocks: list[Blocks] = []
         count = start = 0
         for number, parameters in self._parts(granularity):
             if not sum(p.numel() for p in parameters):
                 continue
-            if number > 1:  # A weight's channels, each whole on one rank.
+            if number > 1:  # The channels of a weight, each whole on one rank.
                 (weight,) = parameters
                 first, held = count + first_row(weight), len(local(weight))
                 new = Blocks(first, start, held, weight.numel() // number)
@@ -161,7 +163,7 @@ class Columns:
         return blocks, count
 
     def _parts(self, granularity: str) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        """Parameters in order, and into how many blocks each of these groups falls."""
+        """The parameters in groups, in order, and the number of blocks that each group forms."""
         if granularity == "model":
             yield 1, self.parameters
         elif granularity == "layer":
@@ -175,10 +177,10 @@ class Columns:
                         yield from ((len(p), [p]) for p in parameters)
 
     def _layers(self) -> list[list[nn.Parameter]]:
-        """The parameters by the module that owns them.
+        """The parameters in groups, by the module that owns them.
 
-        A module with vectors alone, such as batch norm, joins the layer before it; those ahead of
-        every layer join the first.
+        A module that owns only vectors, such as batch norm, joins the layer before it, or the
+        first layer if there is none before.
         """
         layers = []
         leading = True

@@ -1,11 +1,11 @@
-"""From the inner products of checkpoints to the transform that makes them a basis.
+"""The transform that makes a basis of checkpoints, computed from their inner products.
 
 For n checkpoints `W ∈ R^{n×D}` the functions here see only n×n matrices, in float64 and for a
 batch of blocks at once: inner products of the differences `X = B W`, whose rows are `w_1`,
 `w_2 − w_1`, …, `w_n − w_{n−1}`. Checkpoints of one run differ by a thousandth of their norm, so
-their own inner products agree in the first six digits; those of the differences do not, and no
-digit is lost to that. `B` is lower triangular with a positive diagonal, so Gram–Schmidt yields
-the same basis from X as from W.
+that six digits of their own inner products would cancel; those of the differences keep theirs.
+`B` is lower triangular with a positive diagonal, so Gram–Schmidt yields the same basis from X as
+from W.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# A checkpoint is dependent if its part outside the span of the ones before it is no larger than
-# this, relative to its norm: the rounding of float32 weights alone is 6e-8.
+# A checkpoint, or a direction, counts as dependent if its part outside the span of the ones before
+# is no larger than this, relative to the norm of a checkpoint; float32 weights round at 6e-8.
 DEPENDENT = 1e-6
-# Rounding errors of the inner products, 1e-16 if they are taken in float64, enter the basis by the
-# square of their amplification; where it is larger than this, the products are taken once more, of
-# the basis.
+# Rounding errors of the inner products, 1e-16 in float64, enter the basis multiplied by the square
+# of their amplification. Where that is larger than this, the inner products of the computed rows
+# are taken as well, and correct them.
 AMPLIFICATION = 3e3
-# Up to this much of it, float32 is enough; the checkpoints of one run amplify by one to three.
+# Up to this amplification float32 is enough; in the checkpoints of one run it is one to three.
 SMALL_AMPLIFICATION = 4
 
 # products(None, dtype) is `X Xᵀ`, products(T, dtype) is `(T X)(T X)ᵀ` computed from the rows `T X`
@@ -34,17 +34,17 @@ def gram_schmidt(products: Products, single: bool = True) -> tuple[Tensor, Tenso
     """Gram–Schmidt in the order of the checkpoints (Li et al., ICLR 2023, Section 3).
 
     With the Cholesky factor `X Xᵀ = L Lᵀ` the basis is `P = L⁻¹ X`. Where X is too close to
-    dependent for that, the factor of `X Xᵀ` with a small shift of its diagonal brings it near to
-    a basis first, and the products of the result tell which checkpoints are dependent (shifted
+    dependent for that, the factor of `X Xᵀ` with a small shift of its diagonal makes the rows
+    nearly orthonormal first, and their inner products tell which checkpoints are dependent (shifted
     Cholesky QR: Fukaya et al., SIAM J. Sci. Comput. 2020).
 
     Args:
-        single: whether products with factors in float32 are worth a try.
+        single: whether to try inner products in float32 first.
 
     Returns:
-        T with `P = T X`, float64 [blocks, n, n]: the rows of the basis, then zero rows for the
-        checkpoints that depend on the ones before them; which ones do not, bool [blocks, n]; and
-        the precision that computing `T X` takes.
+        T with `P = T X`, float64 [blocks, n, n]: the rows of the basis, then zero rows, as many as
+        checkpoints depend on the ones before them; which checkpoints do not, bool [blocks, n]; and
+        the dtype in which to compute `T X`.
     """
     attempts = [(torch.float32, SMALL_AMPLIFICATION)] if single else []
     for dtype, limit in [*attempts, (torch.float64, AMPLIFICATION)]:
@@ -137,16 +137,16 @@ def _norms(gram: Tensor) -> Tensor:
 
 
 def _amplifications(transform: Tensor, gram: Tensor) -> Tensor:
-    """How much larger, relative to the rows, rounding errors are in `T X` than in X, [blocks].
+    """How much larger rounding errors are in `T X` than in X, relative to the rows, [blocks].
 
-    By how much the worst row of `T X` is smaller than the rows of X that it is combined of.
+    It is the norm of the terms whose sum is a row of `T X`, of norm 1; the largest of all rows.
     """
     squares = gram.diagonal(dim1=1, dim2=2)[:, :, None]
     return (transform.square() @ squares).amax(dim=(1, 2)).sqrt()
 
 
 def _cholesky(gram: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """L⁻¹ with `gram = L Lᵀ`, and for which blocks it exists, L's diagonal above `thresholds`."""
+    """L⁻¹ with `gram = L Lᵀ`, and which blocks have an L with a diagonal above `thresholds`."""
     factor, info = torch.linalg.cholesky_ex(gram)
     regular = (info == 0) & (factor.diagonal(dim1=1, dim2=2) > thresholds).all(dim=1)
     transform = torch.zeros_like(gram)
@@ -161,9 +161,9 @@ def _inverse(factor: Tensor) -> Tensor:
 
 
 def _orthonormalising(gram: Tensor) -> Tensor:
-    """The matrix that makes rows with the inner products `gram` orthonormal to rounding.
+    """The matrix that makes nearly orthonormal rows, of inner products `gram`, orthonormal.
 
-    For rows that nearly are; zero rows stay as they are.
+    Zero rows stay zero.
     """
     empty = gram.diagonal(dim1=1, dim2=2) == 0
     matrix, regular = _cholesky(gram + torch.diag_embed(empty.to(gram)), gram.new_tensor(0.5))
@@ -184,7 +184,7 @@ def _gram_schmidt_dropping(
         factor: lower triangular.
 
     Returns:
-        T with `P = T Y` and which checkpoints are in, as `gram_schmidt`.
+        T with `P = T Y` and which checkpoints are kept, as `gram_schmidt`.
     """
     transform, regular = _cholesky(gram, thresholds / factor.diagonal(dim1=1, dim2=2))
     kept = regular[:, None].expand_as(thresholds).clone()
@@ -192,7 +192,7 @@ def _gram_schmidt_dropping(
         return transform, kept
     gram, factor, thresholds = gram[~regular], factor[~regular], thresholds[~regular]
     rows, keep = torch.zeros_like(gram), torch.zeros_like(thresholds, dtype=torch.bool)
-    # A checkpoint less the last one that was kept: a sum of rows of X, as combination of Y.
+    # The checkpoint less the last one that was kept, a sum of rows of X, in terms of Y.
     difference = torch.zeros_like(gram[:, 0])
     for i in range(gram.shape[1]):
         difference += factor[:, i].masked_fill(keep, 0)
@@ -207,9 +207,9 @@ def _gram_schmidt_dropping(
 
 
 def _signs(vectors: Tensor) -> Tensor:
-    """1 or -1 for each column of `vectors` [blocks, n, columns]: that of its largest element.
+    """The sign of the largest element of each column of `vectors` [blocks, n, columns].
 
-    Of equally large ones, which rounding may put in any order, it is the last.
+    Of elements that are equally large up to rounding, it is that of the last.
     """
     sizes = vectors.abs()
     largest = sizes >= 0.999 * sizes.amax(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""TWA: an optimizer whose parameters are the coefficients of a weight average."""
+"""`TWA`: an optimizer whose parameters are the coefficients of a weight average."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from twa.checkpoints import Checkpoint, average, load_into
 from twa.subspace import Subspace
 
-# In coordinates that count in the spread of the window, one rate suits every model, granularity
-# and budget that was tried; 0.02 to 0.05 do.
+# The rate of AdamW on coefficients in units of the spread: it suits every model, granularity and
+# budget that was tried.
 RATE = 0.02
 
 
 class TWA(torch.optim.Optimizer):
     """Trainable Weight Averaging (Li et al., ICLR 2023, Section 3) around any optimizer.
 
-    The model moves in the span of the checkpoints, `w = w_0 + Σ_i σ_i z_i p_i`: w_0 is the start
-    point, p_i are the principal directions of the window and σ_i the standard deviation of its
-    checkpoints along p_i, so that a coefficient z_i of 1 goes as far as the checkpoints scatter. A
-    step projects the model's gradient, `∂loss/∂z_i = σ_i p_i·∇loss(w)`, lets `base` step on the
-    coefficients z, which begin at 0, and writes w back. Before the first step the model is the
-    start point to the bit.
+    The model moves only in the span of the checkpoints, `w = w_0 + Σ_i σ_i z_i p_i`: w_0 is the
+    start point, p_i are the principal directions of the window and σ_i is the standard deviation
+    of its checkpoints along p_i, the unit in which the coefficient z_i counts. A step projects the
+    model's gradient, `∂loss/∂z_i = σ_i p_i·∇loss(w)`, lets `base` step on the coefficients z,
+    which begin at 0, and writes w back. Before the first step the model is the start point to the
+    bit.
 
         optimizer = TWA(model, checkpoints)
         for images, labels in loader:
@@ -33,10 +33,10 @@ class TWA(torch.optim.Optimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    With `base=torch.optim.SGD` and `extract="Schmidt"` it is the paper's method: coefficients
-    `β`, which begin at `β_0 = P w_0`, of the orthonormal basis P that Gram–Schmidt makes of the
-    checkpoints, and `w = w_0 + Pᵀ(β − β_0)`. That is SGD on w with its gradient projected by
-    `PᵀP`; weight decay then acts within the span.
+    With `base=torch.optim.SGD` and `extract="Schmidt"` it is the paper's method: Gram–Schmidt makes
+    an orthonormal basis P of the checkpoints, the coefficients β begin at `β_0 = P w_0`, and
+    `w = w_0 + Pᵀ(β − β_0)`. That is SGD on w with its gradient projected by `PᵀP`; weight decay
+    then acts within the span.
 
     Learning rate schedules, `state_dict()` and `load_state_dict()` work as with any optimizer.
 
@@ -49,17 +49,17 @@ class TWA(torch.optim.Optimizer):
         base: the class of the optimizer that steps on the coefficients, float32 of shape [n].
         start: the start point, a path or a `state_dict`; the checkpoints' mean (SWA) if None.
         extract, components, bits, granularity: the basis; see `Subspace`.
-        radius: where a step takes the coefficients of a block (of the whole model at granularity
-            "model") beyond this root mean square, they are scaled back to it: a rate that is far
-            too large cannot leave the region that the checkpoints tell of, in which this measure
-            of a checkpoint is about 1. `math.inf` for no limit. Of "PCA" alone: the coefficients
-            of the paper have no such unit, and no limit.
+        radius: after a step, the coefficients of each block (all of them at granularity "model")
+            whose root mean square is larger are scaled back to it, so that a rate that is much too
+            large cannot take the model arbitrarily far from the checkpoints. From the mean, the
+            checkpoints are at about 1; ordinary training stays below 3. `math.inf` for no limit.
+            For "PCA" only: the paper's coefficients have no such unit, and are not limited.
         **base_arguments: what `base` takes: `lr`, `momentum`, `weight_decay`, … Those left out are
-            its own defaults, but for AdamW with "PCA": there `lr=0.02` and `weight_decay=0`.
+            its own defaults, except that AdamW with "PCA" gets `lr=0.02` and `weight_decay=0`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read or does not fit the model.
-        ValueError: an argument is out of its range, or no checkpoint was given, for "PCA" no two
+        ValueError: an argument is out of its range; there are no checkpoints, or for "PCA" no two
             that differ.
         MemoryError: the basis does not fit into the memory that is free.
     """
@@ -80,7 +80,7 @@ class TWA(torch.optim.Optimizer):
     ):
         if extract == "PCA" and base is torch.optim.AdamW:
             base_arguments = {"lr": RATE, "weight_decay": 0.0} | base_arguments
-        # What `base` does not take, it says here, before the model is changed.
+        # If `base` does not take these, it says so here, before the model is changed.
         base([torch.nn.Parameter(torch.zeros(1))], **base_arguments)
         if not radius > 0:
             raise ValueError(f"radius must be larger than 0, not {radius!r}")
@@ -101,21 +101,19 @@ class TWA(torch.optim.Optimizer):
         if extract == "PCA":
             self.origin.zero_()
         self._flat = self.subspace.empty()  # For gradients and weights in turn.
-        # Of another window this is another vector, even where both begin with the start point.
+        # This differs between windows, even where the start coefficients agree.
         self._fingerprint = self.subspace.project(self._flat.fill_(1))
         self.coefficients = torch.nn.Parameter(self.origin.clone())
         self.base = base([self.coefficients], **base_arguments)
         super().__init__(self.base.param_groups, self.base.defaults)
-        # One list and one state for both, so that a schedule that writes a rate into a group, and
-        # a `state_dict`, reach the optimizer that steps.
+        # Shared, so that rates written into a group, and a loaded `state_dict`, reach `base`.
         self.base.param_groups = self.param_groups
         self.state = self.base.state
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step of `base` on the coefficients; the weights follow.
+        """One step of `base` on the coefficients, limited by `radius`; the weights follow.
 
-        A parameter without a gradient counts as one whose gradient is zero. A step that leaves
-        the ball of `radius` is cut.
+        A parameter without a gradient counts as one whose gradient is zero.
 
         Args:
             closure: clears the gradients, computes the loss, calls `backward` and returns the
@@ -153,8 +151,8 @@ class TWA(torch.optim.Optimizer):
         method; its products are differences of gradients. What SGD does at a rate depends on
         rate · curvature: with momentum m a full-batch step is stable below
         `2 (1 + m) / curvature`, and `(1 - m) / curvature` suits small batches. Costs
-        `iterations + 1` calls of `closure`. Each sees the same random numbers (of dropout) and the
-        same buffers (of batch norm); they and the generators are afterwards as they were.
+        `iterations + 1` calls of `closure`. Each starts from the same random generators (dropout)
+        and buffers (batch norm), and both are left as they were.
 
         Args:
             closure: clears the gradients, computes the loss, calls `backward` and returns the loss,
@@ -162,7 +160,7 @@ class TWA(torch.optim.Optimizer):
             iterations: of the Lanczos method; a few find the largest within a tenth or two.
         """
         here = self.coefficients.detach().clone()
-        # As far as float32 gradients tell the difference, and the loss is still quadratic.
+        # Large enough for differences of float32 gradients, small enough for a quadratic loss.
         length = 0.03 if self.subspace.spread is not None else 1e-3 * max(float(here.norm()), 1e-3)
 
         def gradient(coefficients: Tensor) -> Tensor:
@@ -186,14 +184,17 @@ class TWA(torch.optim.Optimizer):
         "layer" or "channel" [blocks, checkpoints]. With "PCA" they sum to 1. Exact up to rounding
         where the start point lies in the subspace (as any average of the checkpoints whose
         weights sum to 1 does, if no direction was left out) and the basis has 32 bits. What the
-        start point has outside, the model keeps, and α leaves out: `Σ α_i w_i` is then the point
-        of the subspace nearest to w. Below 32 bits the model holds the rounding of the basis too.
+        start point has outside of it, the model keeps: `Σ α_i w_i` is then the point of the
+        subspace that is nearest to w. Below 32 bits the model also holds the rounding of the basis.
         """
-        outset = self._start_coefficients - self.origin
-        return self.subspace.averaging_weights(self.coefficients.detach() + outset)
+        start = self._start_coefficients - self.origin
+        return self.subspace.averaging_weights(self.coefficients.detach() + start)
 
     def state_dict(self) -> dict:
-        """The state of `base` and the coefficients; the basis is rebuilt from its checkpoints."""
+        """The state of `base` and the coefficients, loadable with `weights_only=True`.
+
+        The basis is not in it: it is built from the checkpoints again.
+        """
         state = super().state_dict()
         state["coefficients"] = self.coefficients.detach().clone()
         state["start_coefficients"] = self._start_coefficients.clone()
@@ -201,7 +202,7 @@ class TWA(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Resumes where `state_dict()` was taken, the model's weights included.
+        """Restores the coefficients, the state of `base` and the weights of the model.
 
         Raises:
             ValueError: the state belongs to another window, start point or kind of basis, or is not
@@ -212,15 +213,13 @@ class TWA(torch.optim.Optimizer):
         if not set(keys) <= state.keys():
             raise ValueError("the state holds no coefficients: it is not that of a TWA optimizer")
         coefficients, start, fingerprint = (state.pop(key) for key in keys)
-        # Another number of ranks, or another device, rounds in another way.
-        spread = self.subspace.spread
-        unit, far = (1, 0) if spread is None else (float(spread.max()), 1e-3)
-        for found, own, rounding in (
-            (start, self._start_coefficients, far + 1e-5 * float(self._start_coefficients.norm())),
-            (fingerprint, self._fingerprint, 1e-2 * unit + 1e-4 * float(self._fingerprint.norm())),
+        near_start, near_fingerprint = self._tolerances()
+        for found, own, tolerance in (
+            (start, self._start_coefficients, near_start),
+            (fingerprint, self._fingerprint, near_fingerprint),
         ):
             if found.shape != own.shape or not torch.allclose(
-                found.to(own.device), own, rtol=0, atol=rounding
+                found.to(own.device), own, rtol=0, atol=tolerance
             ):
                 raise ValueError(
                     "the state belongs to another window of checkpoints or start point"
@@ -229,6 +228,13 @@ class TWA(torch.optim.Optimizer):
         self.base.param_groups = self.param_groups
         self.base.state = self.state
         self.set_coefficients(coefficients)
+
+    def _tolerances(self) -> tuple[float, float]:
+        """How much start coefficients and fingerprint may differ between devices or rank counts."""
+        start, fingerprint = float(self._start_coefficients.norm()), float(self._fingerprint.norm())
+        if self.subspace.spread is None:
+            return 1e-5 * start, 1e-2 + 1e-4 * fingerprint
+        return 1e-3 + 1e-5 * start, 1e-2 * float(self.subspace.spread.max()) + 1e-4 * fingerprint
 
     def __getstate__(self) -> dict:
         raise TypeError(
@@ -260,11 +266,11 @@ class TWA(torch.optim.Optimizer):
 
 @contextlib.contextmanager
 def _unchanged(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Context: afterwards the buffers of `model` and the random generators are as before."""
+    """Context manager: restores the buffers of `model` and the random generators at the end."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    accelerators = [] if device.type == "cpu" else [device]
+    devices = [] if device.type == "cpu" else [device]  # The CPU's generator is always restored.
     try:
-        with torch.random.fork_rng(accelerators, device_type=device.type):
+        with torch.random.fork_rng(devices, device_type=device.type):
             yield
     finally:
         with torch.no_grad():
@@ -275,22 +281,23 @@ def _unchanged(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
 def _hessian_within(
     gradient: Callable[[Tensor], Tensor], here: Tensor, length: float, iterations: int
 ) -> Tensor:
-    """The Hessian within the Krylov space of so many of its products, by the Lanczos method.
+    """The Hessian restricted to a Krylov space, by the Lanczos method.
 
     Args:
-        gradient: of the loss, [n], at coefficients [n].
-        here: where the Hessian is taken, [n].
-        length: of the steps between which gradients differ.
+        gradient: the gradient of the loss, [n], as a function of the coefficients [n].
+        here: the coefficients at which the Hessian is taken, [n].
+        length: the length of the steps for differences of gradients.
+        iterations: the dimension of the Krylov space, at most.
 
     Returns:
-        float64 on the CPU, [products, products]; symmetric up to rounding.
+        float64 on the CPU, [dimension, dimension]; symmetric up to rounding.
     """
     start = gradient(here)
-    # The gradient leans towards large curvature; chance sees to it that nothing is left out.
-    generator = torch.Generator("cpu").manual_seed(0)  # the same direction on every rank
-    chance = torch.randn(len(here), generator=generator, device="cpu").to(here)
-    direction = start / start.norm().clamp(min=1e-12) + chance / chance.norm()
-    if len(here) == 1:  # the one direction there is; the two above may cancel
+    # The gradient has a large part along large curvature; a random vector has some along any.
+    generator = torch.Generator("cpu").manual_seed(0)  # the same on every rank
+    random = torch.randn(len(here), generator=generator, device="cpu").to(here)
+    direction = start / start.norm().clamp(min=1e-12) + random / random.norm()
+    if len(here) == 1:  # The two may cancel, and there is only this direction.
         direction = torch.ones_like(here)
     directions = here.new_zeros(min(iterations, len(here)), len(here))
     products = torch.zeros_like(directions)
@@ -298,8 +305,8 @@ def _hessian_within(
         directions[i] = direction / direction.norm()
         products[i] = (gradient(here + length * directions[i]) - start) / length
         direction = products[i]
-        for _ in range(2):  # the second time against the rounding of the first
+        for _ in range(2):  # The second pass removes the rounding errors of the first.
             direction = direction - directions.T @ (directions @ direction)
         if direction.norm() <= 1e-4 * products[i].norm():
-            break  # The directions span a space that the Hessian maps to itself.
+            break  # The Hessian maps the span of the directions to itself.
     return (directions @ products.T).cpu().double()  # MPS has no float64

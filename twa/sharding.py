@@ -1,8 +1,8 @@
-"""Parameters in shards: which rows of each this rank holds, and sums over all ranks.
+"""Sharded parameters: which rows of each this rank holds, and sums over all ranks.
 
-FSDP2 (`torch.distributed.fsdp.fully_shard`) makes a parameter a `DTensor` that is cut along its
-first dimension, one shard a rank. The functions here take whole tensors as well as such ones; of a
-whole tensor the one part is all of it.
+FSDP2 (`torch.distributed.fsdp.fully_shard`) makes a parameter a `DTensor` that is divided along its
+first dimension, one shard a rank. The functions here take ordinary tensors too, and treat them as
+one shard.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of `tensor`, a view."""
+    """This rank's shard of `tensor`, a view."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def first_row(tensor: Tensor) -> int:
-    """The row of the whole tensor with which this rank's shard begins (chunks as `torch.chunk`'s).
+    """The first row of this rank's shard in the whole tensor, divided as by `torch.chunk`.
 
     Raises:
-        ValueError: it is cut in another way than along its first dimension.
+        ValueError: it is not sharded along its first dimension.
     """
     if not isinstance(tensor, DTensor):
         return 0
@@ -36,7 +36,7 @@ def first_row(tensor: Tensor) -> int:
 
 
 def part(whole: Tensor, like: Tensor) -> Tensor:
-    """The rows of `whole` that this rank holds of `like`, a view; `whole` may be a shard itself."""
+    """The rows of `whole` that this rank holds of `like`, a view; `whole` may be sharded itself."""
     if not isinstance(like, DTensor) or isinstance(whole, DTensor):
         return local(whole)
     first = first_row(like)
@@ -59,17 +59,17 @@ def shard(whole: Tensor, like: Tensor) -> Tensor:
 
 
 class Ranks:
-    """The ranks among which a model is sharded; of a whole model, this process alone.
+    """The ranks among which a model is sharded; this process alone if it is not.
 
     Args:
-        model: a module whose trainable parameters are all whole, or all sharded by one mesh.
+        model: a module of which no trainable parameter is sharded, or all are, by one mesh.
 
     Attributes:
         first: whether this rank is the first of them.
-        count: how many there are.
+        count: their number.
 
     Raises:
-        ValueError: the parameters are neither.
+        ValueError: some parameters are sharded and some are not, or not all by one mesh.
     """
 
     def __init__(self, model: nn.Module):
@@ -91,21 +91,22 @@ class Ranks:
         self.count = 1 if mesh is None else dist.get_world_size(self._group)
 
     def reshard(self) -> None:
-        """Drops what a forward pass without a backward pass has left gathered.
+        """Frees the gathered parameters that a forward pass without a backward pass leaves.
 
-        Until then the model's parameters are whole, and what is written to the shards unseen.
+        As long as they exist, the model computes with them, and ignores what is written to the
+        shards.
         """
         for module in self._modules:
             module.reshard()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over the ranks, in place."""
+        """Sums `tensor` over the ranks, in place, and returns it."""
         if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def share(self, free: int | None, device: torch.device) -> int | None:
-        """What of the bytes that are `free` on `device` each of the ranks there can take."""
+        """How much of `free` bytes on `device` each of the ranks on this machine can take."""
         if free is None or device.type != "cpu" or self._group is None:
             return free
         return free // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
@@ -113,10 +114,10 @@ class Ranks:
 
 def _sharded_by(tensor: DTensor) -> int:
     """The dimension of the mesh along which `tensor` is sharded."""
-    cuts = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    if len(cuts) != 1 or tensor.placements[cuts[0]] != Shard(0):
+    sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(sharded) != 1 or tensor.placements[sharded[0]] != Shard(0):
         raise ValueError(
             f"a parameter is placed as {tensor.placements}; one Shard(0), as fully_shard makes it, "
             "is supported"
         )
-    return cuts[0]
+    return sharded[0]

@@ -1,8 +1,8 @@
 """The matrix `P ∈ R^{height×D}` in memory, and products with it.
 
 `Dense` holds float32; `Compressed` holds 16, 8 or 4 bits an element. Products are bound by memory
-traffic, so each reads the matrix once. They answer block by block: P stands for the block-diagonal
-matrix whose blocks are its column ranges in `twa.columns`.
+traffic, so each reads the matrix once. They are taken block by block (`twa.columns.Blocks`), as if
+P were block-diagonal with its column ranges as blocks.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from torch import Tensor
 
 from twa.columns import Blocks
 
-# Columns of a dense product that one core takes at a time: a single long matrix-vector product
-# would run on one core.
+# Columns of a dense product for one core: a single long matrix-vector product would use one only.
 PIECE = 2**16
 # Columns of a compressed tile.
 TILE = 256
-# Compressed matrices with fewer elements are not worth the seconds that a compiler takes.
+# The number of elements from which compiled kernels save more time than their compilation takes.
 COMPILE_FROM = 2**27
-# Elements that a compiled kernel takes at a time: always as many, so that it is compiled once.
+# Elements in a call of a compiled kernel: always the same number, so that it is compiled once.
 COMPILED_PART = 2**24
-# Elements decompressed at a time where no kernel is compiled: they fit the cache of a CPU, and fill
-# a GPU.
+# Elements in a call of a kernel that is not compiled: they fit the cache of a CPU, and fill a GPU.
 PART = {"cpu": 2**20, "cuda": 2**24}
 
 
@@ -34,16 +32,16 @@ class Dense:
     """P in float32, row by row.
 
     Args:
-        rows: float32 [height, D], kept and not copied.
-        blocks: of the columns.
-        count: how many blocks the model has.
+        rows: float32 [height, D]; not copied.
+        blocks: the blocks that the columns form.
+        count: the number of blocks of the model.
     """
 
     def __init__(self, rows: Tensor, blocks: list[Blocks], count: int):
         self.rows = rows
         self._count = count
         self._filled = 0
-        # Products are batched: over many narrow blocks, or over the pieces of one wide block.
+        # Products are batched: over adjacent narrow blocks, or over the pieces of a wide one.
         self._narrow, self._pieces = [], []
         for group in blocks:
             if group.count > 1 and group.width < PIECE:
@@ -89,24 +87,24 @@ class Dense:
 
 
 class Compressed:
-    """P in tiles of 256 columns; in each tile a row is 256 small numbers and their scale.
+    """P in tiles of 256 columns; a row of a tile is 256 values and their scale.
 
-    Tiles follow the columns, whatever the blocks. `values` is [tiles, height, 256], `scales`
-    float32 [tiles, height], and an element is a value times its scale. A value is a float16 at 16
-    bits, an int8 at 8, and at 4 a number from -8 to 7: with 8 added, column k of a tile is the low
-    half of byte k and column k + 128 the high half. Zero is kept exactly.
+    Tiles do not depend on the blocks. `values` is [tiles, height, 256], `scales` float32 [tiles,
+    height], and an element is a value times its scale. A value is a float16 at 16 bits, an int8 at
+    8, and at 4 a number from -8 to 7: with 8 added, column k of a tile is the low half of byte k
+    and column k + 128 the high half. Zero is represented exactly.
 
-    Both products use these values as they are, so `project` is the exact adjoint of `expand`.
-    Large matrices are multiplied by compiled kernels, which decompress in registers; small ones,
-    and all where no compiler is to be had, are decompressed in parts that fit the cache.
+    Both products use the same rounded elements, so `project` is the exact adjoint of `expand`.
+    Large matrices are multiplied by compiled kernels, which decompress in registers. Small ones,
+    and all of them where there is no compiler, are decompressed in parts that fit the cache.
 
     Args:
         bits: 16, 8 or 4.
-        height: number of rows.
-        blocks: of the columns.
-        count: how many blocks the model has.
-        total: number of columns, D.
-        device: where to keep it.
+        height: the number of rows.
+        blocks: the blocks that the columns form.
+        count: the number of blocks of the model.
+        total: the number of columns, D.
+        device: the device of the matrix.
     """
 
     def __init__(
@@ -129,7 +127,7 @@ class Compressed:
         self._compiled = self.values[..., :1].numel() * TILE >= COMPILE_FROM
         self._compiled_part = max(1, COMPILED_PART // (height * TILE))
         self._part = max(1, PART.get(device.type, PART["cpu"]) // (height * TILE))
-        self._room = torch.empty(self._part, height, TILE, dtype=torch.float32, device=device)
+        self._buffer = torch.empty(self._part, height, TILE, dtype=torch.float32, device=device)
         self._lay_out(blocks)
 
     @property
@@ -150,7 +148,7 @@ class Compressed:
         """Compresses `rows`, float32 [tiles, height, 256]."""
         place = slice(self._filled, self._filled + len(rows))
         self._filled += len(rows)
-        # The element furthest from zero takes the lowest level: there is one more below zero.
+        # The largest element takes the lowest level, as there is one more level below zero.
         levels = {torch.float16: 2**14, torch.int8: 2**7, torch.uint8: 2**3}[self.values.dtype]
         low, high = rows.amin(dim=2, keepdim=True), rows.amax(dim=2, keepdim=True)
         extreme = torch.where(high > -low, high, low)
@@ -167,9 +165,9 @@ class Compressed:
         self.values[place] = values
 
     def _lay_out(self, blocks: list[Blocks]) -> None:
-        """Finds which tiles lie in one block, and cuts the others into pieces of one block each.
+        """Finds the tiles within one block, and divides the others into pieces of one block each.
 
-        Where many tiles are cut, since blocks are narrow, all are treated as pieces.
+        If more than a fifth of the tiles are divided, as in narrow blocks, all are kept as pieces.
         """
         none = torch.arange(0)
         blocks = [b for b in blocks if b.width]
@@ -182,14 +180,14 @@ class Compressed:
         whole = ends - cuts == TILE
         if int(whole.sum()) < 0.8 * len(self.values):
             whole.zero_()
-        # Tiles that are cut belong, as a whole, to a block that there is not.
+        # Divided tiles get the index after the last block, whose results are dropped.
         block_of_tile = torch.full([len(self.values)], self._count)
         block_of_tile[tile[whole]] = block[whole]
-        # The tiles up to here, the last that are whole, are multiplied without a look at pieces.
+        # Up to the last tile that is not divided, tiles are multiplied as a whole.
         self._whole = int(tile[whole].max()) + 1 if whole.any() else 0
         device, cut = self.values.device, ~whole
         self._block_of_tile = block_of_tile.to(device)
-        # The pieces of tiles in parts, those of an incomplete last tile in parts of their own.
+        # The pieces in parts; those of an incomplete last tile in separate parts.
         last = tile == self._total // TILE
         pieces = torch.stack([tile, block, cuts - TILE * tile, ends - TILE * tile]).to(device)
         self._pieces = pieces[:, cut & ~last].split(self._part, dim=1)
@@ -214,7 +212,7 @@ class Compressed:
     def expand(self, coefficients: Tensor, out: Tensor) -> None:
         """`out` [D] ← `Pᵀ β`, from the coefficients β of every block, [blocks, height]."""
         out[self._whole * TILE :] = 0
-        end = self._total // TILE * TILE  # What is beyond is no whole tile.
+        end = self._total // TILE * TILE  # The columns from here on are less than a tile.
         tiles, last = out[:end].view(-1, TILE), out[end:]
         coefficients = torch.cat([coefficients, coefficients.new_zeros(1, self._height)])
         for part in self._parts():
@@ -228,14 +226,14 @@ class Compressed:
     def _expand_cut(
         self, pieces: tuple[Tensor, ...], coefficients: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The tiles of `pieces` [pieces] and what these add to them, [pieces, 256]; in parts."""
+        """Yields the tiles of `pieces`, [pieces], and the result to add to each, [pieces, 256]."""
         for tile, block, _, outside in self._cut_tiles(pieces):
             part = coefficients.new_empty(len(tile), TILE)
             self._run("expand", *self._of(tile), coefficients[block], part)
             yield tile, part.masked_fill_(outside, 0)
 
     def _parts(self) -> Iterator[slice]:
-        """The tiles that are multiplied as a whole, in parts."""
+        """Yields ranges of the tiles that are multiplied as a whole."""
         step = self._compiled_part if self._compiled else self._part
         for start in range(0, self._whole, step):
             yield slice(start, min(start + step, self._whole))
@@ -243,15 +241,15 @@ class Compressed:
     def _cut_tiles(
         self, pieces: tuple[Tensor, ...]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The pieces of tiles, in parts: tile and block [pieces]; and of all columns of the tile,
-        numbers and whether they are outside the piece, [pieces, 256]."""
+        """Yields for each part of `pieces`: their tiles and blocks, [pieces]; and for all columns
+        of these tiles their indices, and whether they are outside the piece, [pieces, 256]."""
         inside = torch.arange(TILE, device=self.values.device)
         for tile, block, first, stop in pieces:
             outside = (inside < first[:, None]) | (inside >= stop[:, None])
             yield tile, block, tile[:, None] * TILE + inside, outside
 
     def _of(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and scales of the numbered `tiles`."""
+        """Values and scales of the tiles with these indices."""
         return self.values.index_select(0, tiles), self.scales.index_select(0, tiles)
 
     def _run(self, product: str, *tensors: Tensor) -> None:
@@ -259,42 +257,44 @@ class Compressed:
         if self._compiled and len(tensors[0]) == self._compiled_part:
             try:
                 return _compiled(product)(*tensors)
-            except Exception as error:  # Whatever stops the compiler, the product needs none.
+            except Exception as error:  # Any failure of the compiler: the kernels below need none.
                 reason = str(error).strip().partition("\n")[0]
                 _warn_once(f"the compressed basis runs uncompiled, and slower: {reason}")
                 self._compiled = False
         kernel = {"project": _project, "expand": _expand}[product]
         if len(tensors[0]) <= self._part:
-            return kernel(*tensors, self._room)
+            return kernel(*tensors, self._buffer)
         for part in zip(*(tensor.split(self._part) for tensor in tensors), strict=True):
-            kernel(*part, self._room)
+            kernel(*part, self._buffer)
 
 
-def _project(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor, room: Tensor) -> None:
+def _project(
+    values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor, buffer: Tensor
+) -> None:
     """`out` [tiles, height] ← each tile of P times its `gradients` [tiles, 256]."""
-    torch.mul(scales, (gradients[:, None] @ _float(values, room).mT)[:, 0], out=out)
+    torch.mul(scales, (gradients[:, None] @ _float(values, buffer).mT)[:, 0], out=out)
 
 
 def _expand(
-    values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor, room: Tensor
+    values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor, buffer: Tensor
 ) -> None:
     """`out` [tiles, 256] ← `coefficients` [tiles, height] times each tile of P."""
-    torch.bmm((scales * coefficients)[:, None], _float(values, room), out=out[:, None])
+    torch.bmm((scales * coefficients)[:, None], _float(values, buffer), out=out[:, None])
 
 
-def _float(values: Tensor, room: Tensor) -> Tensor:
-    """`values` as float32 [tiles, height, 256], not yet scaled, in `room`."""
-    room = room[: len(values)]
+def _float(values: Tensor, buffer: Tensor) -> Tensor:
+    """`values` as float32 [tiles, height, 256], not yet scaled, written to `buffer`."""
+    buffer = buffer[: len(values)]
     if values.dtype == torch.uint8:
-        low, high = room.chunk(2, dim=2)
+        low, high = buffer.chunk(2, dim=2)
         low.copy_(values & 15)
         high.copy_(values >> 4)
-        return room.sub_(8)
-    return room.copy_(values)
+        return buffer.sub_(8)
+    return buffer.copy_(values)
 
 
-# The same products in the form that a compiler fuses. Two halves of a tile at a time: at 4 bits
-# these are the low and the high halves of bytes, and at any two sums run side by side.
+# The same products in a form that the compiler fuses. The two halves of a tile are separate sums:
+# at 4 bits they are the low and the high halves of bytes, and two sums run in parallel.
 
 
 def _project_fused(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
@@ -312,7 +312,7 @@ def _expand_fused(values: Tensor, scales: Tensor, coefficients: Tensor, out: Ten
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
     if values.dtype == torch.uint8:
-        # A compiler for CPUs makes vector instructions of shifts in 32 bits, not in 8.
+        # On CPUs the compiler vectorises shifts of 32-bit integers, not of bytes.
         values = values.int()
         return ((values & 15) - 8).float(), ((values >> 4) - 8).float()
     return values[:, :, : TILE // 2].float(), values[:, :, TILE // 2 :].float()

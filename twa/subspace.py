@@ -1,9 +1,8 @@
-"""The basis of the subspace that a window of checkpoints spans.
+"""`Subspace`: a basis of the subspace that a window of checkpoints spans, and products with it.
 
-The n checkpoints, flattened, are the rows of `W ∈ R^{n×D}`; `Subspace` turns them into the
-orthonormal rows of `P = T W`, the window's principal directions or, by Gram–Schmidt, those of the
-paper. T comes from n×n inner products in float64 (`twa.extraction`), so the long dimension is
-passed over twice, in cache-sized chunks: once for the inner products, once to apply T. Where
+The n checkpoints, flattened, are the rows of `W ∈ R^{n×D}`, and the basis is the orthonormal rows
+of `P = T W`. T comes from n×n inner products in float64 (`twa.extraction`), so the long dimension
+is passed over twice, in cache-sized chunks: once for the inner products, once to apply T. Where
 checkpoints are close to dependent, the inner products are taken again, up to three times.
 """
 
@@ -32,14 +31,14 @@ GRANULARITIES = ("model", "layer", "channel")
 
 # Elements worked on at a time: in float64 they stay in the cache of a CPU; a GPU wants more.
 CHUNK = {"cpu": 2**19, "cuda": 2**24}
-# A basis that cannot be built in place is built from one of this many parts of W at a time, or from
-# as many elements as this (256 MB), whichever is more: opening files takes its time as well.
+# A basis that cannot be built in place is built from a part of the columns of W at a time: one of
+# so many parts, or SMALL elements (256 MB) if that is more, as opening files takes time as well.
 PARTS = 8
 SMALL = 2**26
 
 
 def _full_precision(method: Callable) -> Callable:
-    """`method` without gradients, and without a caller's autocast, which would round products."""
+    """`method` without gradients and without the caller's autocast, which would round products."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
@@ -55,15 +54,16 @@ class Subspace:
     """A basis of the subspace that checkpoints span, and products with it.
 
     Coefficients c stand for the weights `w = o + Pᵀ (σ ∘ c)`, P with orthonormal rows, block by
-    block. What they count in is a matter of `extract`:
+    block. `extract` says which:
 
-    - "PCA": rows of P are the principal directions p_i of the window, σ_i is the standard
-      deviation of its checkpoints along p_i, and the origin o is their mean. So a coefficient
-      counts in the spread of the window: over the checkpoints, each has mean 0 and variance 1.
-    - "Schmidt": rows of P come from Gram–Schmidt in the order of the checkpoints (Section 3 of
-      Li et al., ICLR 2023); σ = 1 and o = 0, so coefficients count in the units of the weights.
-    - "SVD": the leading principal directions, then what the mean has outside their span as one
-      direction more; σ = 1 and o = 0.
+    - "PCA": the rows of P are the principal directions p_i of the window, centred on its mean;
+      σ_i is the standard deviation of the checkpoints along p_i (their root mean square about the
+      mean), and the origin o is the mean. So the unit of a coefficient is the spread of the window:
+      over the checkpoints, each coefficient has mean 0 and variance 1.
+    - "Schmidt": the rows of P come from Gram–Schmidt in the order of the checkpoints (Section 3 of
+      Li et al., ICLR 2023); σ = 1 and o = 0, so the unit is that of the weights.
+    - "SVD": the leading principal directions, then one direction more for what the mean has
+      outside their span; σ = 1 and o = 0.
 
     Args:
         model: its trainable parameters are the columns, and their device is the basis's. Where
@@ -71,31 +71,31 @@ class Subspace:
             below is their number; what is called here is then called on every rank.
         checkpoints: n paths or `state_dict`s, in the order of training; buffers and frozen
             parameters are ignored. They are read one at a time, and once where the basis is built
-            in place (32 bits and no fewer components than there are); else in up to eight parts,
-            and blocks larger than a part once for each pass over them.
+            in place (32 bits and all directions); else in up to eight parts, and blocks larger than
+            a part once for each pass over them.
         extract: "PCA", "Schmidt" or "SVD", as above.
-        components: how many of the leading principal directions are kept in each block (fewer
-            where a block has no more); for "PCA" all n - 1 if None; "SVD" needs a number.
+        components: the number of leading principal directions to keep in each block (a block with
+            fewer keeps these). None keeps all for "PCA"; "SVD" needs a number.
         bits: of a stored element of P, 32, 16, 8 or 4. Below 32 the rows are orthonormal up to the
             rounding of their elements, and `project` remains the exact adjoint of `expand`.
-        granularity: "model", "layer" or "channel": what has a basis and coefficients of its own.
-            A layer is a module that owns parameters; one with vectors alone, such as batch norm,
-            joins the layer before it. A channel is an index of a weight's first dimension; the
-            vectors of a layer form one block.
+        granularity: "model", "layer" or "channel": the blocks, each of which has a basis and
+            coefficients of its own. A layer is a module that owns parameters; one that owns only
+            vectors, such as batch norm, joins the layer before it. A channel is an index of a
+            weight's first dimension; the vectors of a layer form one block.
 
     Attributes:
         parameters: the model's trainable parameters behind the columns, in order.
         spread: σ, float32 [len(self)]; None for "Schmidt" and "SVD".
         mean: the mean of the checkpoints, float32 [D]; None for "Schmidt" and "SVD".
-        dropped: names (path, or index of a `state_dict`) of the checkpoints that "Schmidt" left
-            out because in every block they depend linearly on the ones before them.
+        dropped: the checkpoints (path, or index of a `state_dict`) that "Schmidt" left out because
+            in every block they depend linearly on the ones before them.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, does not fit the model, or holds NaN or
             infinity.
         MemoryError: the basis does not fit into the memory that is free.
-        ValueError: an argument is out of its range, no checkpoint was given, for "PCA" no two that
-            differ, or the model has no trainable parameters, or some that are complex or not in
+        ValueError: an argument is out of its range; there are no checkpoints, or for "PCA" no two
+            that differ; the model has no trainable parameters, or some that are complex or not in
             its `state_dict`.
     """
 
@@ -136,7 +136,8 @@ class Subspace:
         self.mean = None
         if extract == "PCA":  # In place, the directions leave the last row of the window free.
             self.mean = window.rows[-1] if in_place else self.empty()
-        # From checkpoints to the rows σP, [blocks, height, n]; float32 where channels are many.
+        # The rows σP as combinations of the checkpoints, [blocks, height, n]; float32 for channels,
+        # which are many.
         self._transforms: list[tuple[Blocks, Tensor]] = []
         dtype = torch.float32 if granularity == "channel" else torch.float64
         used = torch.zeros(n, dtype=torch.float32, device="cpu")
@@ -152,7 +153,7 @@ class Subspace:
                 weights, of_batch, kept = self._build(batch, window, height, bar)
                 self._transforms.append((batch, weights.to(dtype)))
                 used += kept
-                if self._ranks.first or not batch.shared:  # What all ranks know counts once.
+                if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
                     spread[batch.numbers] = of_batch.float()
         self._number_coefficients(spread)
         used = self._ranks.sum(used.to(device)).tolist()
@@ -168,12 +169,12 @@ class Subspace:
     def _build(
         self, batch: Blocks, window: _Window, height: int, bar: tqdm
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Appends the basis of the blocks in `batch` to the storage.
+        """Computes the basis of the blocks in `batch` and appends it to the storage.
 
         Returns:
-            the transform from checkpoints to the rows σP, float64 [blocks, height, n]; σ, float64
-            [blocks, height], 1 where the coefficients have no unit of their own, and 0 where a
-            block has no such row; and which checkpoints are in the basis, bool [n]. On the CPU.
+            on the CPU, the rows σP as combinations of the checkpoints, float64 [blocks, height, n];
+            σ, float64 [blocks, height], 0 for rows that a block does not have; and which
+            checkpoints are in the basis, bool [n].
         """
         device, n = window.rows.device, len(window.rows)
 
@@ -194,21 +195,19 @@ class Subspace:
             return total
 
         dtype, kept = torch.float64, torch.ones(1, n, dtype=torch.bool, device=device)
-        if self._extract == "Schmidt":
-            single = _precise(torch.float32, device) == torch.float32
-            transform, kept, dtype = extraction.gram_schmidt(products, single)
-        elif self._extract == "SVD":
-            transform, _ = extraction.principal_directions(products, height - 1, mean=True)
-        else:
+        if self._extract == "PCA":
             transform, spread = extraction.principal_directions(products, height)
-        if self._extract != "PCA":
-            spread = (transform != 0).any(dim=2).double()
-        rows_of = transform
-        if self.mean is not None:
-            rows_of = torch.cat([transform, extraction.mean_row(transform)], dim=1)
+            with_mean = torch.cat([transform, extraction.mean_row(transform)], dim=1)
+        else:
+            if self._extract == "SVD":
+                transform, _ = extraction.principal_directions(products, height - 1, mean=True)
+            else:
+                single = _precise(torch.float32, device) == torch.float32
+                transform, kept, dtype = extraction.gram_schmidt(products, single)
+            spread, with_mean = (transform != 0).any(dim=2).double(), transform
         dtype = _precise(dtype, device)
         for start, differences in window.differences(batch, dtype):
-            rows = rows_of.to(dtype) @ differences
+            rows = with_mean.to(dtype) @ differences
             rows = rows.transpose(0, 1).flatten(1).float().to(self.parameters[0].device)
             self._storage.append(rows[:height])
             if self.mean is not None:
@@ -218,20 +217,20 @@ class Subspace:
         return weights.masked_fill_(~kept[:, None], 0).cpu(), spread.cpu(), kept.any(dim=0).cpu()
 
     def _number_coefficients(self, spread: Tensor) -> None:
-        """Numbers the rows that are there: in a block, those beyond its rank are zero.
+        """Numbers the rows that exist: a block of low rank has fewer than others.
 
         Args:
-            spread: σ [blocks, height] of the blocks that this rank is to tell the others of; 0
-                where there is no row.
+            spread: σ [blocks, height], 0 where a block has no such row and in blocks that another
+                rank accounts for.
         """
         self._shape = spread.shape
         spread = self._ranks.sum(spread.to(self.parameters[0].device)).flatten()
-        there = spread.nonzero()[:, 0]
-        if self._extract == "PCA" and not len(there):
+        index = spread.nonzero()[:, 0]
+        if self._extract == "PCA" and not len(index):
             raise ValueError("the checkpoints do not differ: there is nothing to average")
-        self._length = len(there)
-        self._index = there if self._length < len(spread) else None
-        self.spread = spread[there] if self._extract == "PCA" else None
+        self._length = len(index)
+        self._index = index if self._length < len(spread) else None
+        self.spread = spread[index] if self._extract == "PCA" else None
 
     def __len__(self) -> int:
         """The number of coefficients, all blocks together."""
@@ -250,7 +249,7 @@ class Subspace:
             gradients: float32 [D], in the order of the columns.
 
         Returns:
-            float32 [len(self)], the coefficients of all blocks one after the other.
+            float32 [len(self)], for the coefficients of all blocks one after the other.
         """
         products = self._ranks.sum(self._storage.project(gradients)).flatten()
         products = products if self._index is None else products[self._index]
@@ -262,8 +261,8 @@ class Subspace:
 
         Args:
             coefficients: float32 [len(self)].
-            out: float32 [D] to write to. Fresh memory for every result can take longer than the
-                product itself, so a loop should have one vector and use it again.
+            out: float32 [D] to write to. Allocating a result can take longer than the product, so
+                a loop should use one vector again and again.
 
         Returns:
             float32 [D], in the order of the columns; `out` if given.
@@ -286,14 +285,14 @@ class Subspace:
         weights = weights if self.mean is None else weights - self.mean
         square = 1 if self.spread is None else self.spread.square()
         coefficients = self.project(weights) / square
-        # Once more on what is left, against the rounding of a sum as long as the model.
+        # Again for the remainder: it corrects the rounding of sums as long as the model.
         rest = self.expand(coefficients)
         torch.sub(weights, rest, out=rest)
         return coefficients + self.project(rest) / square
 
     @_full_precision
     def limit(self, coefficients: Tensor, radius: float) -> None:
-        """Scales those of each block, in place, so that their root mean square is ≤ `radius`."""
+        """Scales, in place, the coefficients of blocks whose root mean square exceeds `radius`."""
         padded = self._by_block(coefficients)
         sizes = self._by_block(torch.ones_like(coefficients)).sum(1)
         factors = radius / (padded.square().sum(1) / sizes).sqrt()
@@ -302,7 +301,7 @@ class Subspace:
 
     @_full_precision
     def averaging_weights(self, coefficients: Tensor) -> Tensor:
-        """α with `w = Σ α_i w_i`, where `w` is the origin and `expand(coefficients)`.
+        """α with `w = Σ α_i w_i`, where `w` is the origin plus `expand(coefficients)`.
 
         Args:
             coefficients: float32 [len(self)].
@@ -315,18 +314,18 @@ class Subspace:
         shape = (self._count, self._transforms[0][1].shape[2])
         weights = torch.zeros(shape, dtype=torch.float64, device="cpu")
         for batch, transform in self._transforms:
-            if self._ranks.first or not batch.shared:  # What all ranks know counts once.
+            if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
                 weights[batch.numbers] = (
                     coefficients[batch.numbers, None].to(transform) @ transform
                 )[:, 0].double()
-        if self._ranks.count > 1:  # NCCL sums on its devices alone; MPS has no float64.
+        if self._ranks.count > 1:  # NCCL needs its device. (MPS, without float64, has one rank.)
             weights = self._ranks.sum(weights.to(self.parameters[0].device)).cpu()
         if self.mean is not None:
             weights += 1 / weights.shape[1]
         return weights[0] if self._granularity == "model" else weights
 
     def empty(self) -> Tensor:
-        """A vector for the columns, float32 [D], not filled."""
+        """An uninitialised vector for the columns, float32 [D]."""
         device = self.parameters[0].device
         return torch.empty(self._columns.total, dtype=torch.float32, device=device)
 
@@ -366,16 +365,16 @@ class Subspace:
 
 
 class _Window:
-    """The checkpoints as rows, of which a range of columns is in memory at a time.
+    """The checkpoints as rows of a matrix, of which a range of columns is in memory at a time.
 
     Args:
-        width: how many columns that is.
-        chunk: how many columns `differences` takes at a time.
-        device: where they are.
+        width: the number of columns in memory.
+        chunk: the number of columns that `differences` yields at a time.
+        device: the device of the rows.
 
     Attributes:
         rows: float32 [n, width].
-        names: what to call the checkpoints.
+        names: the names of the checkpoints in messages.
     """
 
     def __init__(
@@ -391,7 +390,7 @@ class _Window:
             for index, checkpoint in enumerate(checkpoints)
         ]
         self.rows = torch.empty(len(checkpoints), width, dtype=torch.float32, device=device)
-        # One place for all differences: fresh memory for each chunk takes longer than to fill it.
+        # For all chunks of differences: allocating each takes longer than computing it.
         self._buffer = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
         self._columns, self._checkpoints, self._chunk = columns, checkpoints, chunk
         self._start = self._stop = 0
@@ -451,7 +450,7 @@ def _check_arguments(checkpoints, extract, components, bits, granularity) -> Non
 
 
 def _precise(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float64 where products in float32 may be computed in less."""
+    """`dtype`, or float64 where float32 products may be computed with lower precision."""
     try:
         exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # Set for one backend alone, by PyTorch's newer interface.
@@ -466,17 +465,17 @@ def _height(n: int, extract: str, components: int | None) -> int:
 
 
 def _build_device(device: torch.device) -> torch.device:
-    """Where a basis for `device` is built: there, but for MPS, which has no float64."""
+    """The device on which a basis for `device` is built: the CPU for MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def _in_place(n: int, height: int, bits: int, device: torch.device) -> bool:
-    """Whether the rows that are read become the basis."""
+    """Whether the basis overwrites the rows that were read."""
     return bits == 32 and height >= n - 1 and _build_device(device) == device
 
 
 def _width(n: int, total: int, chunk: int) -> int:
-    """The columns in memory at a time where the basis is not built in place."""
+    """The number of columns in memory at a time if the basis is not built in place."""
     return min(total, max(chunk, math.ceil(total / PARTS), SMALL // n))
 
 
@@ -489,10 +488,7 @@ def _check_memory(
     device: torch.device,
     ranks: Ranks,
 ) -> None:
-    """Raises `MemoryError` if the basis and what building it takes are larger than what is free.
-
-    The message says what would fit.
-    """
+    """Raises `MemoryError` if too little memory is free to build the basis; says what would fit."""
     free = ranks.share(_free_memory(device), device)
 
     def size(n: int, bits: int) -> int:
@@ -526,7 +522,7 @@ def _check_memory(
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on `device`; None where the system does not say."""
+    """Bytes that can be allocated on `device`; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
