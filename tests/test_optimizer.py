@@ -956,7 +956,7 @@ def test_a_closure_that_fails_leaves_the_model_where_it_was():
 
 def test_the_snippets_of_the_readme_run():
     text = (ROOT / "README.md").read_text()
-    snippet, recipe = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert "TWA(model, checkpoints" in snippet
     model = Small()
     names = {
@@ -965,6 +965,8 @@ def test_the_snippets_of_the_readme_run():
         "checkpoints": small_run(),
         "loader": digits_batches(),
         "criterion": nn.CrossEntropyLoss(),
+        "loss": lambda: total_loss(model),
+        "steps": len(digits_batches()),
     }
     model.load_state_dict(average(small_run()))
     start = total_loss(model)
@@ -973,7 +975,3 @@ def test_the_snippets_of_the_readme_run():
     assert total_loss(model) < start
     assert all(p.grad is None for p in model.parameters())
     assert names["optimizer"].averaging_weights().shape == (5,)
-
-    exec(recipe, names)
-    assert total_loss(model) == start  # that of the mean of the last five, which are all here
-    assert len(names["optimizer"].coefficients) > 5

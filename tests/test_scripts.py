@@ -369,18 +369,26 @@ def test_evaluate_prints_the_test_accuracy_and_writes_nothing(run):
         ("--opt", "AdamW", "--schedule", "cosine"),
         ("--opt", "SGD", "--granularity", "layer", "--train_start", 4),
         ("--opt", "SGD", "--start-average", 2, "-acc", 3, "--schedule", "linear"),
-        ("--opt", "SGD", "--params_start", 4),
+        ("--opt", "Adam", "--components", 2, "--warmup-epochs", 1, "--clip-grad", 1),
     ],
-    ids=["SGD", "AdamW", "layer", "accumulate", "one checkpoint"],
+    ids=["SGD", "AdamW", "layer", "accumulate", "Adam"],
 )
-def test_the_rate_that_is_picked_trains(run, flags):
+def test_the_default_rate_trains(run, flags):
     succeed(call(TWA, *where(run), "--params_start", 1, "--params_end", 5, "--epochs", 3, *flags))
     summary = json.loads((run / "twa.json").read_text())
     start = summary["results"][summary["start"]]
     assert summary["results"]["TWA"]["loss"] < start["loss"]
     losses = [m["train_loss"] for m in read_lines(run / "twa_metrics.jsonl")]
     assert losses[-1] < losses[0]
-    assert summary["lr"] > 0
+    assert summary["lr"] == (0.1 if "SGD" in flags else 0.02)
+
+
+def test_one_checkpoint_has_a_direction_in_the_papers_coordinates_alone(run):
+    window = ["--params_start", 4, "--params_end", 5, "--epochs", 1]
+    line = refuse(run, TWA, *where(run), *window)
+    assert "two checkpoints" in line
+    succeed(call(TWA, *where(run), *window, "--extract", "Schmidt", "--opt", "SGD", "--lr", 0.01))
+    assert json.loads((run / "twa.json").read_text())["averaging_weights"].keys() == {"4.pt"}
 
 
 def test_zero_epochs_of_twa_report_the_start_point(run):
@@ -537,7 +545,8 @@ def test_a_finished_run_that_is_resumed_does_nothing_more(head, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(head / "DST", run)
     before = snapshot(run)
-    twa = ["--epochs", 2, "--params_end", 5, "--lr", 2]
+    twa = ["--epochs", 2, "--params_end", 5, "--train_start", -1, "--wd", 1e-5, "--lr", 2]
+    twa += ["--opt", "SGD", "--extract", "Schmidt", "--schedule", "step"]
     for script, flags in ((SGD, ["--epochs", 4]), (TWA, twa)):
         succeed(call(script, *where(run), *flags, "--resume"))
     after = snapshot(run)
@@ -913,8 +922,9 @@ def test_an_absurd_rate_ends_in_one_line_and_leaves_no_bad_checkpoint(run, tmp_p
     assert "--lr" in one_line(call(SGD, *where(new), "--epochs", 2, "--lr", 1e30))
     assert names(new / "checkpoints") == {"0.pt", "state.pt"}
     before = snapshot(run)
-    flags = ("--params_end", 5, "--epochs", 2, "--lr", 1e30, "--out", tmp_path / "twa")
-    assert "--lr" in one_line(call(TWA, *where(run), *flags))
+    flags = ["--params_end", 5, "--epochs", 2, "--lr", 1e30, "--out", tmp_path / "twa"]
+    paper = ["--extract", "Schmidt", "--opt", "SGD"]
+    assert "--lr" in one_line(call(TWA, *where(run), *flags, *paper))
     assert snapshot(run) == before
     assert {name for name in names(tmp_path / "twa") if name.endswith(".pt")} == {"twa_state.pt"}
 
@@ -976,7 +986,7 @@ def test_the_average_is_the_mean_of_the_checkpoints_of_the_tail(tail):
 
 
 def test_the_swa_solution_that_twa_reports_is_that_of_the_swa_run(tail_copy):
-    window = ("--params_start", 4, "--params_end", 7, "--epochs", 1, "--lr", 0)
+    window = ("--params_start", 4, "--params_end", 7, "--start", "SWA", "--epochs", 1, "--lr", 0)
     succeed(call(TWA, *where(tail_copy), *window))
     swa = json.loads((tail_copy / "swa.json").read_text())["results"]["SWA"]
     results = json.loads((tail_copy / "twa.json").read_text())["results"]

@@ -112,7 +112,7 @@ def test_transformer_recipe_then_twa_on_held_out_data(tmp_path, capsys):
     twa = ["--params_end", 3, "--opt", "AdamW", "--schedule", "cosine", "--epochs", 1]
     call(train_twa, *common, *twa)
     assert "note:" not in capsys.readouterr().out
-    call(train_twa, *common, *twa, "--randomseed", 2)
+    call(train_twa, *common, *twa, "--randomseed", 2, "--out", tmp_path / "other")
     assert "held out 20 % by seed 1" in capsys.readouterr().out
 
 
