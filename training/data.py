@@ -124,7 +124,7 @@ def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, 
     return train, test
 
 
-GROUP = 16  # consecutive images of an epoch that go through the same operations of RandAugment
+GROUP = 4  # consecutive images of an epoch that go through the same operations of RandAugment
 
 
 class Loader:
