@@ -49,6 +49,7 @@ def parse_arguments():
     )
     flags.add_launch_arguments(parser)
     flags.add_image_arguments(parser, None)
+    parser.set_defaults(print_freq=200)  # as in the paper's release
     args = parser.parse_args()
     if args.datasets == image_folders.NAME:
         args.image_size = args.image_size or image_folders.SIZE
@@ -100,11 +101,10 @@ def train_twa(args):
 
     started = time.perf_counter()
     start, checkpoint, compared = windows.start_of(window, args, model, loss)
-    if start not in solutions:
-        load_into(model, checkpoint)
-        solutions[start] = measure() | spent
     optimizer = coefficients.optimizer_of(args, model, window, start=checkpoint)
     build_seconds = time.perf_counter() - started
+    if start not in solutions:  # the model is there now
+        solutions[start] = measure() | spent
     steps_an_epoch = math.ceil(len(train) / args.accumulate)
     steps, warmup = args.epochs * steps_an_epoch, round(args.warmup_epochs * steps_an_epoch)
     factor = step_of_the_paper(args.epochs) if args.schedule == "step" else SCHEDULES[args.schedule]

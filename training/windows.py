@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     natural = flags.number(int, 0)
     add("--params_start", type=natural, default=0, help="first checkpoint of the window")
-    add("--params_end", type=natural, default=51, help="one past the window's last")
+    add("--params_end", type=natural, default=101, help="one past the window's last")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--start",
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--train_start",
         type=flags.number(int, -1),
-        help="checkpoint to start from; -1: the mean of the window (SWA)",
+        help="checkpoint to start from; -1: the mean of the window (SWA). Left out, --start says "
+        "(in the paper's release, checkpoint 0)",
     )
     start.add_argument(
         "--start-average",
