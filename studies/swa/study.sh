@@ -29,7 +29,7 @@ twa() {
     [ -e "$kept" ] && return
     "$PYTHON" -u ../../train_twa.py --datasets FashionMNIST --data-dir ../../datasets \
         --arch PreResNet20 --params_start $swa_start --params_end $((epochs + 1)) --epochs 1 \
-        --lr 0.37 --batch-size 128 --amp --randomseed "$seed" -p 1000 --resume "${@:3}" \
+        --batch-size 128 --amp --randomseed "$seed" -p 1000 --resume "${@:3}" \
         --save-dir "$dir/checkpoints" --log-dir "$dir" --out "$dir/$2"
     cp "$dir/$2/twa.json" "$kept"
 }
@@ -40,8 +40,10 @@ for seed; do
         run=swa$swa_lr
         sgd $run --swa --swa_start $swa_start --swa_lr $swa_lr --eval_freq 5
         # The paper's choices but for the rate: from the last checkpoint, step schedule.
-        twa $run paper --schedule step --train_start $epochs --wd 5e-5
-        twa $run mean --schedule linear --train_start -1
+        paper="--extract Schmidt --opt SGD --lr 0.37"
+        twa $run paper $paper --schedule step --train_start $epochs --wd 5e-5
+        twa $run mean $paper --schedule linear --train_start -1 --wd 1e-5
+        twa $run spread # coefficients in the spread of the window, nothing chosen
     done
     # The usual alternative to a tail: the rate falls to 0.01 · lr_init over all epochs.
     sgd sgd
