@@ -30,6 +30,7 @@ _ANY_SIZE = {
     "PreResNet56": partial(PreResNet, 56),
     "PreResNet110": partial(PreResNet, 110),
     "PreResNet164": partial(PreResNet, 164),
+    "resnet18": partial(ResNet, 18),  # the paper's name for it
     "ResNet18": partial(ResNet, 18),
     "ResNet34": partial(ResNet, 34),
     "ResNet50": partial(ResNet, 50),

@@ -18,9 +18,11 @@ from torchvision.models import get_model, list_models
 
 from utils import UserError
 
-# For `torchvision_model`.
-NAMES = ("resnet18", "resnet50", "vit_b_16", "vit_b_32")
 _SIZE = 224  # pixels, of the images that pretrained weights were trained on
+# For `torchvision_model`: what --arch calls it, and torchvision. On small images the paper's
+# `resnet18` is a network of its own.
+NAMES = {f"{name}_224": name for name in ("resnet18", "resnet50")}
+NAMES |= {name: name for name in ("vit_b_16", "vit_b_32")}
 
 # For `build`: all but those with auxiliary classifiers, whose output is no tensor of logits.
 CLASSIFIERS = tuple(list_models(torchvision.models, exclude=("googlenet", "inception_v3")))
@@ -60,11 +62,11 @@ def _to_imagenet(_, inputs: tuple[Tensor]) -> Tensor:
 
 
 def torchvision_model(name: str, num_classes: int) -> nn.Module:
-    """A classifier of torchvision, freshly initialised.
+    """A classifier of torchvision by a name of `NAMES`, freshly initialised.
 
     It maps images, float [B, 1 or 3, H, W], to logits [B, num_classes], and resizes them itself.
     """
-    model = get_model(name, weights=None, num_classes=num_classes)
+    model = get_model(NAMES[name], weights=None, num_classes=num_classes)
     model.register_forward_pre_hook(_to_imagenet)
     return model
 
@@ -80,7 +82,7 @@ def load_pretrained(model: nn.Module, name: str) -> None:
     bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # not into logs
     try:
         with contextlib.redirect_stderr(bar):
-            pretrained = get_model(name, weights="DEFAULT").state_dict()
+            pretrained = get_model(NAMES.get(name, name), weights="DEFAULT").state_dict()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(

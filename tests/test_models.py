@@ -196,13 +196,20 @@ def test_vit_refuses_images_that_its_patches_do_not_cover():
         models.build("ViT", 10, 3, 30)
 
 
+def test_resnet18_is_the_papers_network_on_small_images_and_torchvisions_on_image_folders():
+    paper = models.build("resnet18", 100)
+    assert sum(p.numel() for p in paper.parameters()) == 11_220_132
+    assert paper.state_dict().keys() == models.build("ResNet18", 100).state_dict().keys()
+    assert models.imagenet.build("resnet18", 1000, 64).conv1.kernel_size == (7, 7)
+
+
 def test_torchvision_models_take_small_grey_images_and_pretrained_weights(monkeypatch):
-    model = models.build("resnet18", 10).eval()
+    model = models.build("resnet18_224", 10).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 1, 28, 28)).shape == (1, 10)
     pretrained = models.imagenet.get_model("resnet18")  # 1000 classes, other random weights
     monkeypatch.setattr(models.imagenet, "get_model", lambda name, weights: pretrained)
     head = model.fc.weight.clone()
-    models.imagenet.load_pretrained(model, "resnet18")
+    models.imagenet.load_pretrained(model, "resnet18_224")
     assert torch.equal(model.fc.weight, head)
     assert torch.equal(model.layer4[1].conv2.weight, pretrained.layer4[1].conv2.weight)

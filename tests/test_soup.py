@@ -370,7 +370,14 @@ def test_pretrained_weights_that_are_not_to_be_had(tmp_path, capsys, monkeypatch
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224 * 224, 10))
 
     monkeypatch.setattr(models.imagenet, "get_model", refuse)
-    arguments = [*DIGITS, "--arch", "resnet18", "--pretrained", "--save-dir", tmp_path / "models"]
+    arguments = [
+        *DIGITS,
+        "--arch",
+        "resnet18_224",
+        "--pretrained",
+        "--save-dir",
+        tmp_path / "models",
+    ]
     line = error_of(capsys, finetune, *arguments)
     assert "--pretrained" in line and "resnet18" in line
 
