@@ -21,6 +21,8 @@ from training.report import spread
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
 START = "mean of the last 10"  # the entry of the point that TWA starts from
+SPREAD = "TWA, in units of the spread"  # nothing tuned
+TUNED = "SGD, decaying, from the best mean, tuned rate"
 SHOWN = 2  # epochs after the head, in the four rows and the figure's left half: as in run.sh
 RECIPE = "TWA, the recipe"  # that of the README
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,10 +22,10 @@ from torch.nn import functional as F
 
 import utils
 from training import data, logs
-from training.coefficients import averaging_weights, safe_rate
-from training.loop import autocast, build, evaluate, reestimate_bn
+from training.coefficients import LateMean, averaging_weights, keep_best
+from training.loop import SAMPLE, autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
-from twa import TWA
+from twa import TWA, best_start
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,7 @@ EPOCHS, HEAD = 24, 12  # of the full run, and of those that leave the checkpoint
 SAVES, EVERY = 20, 4  # checkpoints an epoch, of which every fourth is in a window: five an epoch
 BATCH = 128  # images a step
 VALIDATION = 10_000  # training images, the last ones, that settings are chosen by
+TUNED_ON = 4_000  # of these, the first ones, that the rival's rate is tuned on
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Bench:
         train, judge: the loaders that it is trained and measured on.
         rest: the training images that the run never saw, with right labels.
         records: the entries by name.
-        full: the metrics of the full run, one epoch each.
+        tuned_on: validation images that the rate of a rival is chosen by.
     """
 
     def __init__(
@@ -89,15 +91,19 @@ class Bench:
         if self._data.noise:
             self._data_dir = self._folder / "data"
             write_noisy_labels(data_dir, self._data_dir, self._data, seed)
-        self.full = self.sgd(EPOCHS, SAVES)
+        if not all(path.exists() for path in self.window()):
+            self.sgd(EPOCHS, SAVES)
 
         utils.set_seed(seed)
         cpu = torch.device("cpu")
         training, test = data.load("FashionMNIST", self._data_dir, cpu)
         self.train = self._loader(training.part(slice(self._data.images)))
         self.rest = training.part(slice(self._data.images or len(training), None))
-        judge = training.part(slice(-VALIDATION, None)) if chooses else test
+        validation = training.part(slice(-VALIDATION, None))
+        judge = validation if chooses else test
         self.judge = data.Loader(judge, 1000, train=False, channels_last=True)
+        some = validation.part(slice(TUNED_ON))
+        self.tuned_on = data.Loader(some, 1000, train=False, channels_last=True)
         layout = argparse.Namespace(amp=True, compile=False)
         self.model = build(arch, training.spec, cpu, layout)
 
@@ -122,6 +128,27 @@ class Bench:
             subprocess.run([str(word) for word in command], check=True)
             metrics = logs.read_lines(folder / "metrics.jsonl")
         return metrics
+
+    @cached_property
+    def full(self) -> list[dict]:
+        """The metrics of the full run, one epoch each."""
+        return self.sgd(EPOCHS, SAVES)
+
+    @cached_property
+    def best(self) -> tuple[Checkpoint, dict[int, float], float]:
+        """The best mean of the last checkpoints, the losses compared for it, and the seconds."""
+        started = time.perf_counter()
+        start, losses = best_start(self.model, self.window(), self.sample_loss)
+        return start, losses, time.perf_counter() - started
+
+    def sample_loss(self) -> float:
+        """The loss of the model on a sample of training images."""
+        return sample_loss(self.model, self.train, amp=True)
+
+    def validation_loss(self) -> float:
+        """The loss of the model on images that no run is trained on."""
+        reestimate_bn(self.model, self.train, True, SAMPLE)
+        return evaluate(self.model, self.tuned_on, amp=True)["loss"]
 
     def window(self, first: int = 0, every: int | None = None) -> list[Path]:
         """Every `every`-th (None: EVERY-th) checkpoint of the head after epoch `first`."""
@@ -157,19 +184,31 @@ class Bench:
 
     def trained(self, method: Method, epochs: float = 1) -> dict:
         """The entry of a method after as many steps as `epochs` epochs of the training set have."""
+        entry = self.spend(method, epochs)
+        loader = self.train if method.images is None else self.held_out(method.images)
+        return self.judged(loader) | entry
+
+    def spend(self, method: Method, epochs: float) -> dict:
+        """Trains as `trained` does; returns the entry without loss and accuracy."""
         loader = self.train if method.images is None else self.held_out(method.images)
         load_into(self.model, method.start(self))
         started = time.perf_counter()
         optimizer = method.optimizer(self, loader)
         build_seconds = time.perf_counter() - started
         steps = max(1, round(epochs * len(self.train)))
+        late = LateMean(optimizer, steps) if method.keeps_best else None
         loss = fit(self.model, loader, optimizer, steps, method.schedule)
         entry = {"epochs": HEAD + epochs, "train_loss": loss, "build_seconds": build_seconds}
+        if late:
+            _, losses, seconds = self.best
+            entry |= {"starts": losses, "start_seconds": seconds}
+            started -= seconds
+            entry["ends"] = keep_best(optimizer, late, self.sample_loss)
         entry["seconds"] = time.perf_counter() - started
         if isinstance(optimizer, TWA):
             entry["lr"] = optimizer.defaults["lr"]
             entry["averaging_weights"] = [round(a, 6) for a in averaging_weights(optimizer)]
-        return self.judged(loader) | entry
+        return entry
 
 
 @dataclass(frozen=True)
@@ -182,12 +221,15 @@ class Method:
         start: makes the start point from the bench.
         schedule: of the rate, by its name in `SCHEDULES`.
         images: held-out images to train on alone; None: the training set.
+        keeps_best: hand over the best of start, end and late mean by loss on training images, and
+            count the seconds of choosing start and end; of TWA alone.
     """
 
     optimizer: Callable[[Bench, data.Loader], torch.optim.Optimizer]
     start: Callable[[Bench], Checkpoint] = lambda bench: bench.mean(10)
     schedule: str = "linear"
     images: int | None = None
+    keeps_best: bool = False
 
 
 def fit(
@@ -226,9 +268,18 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0
     return loss.detach()
 
 
-def sgd(bench: Bench, loader: data.Loader) -> torch.optim.Optimizer:
-    """SGD on all weights, at half the rate of the head."""
-    return torch.optim.SGD(bench.model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+def sgd(bench: Bench, loader: data.Loader, lr: float = 0.05) -> torch.optim.Optimizer:
+    """SGD on all weights, at half the rate of the head if no other is given."""
+    return torch.optim.SGD(bench.model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+
+
+def in_spread(**arguments) -> Method:
+    """TWA as it is by default, in units of the window's spread; nothing is tuned."""
+
+    def make(bench: Bench, loader: data.Loader) -> TWA:
+        return TWA(bench.model, bench.window(), start=bench.best[0], **arguments)
+
+    return Method(make, lambda bench: bench.best[0], keeps_best=True)
 
 
 def twa(
@@ -237,18 +288,40 @@ def twa(
     window: Callable[[Bench], list[Path]] = Bench.window,
     **arguments,
 ) -> Callable[[Bench, data.Loader], TWA]:
-    """Makes TWA at `factor` times the default rate, started from the model's weights."""
+    """Makes TWA as it was, in the paper's coordinates, at `factor` times a rate by curvature."""
 
     def make(bench: Bench, loader: data.Loader) -> TWA:
         momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
-        settings = {"lr": 0.0, "weight_decay": 1e-5} | momentum | arguments
+        settings = {"lr": 0.0, "weight_decay": 1e-5, "extract": "Schmidt"} | momentum | arguments
         start = {key: value.clone() for key, value in bench.model.state_dict().items()}
         optimizer = TWA(bench.model, window(bench), base, start=start, **settings)
-        rate = safe_rate(optimizer, bench.model, loader, momentum.get("momentum"), amp=True)
+        rate = safe_rate(optimizer, bench.model, loader, momentum.get("momentum"))
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = factor * rate
         return optimizer
 
     return make
+
+
+def safe_rate(
+    optimizer: TWA, model: nn.Module, loader: data.Loader, momentum: float | None
+) -> float:
+    """A rate in the paper's coordinates: by curvature on a batch for SGD, by length for AdamW.
+
+    Args:
+        momentum: of SGD; None: AdamW.
+    """
+    coefficients = optimizer.coefficients.detach()
+    if momentum is None:
+        return 0.01 * coefficients.norm().item() / math.sqrt(len(coefficients))
+    loader.set_epoch(0)
+    batch = next(iter(loader))
+    model.train()
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        return loss_of(model, *batch)
+
+    return (1 - momentum) / optimizer.curvature(loss)
 
 
 def ema(window: list[Path], decay: float = 0.9) -> dict[str, Tensor]:
