@@ -1,0 +1,42 @@
+"""TWA by its defaults never leaves a model worse than it found it: three small cases."""
+
+from dataclasses import replace
+
+import pytest
+import safety
+from safety import CASES, Bench, Before, Recipe, Setting
+
+from twa.checkpoints import last_means, load_into
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "granularity"),
+    [
+        ("Digits PreResNet20", 20, "model"),
+        ("Digits PreResNet20", 20, "layer"),
+        ("Digits cnn", 60, "channel"),
+    ],
+)
+def test_the_end_is_no_worse_than_any_simple_average_on_images_that_nobody_saw(
+    tmp_path, name, epochs, granularity
+):
+    case = replace(CASES[name], epochs=epochs, saves=1, apart=1, test=100)
+    bench = Bench(case, 1, tmp_path / "run", tmp_path)
+    window = bench.window(epochs)
+    counts = (1, 5, epochs)
+    simple = []
+    for mean in last_means(window, counts, bench.model.state_dict()):
+        load_into(bench.model, mean)
+        simple.append(float(bench.judged()[0][0].mean()))
+
+    setting = Setting(epochs, "auto", granularity, 3)
+    safety.utils.set_seed(1)
+    entry = Recipe().run(bench, setting)
+    assert entry["held out"]["end"] <= 1.05 * min(simple)
+    assert entry["held out"]["end"] <= 1.05 * entry["held out"]["start"]
+    assert max(entry["after"]) <= 1.5 * entry["held out"]["start"]
+    # What the defaults were: from the mean of the window, SGD in the paper's coordinates.
+    before = Before().run(bench, setting)
+    assert before["held out"]["end"] > 1.05 * min(simple)
