@@ -135,7 +135,11 @@ def tuned(bench: Bench, budget: float) -> dict:
         if losses[lr] == min(losses.values()):
             best, weights = entry, copy.deepcopy(bench.model.state_dict())
     load_into(bench.model, weights)
-    return bench.judged() | best | {"validation_losses": losses}
+    return (
+        bench.judged()
+        | best
+        | {"validation_losses": {str(lr): loss for lr, loss in losses.items()}}
+    )
 
 
 def averages(bench: Bench) -> None:

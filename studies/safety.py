@@ -1,11 +1,11 @@
-"""Whether TWA ever leaves a model worse than it found it: many small runs, judged on held-out images.
+"""Whether TWA ever leaves a model worse than it found it: many small runs, held-out images.
 
     python studies/safety.py [CASE ...]
 
 Every SGD run leaves checkpoints at a constant rate; TWA runs over windows of them, with the
 defaults of `train_twa.py` and with those of before (the window's mean, SGD on Gram-Schmidt's
 coefficients at a measured rate). SGD and TWA train on the same images; the held-out ones judge
-and choose nothing. What is in `results/safety.json` is not run again; checkpoints go to
+and choose nothing. What is in `studies/safety.json` is not run again; checkpoints go to
 `results/safety`. `python studies/evidence.py report` makes the table.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import utils
@@ -36,7 +36,7 @@ from twa import TWA, best_start
 from twa.checkpoints import average, last_means, load_into, save
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "studies/results/safety.json"
+RESULTS = ROOT / "studies/safety.json"
 WORK = ROOT / "results/safety"
 
 
@@ -190,7 +190,7 @@ class Bench:
         return self.paths[::-spacing][:count][::-1]
 
     def judged(self) -> list[Tensor]:
-        """The loss on each held-out and on each test image, and whether it is recognised: [2, N]."""
+        """The losses of the held-out and of the test images, and which are recognised: [2, N]."""
         reestimate_bn(self.model, self.train, self.amp, SAMPLE)
         found = []
         for judge in self.judges:

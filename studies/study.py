@@ -201,7 +201,8 @@ class Bench:
         entry = {"epochs": HEAD + epochs, "train_loss": loss, "build_seconds": build_seconds}
         if late:
             _, losses, seconds = self.best
-            entry |= {"starts": losses, "start_seconds": seconds}
+            starts = {str(count): loss for count, loss in losses.items()}
+            entry |= {"starts": starts, "start_seconds": seconds}
             started -= seconds
             entry["ends"] = keep_best(optimizer, late, self.sample_loss)
         entry["seconds"] = time.perf_counter() - started

@@ -94,6 +94,7 @@ def small(tmp_path_factory):
         patch.setattr(study, "WORK", folder / "work")
         patch.setattr(evidence, "BUDGETS", (1, 2))
         patch.setattr(evidence, "SQUEEZED", (1,))
+        patch.setattr(evidence, "TUNED_RATES", (0.02, 0.05))
         patch.setattr(evidence, "IMAGES", (64,))
         yield partial(study.Bench, arch=CNN, seed=1, data_dir=folder / "datasets")
 
@@ -104,8 +105,16 @@ def test_what_is_measured_is_not_measured_again(small, capfd):
     written = json.loads(bench.path.read_text())
     assert written == bench.records
     names = {name.partition(" | ")[0] for name in written}
-    assert evidence_report.RECIPE in evidence.METHODS
-    assert names >= {*evidence.METHODS, "SGD", "SGD, whole schedule", "EMA", "last checkpoint"}
+    assert evidence_report.RECIPE in evidence.IN_SPREAD
+    assert names >= {
+        *evidence.METHODS,
+        *evidence.IN_SPREAD,
+        evidence_report.TUNED,
+        "SGD",
+        "SGD, whole schedule",
+        "EMA",
+        "last checkpoint",
+    }
     assert [written[f"TWA | {budget}"]["epochs"] for budget in (1, 2)] == [2, 3]
     assert len(written["TWA | 1"]["averaging_weights"]) == len(bench.window()) == 3
     first = bench.path.stat().st_mtime_ns

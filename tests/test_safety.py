@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import safety
-from safety import CASES, Bench, Before, Recipe, Setting
+from safety import CASES, Before, Bench, Recipe, Setting
 
 from twa.checkpoints import last_means, load_into
 
