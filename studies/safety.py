@@ -348,7 +348,14 @@ def rounded(figures: dict[str, float]) -> dict[str, float]:
     return {key: round(float(value), 5) for key, value in figures.items()}
 
 
-RECIPES = {"new": Recipe(), "before": Before()}
+RECIPES = {
+    "new": Recipe(),
+    "before": Before(),
+    # Remedies that were tried against over-fitting; `safety_remedies.json` has what they gave.
+    "decay 5": Recipe(weight_decay=5.0),
+    "kept out": Recipe(kept_out=0.2),
+    "half rate": Recipe(lr=RATES["adamw"] / 2),
+}
 
 
 def planned(recipes: list[str]) -> Iterator[tuple[str, int, Setting, str]]:
