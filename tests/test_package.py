@@ -1,5 +1,6 @@
-"""`pip install .` gives another project the package `twa`, and nothing else."""
+"""The package: what `pip install .` gives another project; and imports that point down."""
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -41,3 +42,27 @@ def test_the_package_needs_nothing_that_the_scripts_do_not():
     needed = re.findall(r'"([^"]+)"', re.search(r"dependencies = \[(.*?)\]", text, re.S)[1])
     assert needed
     assert set(needed) <= set((ROOT / "requirements.txt").read_text().split())
+
+
+def test_imports_point_down():
+    """Scripts import training and models, these twa and utils, and twa nothing of ours."""
+    allowed = {
+        "twa": {"twa"},
+        "utils.py": {"twa"},
+        "models": {"twa", "utils", "models"},
+        "training": {"twa", "utils", "models", "training"},
+    }
+    ours = {"twa", "utils", "models", "training", "swa", "soup", "benchmarks", "studies", "tests"}
+    ours |= {path.stem for path in ROOT.glob("train_*.py")}
+    for place, below in allowed.items():
+        files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).glob("*.py"))
+        assert files
+        for file in files:
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module]
+                elif isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                tops = {name.partition(".")[0] for name in names}
+                assert tops & ours <= below, file
