@@ -18,6 +18,8 @@ vit=studies.architectures:vit
 for seed; do
     study head PreResNet20
     study head $cnn
+    study spread PreResNet20
+    study spread $cnn
     for arch in PreResNet20 $cnn $vit; do study rates $arch; done
     for arch in PreResNet20 $cnn; do study settings $arch; done
     for part in checkpoints second-order little; do study $part PreResNet20; done

@@ -23,8 +23,10 @@ Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
 START = "mean of the last 10"  # the entry of the point that TWA starts from
 SPREAD = "TWA, in units of the spread"  # nothing tuned
 TUNED = "SGD, decaying, from the best mean, tuned rate"
-SHOWN = 2  # epochs after the head, in the four rows and the figure's left half: as in run.sh
-RECIPE = f"{SPREAD}, by channel"  # that of the README
+BY_CHANNEL = f"{SPREAD}, by channel"
+SHOWN = 2  # epochs after the head, in the four rows and the figure's left half
+USUAL = "SGD, decaying, from the mean of the last 5"  # at rate 0.05
+RECIPE = "TWA, the recipe"  # as it was, in the paper's coordinates
 
 
 def write(measurements: Path, target: Path, figures: Path) -> None:
@@ -59,7 +61,11 @@ def read(measurements: Path) -> Studies:
     for path in sorted(measurements.glob("*.json")):
         part, training, arch, _ = path.stem.split(".")
         runs = studies.setdefault(part, {}).setdefault(f"{arch} on {training}", [])
-        runs.append(json.loads(path.read_text()))
+        run = json.loads(path.read_text())
+        beside = path.with_name(path.name.replace("spread", "head", 1))
+        if part == "spread" and beside.exists():  # the rivals at their usual rates
+            run = json.loads(beside.read_text()) | run
+        runs.append(run)
     for named in studies.values():
         for name, runs in [*named.items()]:
             entries = set().union(*runs)
@@ -80,21 +86,18 @@ the run never saw.
 
 The full run is SGD for {EPOCHS} epochs at rate 0.1, a tenth of it from the middle on and a
 hundredth from three quarters on. The *head* is its first {HEAD} epochs, all at rate 0.1; they
-leave {SAVES // EVERY} checkpoints an epoch, and TWA trains the coefficients of all
-{HEAD * SAVES // EVERY}, at a rate that falls linearly to 0. "{SPREAD}" is TWA as it is by default,
-with nothing tuned: AdamW at 0.02, from the best of the simple averages, and the best of start, end
-and late mean at its end, both by the loss on 1,024 training images. "TWA", "by layer", "by channel"
-and "the recipe" are what it was before: the paper's coordinates, from the mean of the last ten
-(the recipe: five), at a rate that was measured for each window, SGD but for the recipe. The rival's
-tuned rate is the best of 0.01, 0.02, 0.05 and 0.1 for each budget, by the loss on 4,000 validation
-images of the first seed.
-
+leave {SAVES // EVERY} checkpoints an epoch, {HEAD * SAVES // EVERY} in all. "TWA, in units of the
+spread" is what `TWA(model, checkpoints)` does, with nothing tuned: principal directions, AdamW at
+0.02 falling linearly to 0, from the best mean of the last checkpoints; of start, end and the mean
+of the last half of training the best is kept, by loss on 1,024 training images. All other rows of
+TWA are as it was before: the paper's coordinates, from the mean of the last ten, at a rate from the
+curvature of the loss ("the default rate"), which the scripts no longer have.
 The training sets are FashionMNIST's 60,000 images or the first 12,000 of them (12k), of which 40
 % have wrong labels in one (noisy). The cnn and the vit of `studies/architectures.py` have no
 batch norm; where there is one, it is re-estimated for every solution. "Epochs" count what is
-trained on. Beside them, measuring a rate took five batches, and choosing start and end takes 20,480
-forward passes of an image, about as long as 0.6 epochs of the 12,000 images or 0.1 of the 60,000:
-in seconds, the smallest budgets are not equal."""
+trained on; comparing start points and ends takes forward passes beside them, on 2,048 images for
+each of ten points, which is about half an epoch's work; the rate of the old rows took five
+batches."""
 
 
 def summary(studies: Studies) -> list[str]:
@@ -103,12 +106,9 @@ def summary(studies: Studies) -> list[str]:
     name = max(heads, key=lambda n: (len(heads[n]), n.startswith("PreResNet20"), "12k" not in n))
     runs = heads[name]
     rows = [
-        ("last checkpoint of the head", HEAD, scores(runs, "last checkpoint")),
-        ("mean of its last 5", HEAD, scores(runs, "mean of the last 5")),
-        *(
-            (f"{row}, {SHOWN} epochs", HEAD + SHOWN, scores(runs, f"{row} | {SHOWN}"))
-            for row in (RECIPE, TUNED)
-        ),
+        ("mean of the head's last 5 checkpoints", HEAD, scores(runs, "mean of the last 5")),
+        (USUAL, HEAD + SHOWN, scores(runs, f"{USUAL} | {SHOWN}")),
+        (RECIPE, HEAD + SHOWN, scores(runs, f"{RECIPE} | {SHOWN}")),
         ("SGD, the full run", EPOCHS, scores(full(runs), "SGD")),
     ]
     lines = ["", f"The head stage in four rows ({name}, {seeds(runs)}):", ""]
@@ -130,6 +130,12 @@ def answers(studies: Studies) -> list[str]:
                 f"every average by accuracy at {leads(runs, budgets, 'accuracy')}, by loss at "
                 f"{leads(runs, budgets, 'loss')}."
             )
+    for name, runs in studies.get("spread", {}).items():
+        lines += bullet(
+            f"**{SPREAD}**, nothing tuned, by channel: {name}, {seeds(runs)}, budgets of "
+            f"{', '.join(measured(runs))} epochs alone; all others are still to be measured."
+        )
+        lines += goals(runs)
     cases = {
         f"{name}, {row}": (best_rate(runs, row)[1], start_gain(runs, row))
         for name, runs in studies.get("rates", {}).items()
@@ -158,6 +164,46 @@ def leads(runs: Runs, budgets: list[str], key: str) -> str:
     errors = {b: statistics.stdev(found[b]) / len(found[b]) ** 0.5 for b in first}
     clear = [b for b in first if statistics.mean(found[b]) > 2 * errors[b]]
     return f"{', '.join(first)} (by more than two standard errors at {', '.join(clear) or 'none'})"
+
+
+def measured(runs: Runs) -> list[str]:
+    """The budgets at which the recipe and the rival at a tuned rate were measured."""
+    _, budgets = split(runs)
+    return [b for b in budgets if all(values(runs, f"{row} | {b}") for row in (BY_CHANNEL, TUNED))]
+
+
+def goals(runs: Runs) -> list[str]:
+    """Where the goals are met: TWA, untuned, against the tuned rival and the untuned ones."""
+    budgets, lines = measured(runs), []
+    for key in ("accuracy", "loss"):
+        against = {b: gains(runs, BY_CHANNEL, b, key, f"{TUNED} | {b}") for b in budgets}
+        means = {b: statistics.mean(gain) for b, gain in against.items()}
+        errors = {b: statistics.stdev(g) / len(g) ** 0.5 for b, g in against.items() if len(g) > 1}
+        usual = {
+            b: statistics.mean(gains(runs, BY_CHANNEL, b, key, rival(runs, b, key, tuned=False)))
+            for b in budgets
+            if float(b) <= 1
+        }
+        ahead = [b for b in budgets if means[b] > 0]
+        behind = [b for b in budgets if means[b] < -errors.get(b, 0)]
+        lost = [b for b, gain in usual.items() if gain <= 0]
+        far, none = "behind it", "no verdict from one seed"
+        if errors:
+            far, none = "more than one standard error behind it", told(not behind)
+        lines += bullet(
+            f"By {key}, of budgets of {', '.join(budgets)} epochs: ahead of the rival at its tuned "
+            f"rate at {', '.join(ahead) or 'none'} (goal: half of them: "
+            f"{told(2 * len(ahead) >= len(budgets))}); {far} at "
+            f"{', '.join(behind) or 'none'} (goal: not by more than one "
+            f"standard error: {none}); not ahead of every "
+            f"average and every rival at its usual rate, up to one epoch, at "
+            f"{', '.join(lost) or 'none'} (goal: none: {told(not lost)})."
+        )
+    return lines
+
+
+def told(met: bool) -> str:
+    return "met" if met else "not met"
 
 
 def seeds(runs: Runs) -> str:
@@ -245,6 +291,36 @@ def head(runs: Runs, figure: Path) -> list[str]:
     return lines
 
 
+def in_spread(runs: Runs, figure: Path) -> list[str]:
+    rows, budgets = split(runs)[0], measured(runs)
+    rows = [row for row in rows if values(runs, f"{row} | {budgets[0]}")]
+    lines = ["Test accuracy (%) after so many epochs more:", "", *table(runs, rows, budgets), ""]
+    lines += ["Test loss:", "", *table(runs, rows, budgets, "loss", ".4f"), ""]
+    return lines + against_tuned(runs, rows)
+
+
+def against_tuned(runs: Runs, rows: list[str]) -> list[str]:
+    """TWA in units of the spread against the rival at its tuned rate, seed by seed."""
+    budgets = measured(runs)
+    lines = ["Against the rival at its tuned rate, paired by seed:", ""]
+    cells = [
+        [
+            f"{row}: {what}",
+            *(spread(gains(runs, row, b, key, f"{TUNED} | {b}"), form) for b in budgets),
+        ]
+        for row in rows
+        if row.startswith(SPREAD)
+        for key, what, form in (
+            ("accuracy", "points of accuracy ahead", "+.2f"),
+            ("loss", "loss below", "+.4f"),
+        )
+    ]
+    rates = [
+        " ".join({f"{rate:g}": 0 for rate in values(runs, f"{TUNED} | {b}", "lr")}) for b in budgets
+    ]
+    return [*lines, *markdown(("", *budgets), [*cells, ["the tuned rate", *rates]])]
+
+
 def seconds(runs: Runs, cost: dict[str, dict], steps: int) -> list[str]:
     """Seconds of the methods at each budget, from the cost of a step and the steps of an epoch."""
     ways = {"TWA": "model", "TWA by layer": "layer", "TWA by channel": "channel"}
@@ -260,17 +336,28 @@ def seconds(runs: Runs, cost: dict[str, dict], steps: int) -> list[str]:
     return [*lines, "", *markdown(("", *budgets), rows)]
 
 
-def rival(runs: Runs, budget: str, key: str = "accuracy") -> str:
-    """The entry with the best mean at this budget, averages, which need no training, included."""
+def rival(runs: Runs, budget: str, key: str = "accuracy", tuned: bool = True) -> str:
+    """The entry with the best mean at this budget, averages, which need no training, included.
+
+    Args:
+        tuned: whether the rival whose rate was tuned is one of them.
+    """
     rows, _ = split(runs)
-    there = [f"{row} | {budget}" for row in rows if not row.startswith("TWA")] + averages(runs)
+    rivals = [row for row in rows if not row.startswith("TWA") and (tuned or row != TUNED)]
+    there = [f"{row} | {budget}" for row in rivals] + averages(runs)
     means = {name: statistics.mean(found) for name in there if (found := values(runs, name, key))}
     return min(means, key=means.get) if key == "loss" else max(means, key=means.get)
 
 
-def gains(runs: Runs, row: str, budget: str, key: str = "accuracy") -> list[float]:
-    """How far each seed is ahead of the rival: points of accuracy, or by how much less loss."""
-    other, sign = rival(runs, budget, key), -1 if key == "loss" else 1
+def gains(
+    runs: Runs, row: str, budget: str, key: str = "accuracy", other: str | None = None
+) -> list[float]:
+    """How far each seed is ahead of an entry: points of accuracy, or by how much less loss.
+
+    Args:
+        other: the entry; None: the best rival.
+    """
+    other, sign = other or rival(runs, budget, key), -1 if key == "loss" else 1
     pairs = [(run.get(f"{row} | {budget}"), run.get(other)) for run in runs]
     return [sign * (ours[key] - theirs[key]) for ours, theirs in pairs if ours and theirs]
 
@@ -318,8 +405,10 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
                 markersize=8 if mark == "s" else 15, label=label, linestyle="none",
             )  # fmt: skip
     left.set(xlabel="epochs", ylabel="test accuracy (%)", title="the head is grey")
-    ours = ("#ffbb78", "#ff7f0e", "#8c564b", "#e377c2", "#bcbd22")
-    shades = {True: iter(ours), False: iter(("C0", "C9", "C2", "C4", "C6"))}
+    shades = {
+        True: iter(("#ffbb78", "#ff7f0e", "#8c564b", "#e377c2", "#bcbd22")),
+        False: iter(("C0", "C9", "C2", "C4", "#000000")),
+    }
     for row in rows:
         there = [b for b in budgets if values(runs, f"{row} | {b}")]
         means = [statistics.mean(values(runs, f"{row} | {b}")) for b in there]
@@ -529,10 +618,18 @@ SECTIONS = {
     "head": (
         "Head stage",
         "TWA against rivals that spend the same epochs: SGD on all weights from rate 0.05 falling "
-        "linearly to 0, and SGD with its whole schedule in as many epochs as head and budget. The "
-        "recipe is AdamW (below one epoch SGD) on a set of coefficients for each channel, from the "
-        "mean of the last five; validation images beside the 12,000 chose it.",
+        "linearly to 0, and SGD with its whole schedule in as many epochs as head and budget. "
+        "The recipe, as it was, is AdamW (below one epoch SGD) on a set of coefficients for each "
+        "channel, from the mean of the last five; validation images beside the 12,000 chose it.",
         head,
+    ),
+    "spread": (
+        "Head stage in units of the spread",
+        "From the same checkpoints, to the bit: TWA as it is by default, with nothing tuned, and "
+        "SGD on all weights from the same start point (the best mean) at the best of the rates "
+        "0.01, 0.02, 0.05 and 0.1 by loss on 4,000 validation images, tried for each budget on the "
+        "first seed. The other rows are those of the table above, same seeds.",
+        in_spread,
     ),
     "plane": (
         "The loss around the solutions",

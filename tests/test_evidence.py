@@ -68,6 +68,17 @@ def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_pat
     assert evidence_report.gains(runs, evidence_report.RECIPE, "1") == [-0.5]
     assert evidence_report.gains(runs, evidence_report.RECIPE, "1", "loss") == [0.125]
 
+    seed |= {f"{evidence_report.TUNED} | 1": entry(81.0, 0.25)}
+    seed |= {f"{evidence_report.BY_CHANNEL} | 1": entry(81.5, 0.375)}
+    runs = [seed]
+    assert evidence_report.rival(runs, "1", "loss") == f"{evidence_report.TUNED} | 1"
+    assert evidence_report.rival(runs, "1", "loss", tuned=False) == "mean of all"
+    by_accuracy, by_loss = (" ".join(line.split()) for line in evidence_report.goals(runs))
+    assert "tuned rate at 1 (goal: half of them: met)" in by_accuracy
+    assert "at its usual rate, up to one epoch, at 1 (goal: none: not met)" in by_accuracy
+    assert "tuned rate at none (goal: half of them: not met)" in by_loss
+    assert "behind it at 1 (goal: not by more than one standard error: no verdict" in by_loss
+
     rates = {f"AdamW | {f}": entry(a, 1.0) for f, a in (("0.1", 70.0), ("1", 71.0), ("10", 71.5))}
     assert evidence_report.best_rate([rates], "AdamW") == ("10", 0.5)
 
@@ -94,7 +105,6 @@ def small(tmp_path_factory):
         patch.setattr(study, "WORK", folder / "work")
         patch.setattr(evidence, "BUDGETS", (1, 2))
         patch.setattr(evidence, "SQUEEZED", (1,))
-        patch.setattr(evidence, "TUNED_RATES", (0.02, 0.05))
         patch.setattr(evidence, "IMAGES", (64,))
         yield partial(study.Bench, arch=CNN, seed=1, data_dir=folder / "datasets")
 
@@ -105,11 +115,10 @@ def test_what_is_measured_is_not_measured_again(small, capfd):
     written = json.loads(bench.path.read_text())
     assert written == bench.records
     names = {name.partition(" | ")[0] for name in written}
-    assert evidence_report.RECIPE in evidence.IN_SPREAD
+    assert evidence_report.RECIPE in evidence.METHODS
+    assert evidence_report.BY_CHANNEL in evidence.IN_SPREAD
     assert names >= {
         *evidence.METHODS,
-        *evidence.IN_SPREAD,
-        evidence_report.TUNED,
         "SGD",
         "SGD, whole schedule",
         "EMA",
@@ -126,10 +135,24 @@ def test_what_is_measured_is_not_measured_again(small, capfd):
 
 def test_a_method_gives_the_same_result_twice(small):
     bench = small("head", "tiny")
-    for method in evidence.METHODS.values():
+    for method in (evidence.METHODS | evidence.IN_SPREAD).values():
         again = [bench.trained(method, 1) for _ in range(2)]
         assert again[0]["loss"] == again[1]["loss"]
         assert again[0]["train_loss"] == again[1]["train_loss"]
+
+
+def test_the_rate_of_the_rival_is_chosen_by_validation_images_on_the_first_seed(small):
+    bench = small("spread", "tiny")
+    evidence.spread(bench)
+    ours = bench.records[f"{evidence_report.BY_CHANNEL} | 1"]
+    assert ours["lr"] == 0.02
+    assert ours["seconds"] > ours["start_seconds"] > 0
+    assert ours["starts"].keys() == {1, 2, 3}
+    entry = bench.records[f"{evidence_report.TUNED} | 1"]
+    assert entry["lr"] == min(entry["validation_losses"], key=entry["validation_losses"].get)
+    assert entry["validation_losses"].keys() == {*map(str, evidence.TUNED_RATES)}
+    other = small("spread", "tiny", seed=2)
+    assert evidence.tuned(other, 1)["validation_losses"].keys() == {entry["lr"]}
 
 
 @pytest.mark.parametrize("part", ["second-order", "little"])
