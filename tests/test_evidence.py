@@ -147,7 +147,7 @@ def test_the_rate_of_the_rival_is_chosen_by_validation_images_on_the_first_seed(
     ours = bench.records[f"{evidence_report.BY_CHANNEL} | 1"]
     assert ours["lr"] == 0.02
     assert ours["seconds"] > ours["start_seconds"] > 0
-    assert ours["starts"].keys() == {1, 2, 3}
+    assert ours["starts"].keys() == {"1", "2", "3"}
     entry = bench.records[f"{evidence_report.TUNED} | 1"]
     assert entry["lr"] == min(entry["validation_losses"], key=entry["validation_losses"].get)
     assert entry["validation_losses"].keys() == {*map(str, evidence.TUNED_RATES)}
