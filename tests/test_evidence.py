@@ -149,10 +149,11 @@ def test_the_rate_of_the_rival_is_chosen_by_validation_images_on_the_first_seed(
     assert ours["seconds"] > ours["start_seconds"] > 0
     assert ours["starts"].keys() == {"1", "2", "3"}
     entry = bench.records[f"{evidence_report.TUNED} | 1"]
-    assert entry["lr"] == min(entry["validation_losses"], key=entry["validation_losses"].get)
-    assert entry["validation_losses"].keys() == {*map(str, evidence.TUNED_RATES)}
+    losses = entry["validation_losses"]
+    assert str(entry["lr"]) == min(losses, key=losses.get)
+    assert losses.keys() == {*map(str, evidence.TUNED_RATES)}
     other = small("spread", "tiny", seed=2)
-    assert evidence.tuned(other, 1)["validation_losses"].keys() == {entry["lr"]}
+    assert evidence.tuned(other, 1)["validation_losses"].keys() == {str(entry["lr"])}
 
 
 @pytest.mark.parametrize("part", ["second-order", "little"])
