@@ -720,7 +720,11 @@ def papers() -> list[str]:
         on_imagenet = training == "ImageNet"
         images, size = (1_281_167, 224) if on_imagenet else (50_000, data.DATASETS[training].size)
         with torch.device("meta"):
-            model = models.build(arch, 1000 if on_imagenet else 100, 3, size)
+            model = (
+                models.imagenet.build(arch, 1000, size)
+                if on_imagenet
+                else models.build(arch, 100, 3, size)
+            )
             with FlopCounterMode(display=False) as counter:
                 model(torch.empty(2, 3, size, size)).sum().backward()
         operations = counter.get_total_flops() / 2 * images * (epochs + more)
