@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import utils
+from studies.curvature import curvature
 from training import data
 from training.coefficients import RATES, LateMean, keep_best
 from training.logs import write_json
@@ -295,7 +296,7 @@ class Before:
             return loss
 
         bench.model.train()
-        rate = (1 - 0.9) / max(optimizer.curvature(closure), 1e-12)
+        rate = (1 - 0.9) / max(curvature(optimizer, bench.model, closure), 1e-12)
         optimizer.param_groups[0]["lr"] = rate
         steps = max(1, round(setting.epochs * len(bench.train)))
         entry, points = trained(bench, bench.train, optimizer, steps)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import utils
+from studies.curvature import curvature
 from training import data, logs
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import SAMPLE, autocast, build, evaluate, reestimate_bn, sample_loss
@@ -322,7 +323,7 @@ def safe_rate(
         optimizer.zero_grad()
         return loss_of(model, *batch)
 
-    return (1 - momentum) / optimizer.curvature(loss)
+    return (1 - momentum) / curvature(optimizer, model, loss)
 
 
 def ema(window: list[Path], decay: float = 0.9) -> dict[str, Tensor]:

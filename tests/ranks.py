@@ -147,7 +147,8 @@ def train(folder: Path, name: str, options: dict) -> dict:
     optimizer.load_state_dict(state)
     return {
         "coefficients": optimizer.coefficients.detach(),
-        "start coefficients": state["start_coefficients"],
+        "start coefficients": state["state"][0]["start_coefficients"],
+        "fingerprint": state["state"][0]["fingerprint"],
         "basis": basis,
         "spread": subspace.spread,
         "averaging weights": optimizer.averaging_weights(),

@@ -12,7 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.func import functional_call
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
@@ -379,55 +383,6 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert torch.equal(actual[key], tensor), key
 
 
-# --- curvature ---
-
-
-class Noisy(Small):
-    """With dropout, whose masks are drawn in float32 whatever the weights are."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = F.silu(self.bn(self.conv(images))).mean((2, 3))
-        mask = torch.rand(hidden.shape, dtype=torch.float32) < 0.5
-        return self.fc(hidden * 2 * mask) + self.frozen
-
-
-@EXTRACTS
-@pytest.mark.parametrize("granularity", ["model", "layer"])
-@pytest.mark.parametrize("kind", [Small, Noisy])
-def test_the_curvature_is_the_largest_eigenvalue_of_the_hessian(kind, granularity, extract):
-    """In the coefficients; autograd takes it in float64, with the same masks of dropout."""
-    model, (images, labels) = kind(), digits_batches()[0]
-    arguments = {"lr": 0.1, "granularity": granularity, "extract": extract}
-    optimizer = TWA(model, small_run(), SGD, **arguments)
-    before, coefficients = state_of(model), optimizer.coefficients.detach().clone()
-
-    torch.manual_seed(5)
-    generator = torch.get_rng_state()
-    measured = optimizer.curvature(closure_for(model, optimizer, (images, labels)), iterations=60)
-
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert_equal(model.state_dict(), before)  # batch norm's statistics too
-    assert torch.equal(optimizer.coefficients, coefficients)
-    assert all(p.grad is None for p in model.parameters())
-
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    weights = optimizer.subspace.flatten(optimizer.subspace.parameters).double()
-    basis = torch.stack([optimizer.subspace.expand(unit) for unit in torch.eye(len(coefficients))])
-    exact = kind().double().train()
-
-    def loss_at(moved: Tensor) -> Tensor:
-        torch.set_rng_state(generator)
-        flat, parameters = weights + basis.double().T @ moved, {}
-        for name in names:
-            shape = exact.get_parameter(name).shape
-            parameters[name], flat = flat[: shape.numel()].view(shape), flat[shape.numel() :]
-        parameters["frozen"] = model.frozen.double()
-        return F.cross_entropy(functional_call(exact, parameters, images.double()), labels)
-
-    hessian = torch.autograd.functional.hessian(loss_at, torch.zeros(len(coefficients)).double())
-    assert measured == pytest.approx(torch.linalg.eigvalsh(hessian).abs().max().item(), rel=0.02)
-
-
 # --- the start point ---
 
 STARTS = {
@@ -616,12 +571,12 @@ def test_the_state_of_another_optimizer_is_refused():
         target.load_state_dict(SGD(model.parameters(), lr=0.1).state_dict())
 
 
-def test_a_start_that_was_rounded_elsewhere_is_no_other_window():
+def test_start_coefficients_that_were_rounded_elsewhere_are_no_other_window():
     optimizer = TWA(Small(), small_run(), SGD, start=small_run()[0], extract="Schmidt", lr=0.1)
-    state = optimizer.state_dict()
-    assert (state["start_coefficients"].abs() < 1e-5).any()  # where no relative error is small
-    noise = torch.randn(5, generator=torch.Generator().manual_seed(0))
-    state["start_coefficients"] += 1e-6 * noise * state["start_coefficients"].norm()
+    state = copy.deepcopy(optimizer.state_dict())
+    start = state["state"][0]["start_coefficients"]
+    assert (start.abs() < 1e-5).any()  # where no relative error is small
+    start += 1e-6 * torch.randn(5, generator=torch.Generator().manual_seed(0)) * start.norm()
     optimizer.load_state_dict(state)
 
 
@@ -653,9 +608,8 @@ def test_zero_grad_clears_the_gradients_of_the_model(set_to_none):
     loss_of(model, digits_batches()[0]).backward()
     optimizer.step()
     assert all(p.grad.any() for n, p in model.named_parameters() if n.startswith("fc"))
-    assert optimizer.coefficients.grad.any()
     optimizer.zero_grad(set_to_none)
-    for parameter in (model.fc.weight, model.conv.bias, model.bn.weight, optimizer.coefficients):
+    for parameter in (model.fc.weight, model.conv.bias, model.bn.weight):
         if set_to_none:
             assert parameter.grad is None
         else:
@@ -915,40 +869,200 @@ def test_frozen_parameters_stay_at_the_start():
     assert not torch.equal(model.fc.weight, small_run()[1]["fc.weight"])
 
 
-@pytest.mark.parametrize("scale", [0.1, 10], ids=["gradient below 0", "gradient above 0"])
-def test_the_curvature_of_one_coefficient(scale):
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(20, 5, generator=generator)
-    model = nn.Linear(5, 1, bias=False)
-    nn.init.constant_(model.weight, scale)
-    optimizer = TWA(model, [model.state_dict()], SGD, extract="Schmidt", lr=0.1)
+# --- in the loops that people use: the same loop with weights on which each update is projected ---
 
-    def closure() -> Tensor:
+
+class Projected:
+    """A plain reference: the projected update on float64 weights, for the gradients that TWA met.
+
+    SGD on the coefficients in units of the spread moves w by `−lr Pᵀ σ² P g`.
+    """
+
+    def __init__(self, model: nn.Module, lr: float):
+        rows = rows_of(model, small_run())
+        self.directions, self.spread = principal_directions(rows)
+        self.weights, self.lr = rows.mean(0), lr
+
+    def step(self, gradient: Tensor) -> None:
+        along = self.spread**2 * (self.directions @ gradient.double())
+        self.weights -= self.lr * (along @ self.directions)
+
+    def assert_equals(self, model: nn.Module) -> None:
+        start = rows_of(model, small_run()).mean(0)
+        assert_follows(weights_of(model), self.weights, start, 1e-3)
+
+
+def flat_gradient(model: nn.Module) -> Tensor:
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+    )
+
+
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
+def test_a_grad_scaler_unscales_and_skips_the_step_that_overflows(clear):
+    model = Small()
+    optimizer = TWA(model, small_run(), SGD, lr=5.0)
+    reference = Projected(model, 5.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    for step, batch in enumerate(digits_batches()[:8]):
+        (optimizer if clear == "optimizer" else model).zero_grad()
+        scaler.scale(loss_of(model, batch)).backward()
+        before = weights_of(model)
+        if step == 3:
+            model.fc.weight.grad[0, 0] = math.inf
+        else:
+            reference.step(flat_gradient(model) / scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(weights_of(model), before) == (step == 3)
+    assert scaler.get_scale() == 512
+    reference.assert_equals(model)
+
+
+@pytest.mark.parametrize("over", ["groups", "model"])
+@pytest.mark.parametrize("norm", [1e-9, 0.1])
+def test_clipping_clips_the_gradient_of_the_model(over, norm):
+    model = Small()
+    optimizer = TWA(model, small_run(), SGD, lr=50.0)
+    reference = Projected(model, 50.0)
+    start = weights_of(model)
+    for batch in digits_batches()[:5]:
         optimizer.zero_grad()
-        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
-        loss.backward()
-        return loss
+        loss_of(model, batch).backward()
+        gradient = flat_gradient(model)
+        assert gradient.norm() > norm
+        parameters = optimizer.param_groups[0]["params"] if over == "groups" else model.parameters()
+        nn.utils.clip_grad_norm_(parameters, norm)
+        reference.step(gradient * norm / gradient.norm())
+        optimizer.step()
+    if norm == 1e-9:
+        assert (weights_of(model) - start).norm() < 1e-6
+    else:
+        reference.assert_equals(model)
 
-    direction = model.weight.detach().double().flatten()
-    exact = 2 * (inputs.double() @ (direction / direction.norm())).square().mean()
-    assert optimizer.curvature(closure) == pytest.approx(exact.item(), rel=1e-3)
+
+def test_a_rate_may_be_a_tensor_and_a_schedule_may_move_the_momentum():
+    model = Small()
+    optimizer = TWA(model, small_run(), Recording, lr=torch.tensor(0.4), momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=10)
+    seen = []
+    for batch in digits_batches()[:4]:
+        loss_of(model, batch).backward()
+        optimizer.step()
+        (inner,) = optimizer.base.param_groups
+        seen.append(inner["momentum"])
+        assert inner["lr"] is optimizer.param_groups[0]["lr"]
+        scheduler.step()
+    assert seen[0] == 0.95 and seen[-1] < 0.9
 
 
-def test_a_closure_that_fails_leaves_the_model_where_it_was():
+def test_hooks_are_called():
+    model, calls = Small(), []
+    optimizer = TWA(model, small_run(), SGD, lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("state"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("loaded"))
+    train(model, optimizer, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["before", "after", "state", "loaded"]
+
+
+class Counting(SGD):
+    """A base optimizer that keeps a number in its group, as schedulefree does."""
+
+    def step(self, closure=None):
+        self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_numbers_that_the_base_keeps_in_its_group_are_in_the_state():
+    model = Small()
+    optimizer = TWA(model, small_run(), Counting, lr=0.1)
+    train(model, optimizer, range(3))
+    resumed = TWA(Small(), small_run(), Counting, lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.base.param_groups[0]["k"] == 3
+
+
+def test_the_group_holds_the_trainable_parameters_and_a_second_is_refused():
     model = Small()
     optimizer = TWA(model, small_run(), SGD, lr=0.1)
-    before, calls = state_of(model), []
+    expected = [p for p in model.parameters() if p.requires_grad]
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], expected, strict=True))
+    with pytest.raises(ValueError, match="one group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
-    def closure() -> Tensor:
-        calls.append(None)
-        if len(calls) == 3:
-            raise RuntimeError("out of memory")
-        return closure_for(model, optimizer, digits_batches()[0])()
 
-    model.eval()  # batch norm keeps its statistics
-    with pytest.raises(RuntimeError, match="out of memory"):
-        optimizer.curvature(closure)
+ORDERS = {
+    "model, TWA, state": lambda load, make, resume: (load(), make(), resume()),
+    "TWA, model, state": lambda load, make, resume: (make(), load(), resume()),
+    "TWA, state, model": lambda load, make, resume: (make(), resume(), load()),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_resumed_in_any_order_the_model_is_as_it_was(order):
+    """Batch norm's statistics, and a frozen parameter that somebody else has changed, too."""
+    model = Small()
+    optimizer = TWA(model, small_run())
+    train(model, optimizer, range(5))
+    model.frozen.data += 1
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+    resumed, made = Small(), []
+    ORDERS[order](
+        lambda: resumed.load_state_dict(saved["model"]),
+        lambda: made.append(TWA(resumed, small_run())),
+        lambda: made[0].load_state_dict(saved["optimizer"]),
+    )
+    assert_equal(resumed.state_dict(), model.state_dict())
+    for one, other in ((model, optimizer), (resumed, made[0])):
+        train(one, other, range(5, 9))
+    assert_equal(resumed.state_dict(), model.state_dict())
+
+
+def test_a_state_from_before_the_first_step_leaves_the_start_point():
+    """accelerate hands an optimizer its own state once, to move it to the device."""
+    model = Small()
+    optimizer = TWA(model, small_run())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_equal(model.state_dict(), average(small_run()))
+
+
+def test_the_start_may_be_the_model_as_it_stands():
+    model = Small()
+    before = state_of(model)
+    optimizer = TWA(model, small_run(), SGD, lr=0.1, start=model)
     assert_equal(model.state_dict(), before)
+    train(model, optimizer, range(2))
+    assert not torch.equal(
+        weights_of(model),
+        torch.cat(
+            [before[n].flatten().double() for n, p in model.named_parameters() if p.requires_grad]
+        ),
+    )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_its_state_goes_through_distributed_checkpoint(flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = Small()
+    optimizer = TWA(model, small_run())
+    train(model, optimizer, range(5))
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    resumed = Small()
+    second = TWA(resumed, small_run())
+    resumed.load_state_dict(state_of(model))
+    set_optimizer_state_dict(resumed, second, copy.deepcopy(state), options=options)
+    assert_equal(resumed.state_dict(), model.state_dict())
+    for one, other in ((model, optimizer), (resumed, second)):
+        train(one, other, range(5, 9))
+    assert_equal(resumed.state_dict(), model.state_dict())
 
 
 # --- drop-in ---

@@ -109,6 +109,12 @@ def test_all_ranks_hold_the_same_coefficients_to_the_bit(ranks, case):
         assert torch.equal(results[case]["coefficients"], ranks[0][case]["coefficients"])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_start_point_has_the_same_fingerprint_on_any_number_of_ranks(whole, ranks, case):
+    for results in ranks:
+        assert torch.equal(results[case]["fingerprint"], whole["ranks"][0][case]["fingerprint"])
+
+
 @pytest.mark.parametrize("case", ["model", "layer", "channel", "3 directions"])
 def test_all_ranks_have_the_spread_of_one_process(whole, ranks, case):
     expected = whole["ranks"][0][case]["spread"]

@@ -14,7 +14,7 @@ from utils import UserError
 
 # 1: without progress within an epoch; 2: fewer settings; 3: no fingerprint of TWA; 4: settings
 # were chosen by name.
-FORMAT = 5
+FORMAT = 6
 
 
 def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twa.checkpoints import Checkpoint, average, load_into
+from twa.sharding import local
 from twa.subspace import Subspace
 
 # The rate of AdamW on coefficients in units of the spread: it suits every model, granularity and
 # budget that was tried.
 RATE = 0.02
+
+# What a state holds besides that of the base optimizer.
+OWN = {"coefficients", "start_coefficients", "probe", "fingerprint"}
 
 
 class TWA(torch.optim.Optimizer):
@@ -38,16 +41,22 @@ class TWA(torch.optim.Optimizer):
     `w = w_0 + Pᵀ(β − β_0)`. That is SGD on w with its gradient projected by `PᵀP`; weight decay
     then acts within the span.
 
-    Learning rate schedules, `state_dict()` and `load_state_dict()` work as with any optimizer.
+    The optimizer's one group holds the model's trainable parameters and the hyper-parameters of
+    `base`, so that schedules, `GradScaler`, clipping and frameworks work as with any optimizer.
+    They see the gradient of the model: it is unscaled, or clipped, before it is projected.
+    To resume, load `state_dict()` into an optimizer that was made with the same arguments, before
+    or after the model's own is loaded.
 
     Args:
-        model: the module to train, whole or sharded by FSDP2 (`fully_shard`, called before). Its
-            trainable parameters are set to the start point, and so are its buffers and frozen
-            parameters. Batch norm's running statistics belong to the data, not to the average:
-            re-estimate them (`torch.optim.swa_utils.update_bn`) before you evaluate.
+        model: the module to train, whole or sharded by FSDP2 (`fully_shard`). Its trainable
+            parameters are set to the start point, and so are its buffers and frozen parameters.
+            Batch norm's running statistics belong to the data, not to the average: re-estimate
+            them (`torch.optim.swa_utils.update_bn`) before you evaluate. If it is sharded only
+            later, as `accelerate` does, the basis is built again.
         checkpoints: paths (`.pt`, `.safetensors`) or `state_dict`s, in the order of training.
         base: the class of the optimizer that steps on the coefficients, float32 of shape [n].
-        start: the start point, a path or a `state_dict`; the checkpoints' mean (SWA) if None.
+        start: the start point, a path or a `state_dict`, or `model` itself as it stands; the
+            checkpoints' mean (SWA) if None.
         extract, components, bits, granularity: the basis; see `Subspace`.
         radius: after a step, the coefficients of each block (all of them at granularity "model")
             whose root mean square is larger are scaled back to it, so that a rate that is much too
@@ -66,11 +75,11 @@ class TWA(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         checkpoints: Sequence[Checkpoint],
         base: type[torch.optim.Optimizer] = torch.optim.AdamW,
         *,
-        start: Checkpoint | None = None,
+        start: Checkpoint | nn.Module | None = None,
         extract: str = "PCA",
         components: int | None = None,
         bits: int = 32,
@@ -81,34 +90,69 @@ class TWA(torch.optim.Optimizer):
         if extract == "PCA" and base is torch.optim.AdamW:
             base_arguments = {"lr": RATE, "weight_decay": 0.0} | base_arguments
         # If `base` does not take these, it says so here, before the model is changed.
-        base([torch.nn.Parameter(torch.zeros(1))], **base_arguments)
+        defaults = base([nn.Parameter(torch.zeros(1))], **base_arguments).defaults
         if not radius > 0:
             raise ValueError(f"radius must be larger than 0, not {radius!r}")
-        self.subspace = Subspace(
-            model,
-            checkpoints,
-            extract=extract,
-            components=components,
-            bits=bits,
-            granularity=granularity,
-        )
-        load_into(model, average(checkpoints, model.state_dict()) if start is None else start)
-        self._model, self._radius = model, radius
+        self._model, self._checkpoints, self._start_point = model, checkpoints, start
+        self._radius = radius
+        self._basis = {
+            "extract": extract,
+            "components": components,
+            "bits": bits,
+            "granularity": granularity,
+        }
+        self._set_up()
+        self.coefficients = nn.Parameter(self.origin.clone())
+        self.base = base([self.coefficients], **base_arguments)
+        super().__init__(self.subspace.parameters, defaults)
+        _copy_hyperparameters(self.base, self)
+
+    def _set_up(self) -> None:
+        """Builds the basis of the model as it is now, and moves the model to the start point."""
+        self.subspace = Subspace(self._model, self._checkpoints, **self._basis)
+        self._overwritten = self._load_start()
         self._start = self.subspace.flatten(self.subspace.parameters)
         self._start_coefficients = self.subspace.coordinates(self._start)
         # The coefficients at which the model is the start point.
         self.origin = self._start_coefficients.clone()
-        if extract == "PCA":
+        if self.subspace.spread is not None:
             self.origin.zero_()
         self._flat = self.subspace.empty()  # For gradients and weights in turn.
-        # This differs between windows, even where the start coefficients agree.
-        self._fingerprint = self.subspace.project(self._flat.fill_(1))
-        self.coefficients = torch.nn.Parameter(self.origin.clone())
-        self.base = base([self.coefficients], **base_arguments)
-        super().__init__(self.base.param_groups, self.base.defaults)
-        # Shared, so that rates written into a group, and a loaded `state_dict`, reach `base`.
-        self.base.param_groups = self.param_groups
-        self.state = self.base.state
+        # Windows differ in this even where their starts and the start coefficients agree.
+        self._probe = self.subspace.project(self._flat.fill_(1))
+        self._fingerprint = self.subspace.fingerprint(self._start)
+
+    def _load_start(self) -> list[tuple[Tensor, Tensor, int]]:
+        """Loads the start point.
+
+        Returns:
+            the buffers and frozen parameters that it changed, their values before, and the versions
+            of the tensors after, by which `load_state_dict` sees whether they were written since.
+        """
+        if self._start_point is self._model:
+            return []
+        trained = {id(parameter) for parameter in self.subspace.parameters}
+        state = self._model.state_dict(keep_vars=True)
+        others = [local(tensor) for tensor in state.values() if id(tensor) not in trained]
+        before = [tensor.clone() for tensor in others]
+        start = self._start_point
+        if start is None:
+            start = average(self._checkpoints, self._model.state_dict())
+        load_into(self._model, start)
+        return [
+            (tensor, old, tensor._version)
+            for tensor, old in zip(others, before, strict=True)
+            if not tensor.is_meta and not torch.equal(tensor, old)
+        ]
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Takes the one group that the constructor makes; raises ValueError for a second."""
+        if self.param_groups:
+            raise ValueError(
+                "a TWA optimizer has one group: its coefficients are one vector, with one rate "
+                "and one weight decay"
+            )
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of `base` on the coefficients, limited by `radius`; the weights follow.
@@ -119,63 +163,29 @@ class TWA(torch.optim.Optimizer):
             closure: clears the gradients, computes the loss, calls `backward` and returns the
                 loss, as for any optimizer; those that evaluate it many times (`LBFGS`) need it.
         """
+        self._follow_parameters()
+        _copy_hyperparameters(self, self.base)
         if closure is None:
             self._project_gradients()
-            self.base.step()
-            self._finish_step()
-            return None
+            loss = self.base.step()
+        else:
+            written = self.coefficients.detach().clone()
 
-        def closure_at_coefficients() -> Tensor:
-            self._write_weights()
-            loss = closure()
-            self._project_gradients()
-            return loss
+            def closure_at_coefficients() -> Tensor:
+                if not torch.equal(self.coefficients, written):
+                    self._write_weights()
+                    written.copy_(self.coefficients)
+                loss = closure()
+                self._project_gradients()
+                return loss
 
-        loss = self.base.step(closure_at_coefficients)
-        self._finish_step()
+            loss = self.base.step(closure_at_coefficients)
+        _copy_hyperparameters(self.base, self)  # Some optimizers keep numbers in their group.
+        if self.subspace.spread is not None and self._radius < math.inf:
+            self.subspace.limit(self.coefficients, self._radius)
+        self._write_weights()
+        self._share_state()
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of the coefficients and of the model's parameters."""
-        super().zero_grad(set_to_none)
-        for parameter in self.subspace.parameters:
-            if set_to_none:
-                parameter.grad = None
-            elif parameter.grad is not None:
-                parameter.grad.zero_()
-
-    def curvature(self, closure: Callable[[], Tensor], iterations: int = 4) -> float:
-        """The largest curvature of the loss along the coefficients, at where they are, ≥ 0.
-
-        The largest magnitude of an eigenvalue of the Hessian in the coefficients, by the Lanczos
-        method; its products are differences of gradients. What SGD does at a rate depends on
-        rate · curvature: with momentum m a full-batch step is stable below
-        `2 (1 + m) / curvature`, and `(1 - m) / curvature` suits small batches. Costs
-        `iterations + 1` calls of `closure`. Each starts from the same random generators (dropout)
-        and buffers (batch norm), and both are left as they were.
-
-        Args:
-            closure: clears the gradients, computes the loss, calls `backward` and returns the loss,
-                always on the same data.
-            iterations: of the Lanczos method; a few find the largest within a tenth or two.
-        """
-        here = self.coefficients.detach().clone()
-        # Large enough for differences of float32 gradients, small enough for a quadratic loss.
-        length = 0.03 if self.subspace.spread is not None else 1e-3 * max(float(here.norm()), 1e-3)
-
-        def gradient(coefficients: Tensor) -> Tensor:
-            self.set_coefficients(coefficients)
-            with _unchanged(self._model, here.device):
-                closure()
-            self._project_gradients()
-            return self.coefficients.grad.clone()
-
-        try:
-            within = _hessian_within(gradient, here, length, iterations)
-        finally:
-            self.set_coefficients(here)
-            self.zero_grad()
-        return float(torch.linalg.eigvalsh((within + within.T) / 2).abs().max())
 
     def averaging_weights(self) -> Tensor:
         """α with `w = Σ α_i w_i`: how much of each checkpoint the model now holds.
@@ -191,50 +201,89 @@ class TWA(torch.optim.Optimizer):
         return self.subspace.averaging_weights(self.coefficients.detach() + start)
 
     def state_dict(self) -> dict:
-        """The state of `base` and the coefficients, loadable with `weights_only=True`.
+        """Coefficients and the state of `base`, under the first parameter; `weights_only` loads it.
 
         The basis is not in it: it is built from the checkpoints again.
         """
-        state = super().state_dict()
-        state["coefficients"] = self.coefficients.detach().clone()
-        state["start_coefficients"] = self._start_coefficients.clone()
-        state["fingerprint"] = self._fingerprint.clone()
-        return state
+        self._share_state()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restores the coefficients, the state of `base` and the weights of the model.
+        """Restores the coefficients, the state of `base` and the trainable parameters.
+
+        Before or after the model's own `load_state_dict`: buffers and frozen parameters that the
+        constructor set to the start point, and that nobody has written since, get back the values
+        that they had before it.
 
         Raises:
             ValueError: the state belongs to another window, start point or kind of basis, or is not
                 that of a TWA optimizer.
         """
-        state = dict(state_dict)
-        keys = ("coefficients", "start_coefficients", "fingerprint")
-        if not set(keys) <= state.keys():
-            raise ValueError("the state holds no coefficients: it is not that of a TWA optimizer")
-        coefficients, start, fingerprint = (state.pop(key) for key in keys)
-        near_start, near_fingerprint = self._tolerances()
-        for found, own, tolerance in (
-            (start, self._start_coefficients, near_start),
-            (fingerprint, self._fingerprint, near_fingerprint),
-        ):
-            if found.shape != own.shape or not torch.allclose(
-                found.to(own.device), own, rtol=0, atol=tolerance
-            ):
-                raise ValueError(
-                    "the state belongs to another window of checkpoints or start point"
-                )
-        super().load_state_dict(state)
-        self.base.param_groups = self.param_groups
-        self.base.state = self.state
-        self.set_coefficients(coefficients)
+        self._follow_parameters()
+        states = state_dict.get("state", {}).values()
+        state = dict(next((state for state in states if state.keys() >= OWN), {}))
+        if not state:
+            raise ValueError(
+                "the state holds no coefficients: it is not that of a TWA optimizer, or of an "
+                "earlier version, which this one cannot continue"
+            )
+        own = {key: state.pop(key) for key in OWN}
+        self._check_origin(own)
+        super().load_state_dict(state_dict | {"state": {}})
+        _copy_hyperparameters(self, self.base)
+        groups = self.base.state_dict()["param_groups"]
+        self.base.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
+        if state or not torch.equal(own["coefficients"].to(self.origin), self.origin):
+            with torch.no_grad():
+                for tensor, before, version in self._overwritten:
+                    if tensor._version == version:
+                        tensor.copy_(before)
+            self._overwritten = []
+        self.set_coefficients(own["coefficients"])
+        self._share_state()
 
-    def _tolerances(self) -> tuple[float, float]:
-        """How much start coefficients and fingerprint may differ between devices or rank counts."""
-        start, fingerprint = float(self._start_coefficients.norm()), float(self._fingerprint.norm())
-        if self.subspace.spread is None:
-            return 1e-5 * start, 1e-2 + 1e-4 * fingerprint
-        return 1e-3 + 1e-5 * start, 1e-2 * float(self.subspace.spread.max()) + 1e-4 * fingerprint
+    def _share_state(self) -> None:
+        """Gives frameworks the state where they look for it: under a parameter of the model."""
+        first, *others = self.param_groups[0]["params"]
+        self.state.clear()
+        self.state[first] = {
+            "coefficients": self.coefficients.detach(),
+            "start_coefficients": self._start_coefficients,
+            "probe": self._probe,
+            "fingerprint": self._fingerprint,
+            **self.base.state.get(self.coefficients, {}),
+        }
+        for parameter in others:
+            self.state[parameter] = {}
+
+    def _check_origin(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError unless coefficients of `state` mean here what they meant there."""
+        # Between devices and numbers of ranks, sums are rounded differently.
+        near_start = 1e-5 * float(self._start_coefficients.norm())
+        near_probe = 1e-4 * float(self._probe.norm()) + 1e-2
+        if (spread := self.subspace.spread) is not None:
+            near_start, near_probe = (
+                near_start + 1e-3,
+                near_probe - 1e-2 + 1e-2 * float(spread.max()),
+            )
+        same = torch.equal(state["fingerprint"].cpu(), self._fingerprint)
+        for key, own, near in (
+            ("start_coefficients", self._start_coefficients, near_start),
+            ("probe", self._probe, near_probe),
+        ):
+            found = state[key].to(own)
+            same &= found.shape == own.shape and torch.allclose(found, own, rtol=0, atol=near)
+        if not same:
+            raise ValueError("the state belongs to another window of checkpoints or start point")
+
+    def _follow_parameters(self) -> None:
+        """Builds the basis again where a framework has sharded the model since."""
+        parameters = self.param_groups[0]["params"]
+        if any(a is not b for a, b in zip(parameters, self.subspace.parameters, strict=True)):
+            if self._checkpoints is None:
+                raise RuntimeError("the model was sharded after the first step of TWA")
+            self._set_up()
+            self._write_weights()
 
     def __getstate__(self) -> dict:
         raise TypeError(
@@ -246,11 +295,9 @@ class TWA(torch.optim.Optimizer):
             (p.grad for p in self.subspace.parameters), out=self._flat
         )
         self.coefficients.grad = self.subspace.project(gradients)
-
-    def _finish_step(self) -> None:
-        if self.subspace.spread is not None and self._radius < math.inf:
-            self.subspace.limit(self.coefficients, self._radius)
-        self._write_weights()
+        if self._checkpoints is not None and self.coefficients.grad.any():
+            # From the first real step on, nothing of the constructor is needed any more.
+            self._checkpoints, self._start_point, self._overwritten = None, None, []
 
     @torch.no_grad()
     def set_coefficients(self, coefficients: Tensor) -> None:
@@ -264,49 +311,6 @@ class TWA(torch.optim.Optimizer):
         self.subspace.assign(self.subspace.expand(moved, out=self._flat).add_(self._start))
 
 
-@contextlib.contextmanager
-def _unchanged(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Context manager: restores the buffers of `model` and the random generators at the end."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = [] if device.type == "cpu" else [device]  # The CPU's generator is always restored.
-    try:
-        with torch.random.fork_rng(devices, device_type=device.type):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-def _hessian_within(
-    gradient: Callable[[Tensor], Tensor], here: Tensor, length: float, iterations: int
-) -> Tensor:
-    """The Hessian restricted to a Krylov space, by the Lanczos method.
-
-    Args:
-        gradient: the gradient of the loss, [n], as a function of the coefficients [n].
-        here: the coefficients at which the Hessian is taken, [n].
-        length: the length of the steps for differences of gradients.
-        iterations: the dimension of the Krylov space, at most.
-
-    Returns:
-        float64 on the CPU, [dimension, dimension]; symmetric up to rounding.
-    """
-    start = gradient(here)
-    # The gradient has a large part along large curvature; a random vector has some along any.
-    generator = torch.Generator("cpu").manual_seed(0)  # the same on every rank
-    random = torch.randn(len(here), generator=generator, device="cpu").to(here)
-    direction = start / start.norm().clamp(min=1e-12) + random / random.norm()
-    if len(here) == 1:  # The two may cancel, and there is only this direction.
-        direction = torch.ones_like(here)
-    directions = here.new_zeros(min(iterations, len(here)), len(here))
-    products = torch.zeros_like(directions)
-    for i in range(len(directions)):
-        directions[i] = direction / direction.norm()
-        products[i] = (gradient(here + length * directions[i]) - start) / length
-        direction = products[i]
-        for _ in range(2):  # The second pass removes the rounding errors of the first.
-            direction = direction - directions.T @ (directions @ direction)
-        if direction.norm() <= 1e-4 * products[i].norm():
-            break  # The Hessian maps the span of the directions to itself.
-    return (directions @ products.T).cpu().double()  # MPS has no float64
+def _copy_hyperparameters(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+    (group,), (own,) = source.param_groups, target.param_groups
+    own.update({key: value for key, value in group.items() if key != "params"})

@@ -9,6 +9,7 @@ checkpoints are close to dependent, the inner products are taken again, up to th
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 import warnings
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from twa import extraction
 from twa.checkpoints import Checkpoint, CheckpointError
 from twa.columns import Blocks, Columns
-from twa.sharding import Ranks, local
+from twa.sharding import Ranks, first_row, local
 from twa.storage import TILE, Compressed, Dense
 
 EXTRACTS = ("PCA", "Schmidt", "SVD")
@@ -354,6 +355,24 @@ class Subspace:
         self._ranks.reshard()
         for parameter, columns in zip(self.parameters, self._columns.split(flat), strict=True):
             local(parameter).copy_(columns)
+
+    @torch.no_grad()
+    def fingerprint(self, flat: Tensor) -> Tensor:
+        """A hash of the parameters' names and shapes and of `flat` [D], to the bit.
+
+        It depends neither on the number of ranks nor on the device. Int64 scalar on the CPU.
+        """
+        layout = str([(*self._columns.names, *(tuple(p.shape) for p in self.parameters))])
+        total = torch.zeros((), dtype=torch.int64, device=flat.device)
+        widths = self._columns.widths
+        for parameter, columns in zip(self.parameters, flat.split(widths), strict=True):
+            first = first_row(parameter) * math.prod(parameter.shape[1:])
+            for part in columns.view(torch.int32).split(CHUNK["cpu"]):
+                places = torch.arange(first, first + len(part), device=flat.device)
+                total += (part * (places * 0x9E3779B1 + 1)).sum()  # modulo 2^64
+                first += len(part)
+        names = hashlib.sha256(layout.encode()).digest()[:8]
+        return self._ranks.sum(total).cpu() ^ int.from_bytes(names, "big", signed=True)
 
     def _by_block(self, coefficients: Tensor) -> Tensor:
         """`coefficients` as [blocks, height], zero where a block has no such row."""
