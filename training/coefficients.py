@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
         "directions, coefficients in units of the weights (Schmidt, SVD)",
     )
     add("--components", type=number(int, 1), help="directions to keep; left out, all (not of SVD)")
-    add("--bits", type=int, default=32, choices=(32, 16, 8, 4), help="of a stored basis element")
+    add("--bits", type=int, default=32, choices=(32, 8, 4), help="of a stored basis element")
     parts, parts_help = ("model", "layer", "channel"), "what has coefficients of its own"
     add("--granularity", default="model", choices=parts, help=parts_help)
     add(

@@ -1,260 +1,158 @@
-"""The matrix `P ∈ R^{height×D}` in memory, and products with it.
+"""The matrix `P ∈ R^{height×D}` in memory, in 32, 8 or 4 bits, and products with it.
 
-`Dense` holds float32; `Compressed` holds 16, 8 or 4 bits an element. Products are bound by memory
-traffic, so each reads the matrix once. They are taken block by block (`twa.columns.Blocks`), as if
-P were block-diagonal with its column ranges as blocks.
+Products are bound by memory traffic, so each reads the matrix once. They are taken block by block
+(`twa.columns.Blocks`), as if P were block-diagonal with its column ranges as blocks.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twa.columns import Blocks
 
-# Columns of a dense product for one core: a single long matrix-vector product would use one only.
+# Columns of a tile at 32 bits: a longer matrix-vector product would use one core only.
 PIECE = 2**16
-# Columns of a compressed tile.
+# Columns of a tile below 32 bits, whose elements in a row have a scale in common.
 TILE = 256
 # The number of elements from which compiled kernels save more time than their compilation takes.
 COMPILE_FROM = 2**27
-# Elements in a call of a compiled kernel: always the same number, so that it is compiled once.
-COMPILED_PART = 2**24
-# Elements in a call of a kernel that is not compiled: they fit the cache of a CPU, and fill a GPU.
+# Elements that are decompressed at a time: they fit the cache of a CPU, and fill a GPU.
 PART = {"cpu": 2**20, "cuda": 2**24}
 
 
-class Dense:
-    """P in float32, row by row.
+@dataclass
+class Tiles:
+    """Adjacent tiles of equal width, from column `start` on; so many `pieces` make up a block.
 
-    Args:
-        rows: float32 [height, D]; not copied.
-        blocks: the blocks that the columns form.
-        count: the number of blocks of the model.
+    `values` is [tiles, height, width]: float32, or int8, or at 4 bits a byte for the columns k and
+    k + width / 2, the first in its low half, each from -8 to 7 with 8 added. Below 32 bits an
+    element is a value times its scale, float32 [tiles, height]; an odd width has a column of
+    padding. Zero is represented exactly.
     """
 
-    def __init__(self, rows: Tensor, blocks: list[Blocks], count: int):
-        self.rows = rows
-        self._count = count
-        self._filled = 0
-        # Products are batched: over adjacent narrow blocks, or over the pieces of a wide one.
-        self._narrow, self._pieces = [], []
-        for group in blocks:
-            if group.count > 1 and group.width < PIECE:
-                self._narrow.append(group)
-                continue
-            for block in group.split(1):
-                pieces, rest = divmod(block.width, PIECE)
-                if pieces:
-                    self._pieces.append(Blocks(block.first, block.start, pieces, PIECE))
-                if rest:
-                    self._pieces.append(Blocks(block.first, block.stop - rest, 1, rest))
+    start: int
+    width: int
+    first: int
+    pieces: int
+    values: Tensor
+    scales: Tensor | None
 
     @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes
-
-    def append(self, rows: Tensor) -> None:
-        """Fills the next columns with `rows` [height, columns]."""
-        self.rows[:, self._filled : self._filled + rows.shape[1]] = rows
-        self._filled += rows.shape[1]
-
-    def project(self, gradients: Tensor) -> Tensor:
-        """`P g` of every block, [blocks, height], from g [D]."""
-        products = gradients.new_zeros(self._count, 1, len(self.rows))
-        for blocks in self._narrow:
-            part = gradients[blocks.start : blocks.stop].view(blocks.count, 1, blocks.width)
-            torch.bmm(part, blocks.of(self.rows).mT, out=products[blocks.numbers])
-        for pieces in self._pieces:
-            part = gradients[pieces.start : pieces.stop].view(pieces.count, 1, pieces.width)
-            products[pieces.first] += torch.bmm(part, pieces.of(self.rows).mT).sum(0)
-        return products.squeeze(1)
-
-    def expand(self, coefficients: Tensor, out: Tensor) -> None:
-        """`out` [D] ← `Pᵀ β`, from the coefficients β of every block, [blocks, height]."""
-        coefficients = coefficients[:, None]
-        for blocks in self._narrow:
-            part = out[blocks.start : blocks.stop].view(blocks.count, 1, blocks.width)
-            torch.bmm(coefficients[blocks.numbers], blocks.of(self.rows), out=part)
-        for pieces in self._pieces:
-            part = out[pieces.start : pieces.stop].view(pieces.count, 1, pieces.width)
-            same = coefficients[pieces.first].expand(pieces.count, 1, -1)
-            torch.bmm(same, pieces.of(self.rows), out=part)
-
-
-class Compressed:
-    """P in tiles of 256 columns; a row of a tile is 256 values and their scale.
-
-    Tiles do not depend on the blocks. `values` is [tiles, height, 256], `scales` float32 [tiles,
-    height], and an element is a value times its scale. A value is a float16 at 16 bits, an int8 at
-    8, and at 4 a number from -8 to 7: with 8 added, column k of a tile is the low half of byte k
-    and column k + 128 the high half. Zero is represented exactly.
-
-    Both products use the same rounded elements, so `project` is the exact adjoint of `expand`.
-    Large matrices are multiplied by compiled kernels, which decompress in registers. Small ones,
-    and all of them where there is no compiler, are decompressed in parts that fit the cache.
-
-    Args:
-        bits: 16, 8 or 4.
-        height: the number of rows.
-        blocks: the blocks that the columns form.
-        count: the number of blocks of the model.
-        total: the number of columns, D.
-        device: the device of the matrix.
-    """
-
-    def __init__(
-        self,
-        bits: int,
-        height: int,
-        blocks: list[Blocks],
-        count: int,
-        total: int,
-        device: torch.device,
-    ):
-        self._height, self._total, self._count = height, total, count
-        tiles = -(-self._total // TILE)
-        dtype = {16: torch.float16, 8: torch.int8, 4: torch.uint8}[bits]
-        width = TILE // 2 if bits == 4 else TILE
-        self.values = torch.empty(tiles, height, width, dtype=dtype, device=device)
-        self.scales = torch.empty(tiles, height, dtype=torch.float32, device=device)
-        self._filled = 0
-        self._rest = torch.empty(height, 0, dtype=torch.float32, device=device)
-        self._compiled = self.values[..., :1].numel() * TILE >= COMPILE_FROM
-        self._compiled_part = max(1, COMPILED_PART // (height * TILE))
-        self._part = max(1, PART.get(device.type, PART["cpu"]) // (height * TILE))
-        self._buffer = torch.empty(self._part, height, TILE, dtype=torch.float32, device=device)
-        self._lay_out(blocks)
+    def stop(self) -> int:
+        """The column after the last."""
+        return self.start + len(self.values) * self.width
 
     @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+    def blocks(self) -> slice:
+        """The indices of their blocks among all of the model."""
+        return slice(self.first, self.first + len(self.values) // self.pieces)
 
-    def append(self, rows: Tensor) -> None:
-        """Fills the next columns with `rows`, float32 [height, columns]."""
-        rows = torch.cat([self._rest, rows], dim=1)
-        tiles, rest = divmod(rows.shape[1], TILE)
-        if self._filled * TILE + rows.shape[1] == self._total and rest:
-            rows = torch.nn.functional.pad(rows, (0, TILE - rest))
-            tiles += 1
-        self._rest = rows[:, tiles * TILE :].clone()
-        self._fill(rows[:, : tiles * TILE].unflatten(1, (tiles, TILE)).transpose(0, 1))
-
-    def _fill(self, rows: Tensor) -> None:
-        """Compresses `rows`, float32 [tiles, height, 256]."""
-        place = slice(self._filled, self._filled + len(rows))
-        self._filled += len(rows)
+    def fill(self, first: int, rows: Tensor) -> None:
+        """Compresses `rows`, float32 [tiles, height, width], into the tiles from `first` on."""
+        place = slice(first, first + len(rows))
         # The largest element takes the lowest level, as there is one more level below zero.
-        levels = {torch.float16: 2**14, torch.int8: 2**7, torch.uint8: 2**3}[self.values.dtype]
+        levels = 8 if self.values.dtype == torch.uint8 else 128
         low, high = rows.amin(dim=2, keepdim=True), rows.amax(dim=2, keepdim=True)
-        extreme = torch.where(high > -low, high, low)
-        scales = extreme / -levels
+        scales = torch.where(high > -low, high, low) / -levels
         self.scales[place] = scales[:, :, 0]
-        values = rows / scales.where(scales != 0, 1)
-        if self.values.dtype == torch.float16:
-            self.values[place] = values
-            return
-        values = values.round_().clamp_(-levels, levels - 1)
+        values = (rows / scales.where(scales != 0, 1)).round_().clamp_(-levels, levels - 1)
+        values = _padded(values)
         if self.values.dtype == torch.uint8:
             low, high = (values + 8).to(torch.uint8).chunk(2, dim=2)
             values = low | high << 4
         self.values[place] = values
 
-    def _lay_out(self, blocks: list[Blocks]) -> None:
-        """Finds the tiles within one block, and divides the others into pieces of one block each.
 
-        If more than a fifth of the tiles are divided, as in narrow blocks, all are kept as pieces.
+class Storage:
+    """P, of which each column belongs to one block.
+
+    Below 32 bits both products use the same rounded elements, so that `project` is the exact
+    adjoint of `expand`. Large matrices are multiplied by compiled kernels, which decompress in
+    registers; small ones, and all of them where there is no compiler, are decompressed in parts.
+
+    Args:
+        bits: 32, 8 or 4.
+        height: the number of rows.
+        blocks: the blocks that the columns form.
+        count: the number of blocks of the model.
+        rows: at 32 bits the matrix, float32 [height, D], which is not copied; else on its device.
+    """
+
+    def __init__(self, bits: int, height: int, blocks: list[Blocks], count: int, rows: Tensor):
+        self.height, self._count, self.rows = height, count, rows if bits == 32 else None
+        self._tiles = [
+            self._make(bits, rows, *tiles) for group in blocks for tiles in _layout(group, bits)
+        ]
+        elements = height * sum(tiles.stop - tiles.start for tiles in self._tiles)
+        self._compiled = bits < 32 and elements >= COMPILE_FROM
+
+    def _make(self, bits: int, rows: Tensor, start, count, width, first, pieces) -> Tiles:
+        if bits == 32:
+            values = rows[:, start : start + count * width].unflatten(1, (count, width))
+            return Tiles(start, width, first, pieces, values.transpose(0, 1), None)
+        stored, dtype = width + width % 2, torch.int8
+        if bits == 4:
+            stored, dtype = stored // 2, torch.uint8
+        values = torch.empty(count, self.height, stored, dtype=dtype, device=rows.device)
+        scales = torch.empty(count, self.height, dtype=torch.float32, device=rows.device)
+        return Tiles(start, width, first, pieces, values, scales)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of values and scales in bytes."""
+        tensors = [t for tiles in self._tiles for t in (tiles.values, tiles.scales)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def fill(self, start: int, rows: Tensor) -> None:
+        """Fills the columns from `start` on with `rows`, float32 [height, columns].
+
+        They are whole blocks, or begin and end at multiples of `TILE` in a block or at its end.
         """
-        none = torch.arange(0)
-        blocks = [b for b in blocks if b.width]
-        starts = torch.cat([none, *(b.start + b.width * torch.arange(b.count) for b in blocks)])
-        numbers = torch.cat([none, *(b.first + torch.arange(b.count) for b in blocks)])
-        cuts = torch.cat([starts, torch.arange(0, self._total, TILE)]).unique()
-        ends = torch.cat([cuts, torch.tensor([self._total])])[1:]
-        tile = cuts // TILE
-        block = numbers[torch.searchsorted(starts, cuts, right=True) - 1]
-        whole = ends - cuts == TILE
-        if int(whole.sum()) < 0.8 * len(self.values):
-            whole.zero_()
-        # Divided tiles get the index after the last block, whose results are dropped.
-        block_of_tile = torch.full([len(self.values)], self._count)
-        block_of_tile[tile[whole]] = block[whole]
-        # Up to the last tile that is not divided, tiles are multiplied as a whole.
-        self._whole = int(tile[whole].max()) + 1 if whole.any() else 0
-        device, cut = self.values.device, ~whole
-        self._block_of_tile = block_of_tile.to(device)
-        # The pieces in parts; those of an incomplete last tile in separate parts.
-        last = tile == self._total // TILE
-        pieces = torch.stack([tile, block, cuts - TILE * tile, ends - TILE * tile]).to(device)
-        self._pieces = pieces[:, cut & ~last].split(self._part, dim=1)
-        self._last_pieces = pieces[:, last].split(self._part, dim=1)
+        if self.rows is not None:
+            self.rows[:, start : start + rows.shape[1]] = rows
+            return
+        for tiles in self._tiles:
+            low, high = max(start, tiles.start), min(start + rows.shape[1], tiles.stop)
+            if low < high:
+                part = rows[:, low - start : high - start].unflatten(1, (-1, tiles.width))
+                tiles.fill((low - tiles.start) // tiles.width, part.transpose(0, 1))
 
     def project(self, gradients: Tensor) -> Tensor:
         """`P g` of every block, [blocks, height], from g [D]."""
-        exact = torch.float32 if gradients.device.type == "mps" else torch.float64
-        products = gradients.new_zeros(self._count + 1, self._height, dtype=exact)
-        tiles = gradients[: self._whole * TILE].view(-1, TILE)
-        for part in self._parts():
-            sums = gradients.new_empty(part.stop - part.start, self._height)
-            self._run("project", self.values[part], self.scales[part], tiles[part], sums)
-            products.index_add_(0, self._block_of_tile[part], sums.to(exact))
-        for tile, block, columns, outside in self._cut_tiles(self._pieces + self._last_pieces):
-            part = gradients[columns.clamp_max(self._total - 1)].masked_fill_(outside, 0)
-            sums = gradients.new_empty(len(tile), self._height)
-            self._run("project", *self._of(tile), part, sums)
-            products.index_add_(0, block, sums.to(exact))
-        return products[:-1].to(gradients.dtype)
+        products = gradients.new_zeros(self._count, self.height)
+        for tiles in self._tiles:
+            columns = gradients[tiles.start : tiles.stop].view(-1, tiles.width)
+            sums = columns.new_empty(len(columns), self.height)
+            if tiles.scales is None:
+                torch.bmm(columns[:, None], tiles.values.mT, out=sums[:, None])
+            else:
+                self._run("project", tiles, _padded(columns), sums)
+            products[tiles.blocks] += _sum(sums.unflatten(0, (-1, tiles.pieces)))
+        return products
 
     def expand(self, coefficients: Tensor, out: Tensor) -> None:
         """`out` [D] ← `Pᵀ β`, from the coefficients β of every block, [blocks, height]."""
-        out[self._whole * TILE :] = 0
-        end = self._total // TILE * TILE  # The columns from here on are less than a tile.
-        tiles, last = out[:end].view(-1, TILE), out[end:]
-        coefficients = torch.cat([coefficients, coefficients.new_zeros(1, self._height)])
-        for part in self._parts():
-            of_tiles = coefficients[self._block_of_tile[part]]
-            self._run("expand", self.values[part], self.scales[part], of_tiles, tiles[part])
-        for tile, part in self._expand_cut(self._pieces, coefficients):
-            tiles.index_add_(0, tile, part)
-        for _, part in self._expand_cut(self._last_pieces, coefficients):
-            last += part.sum(0)[: len(last)]
+        for tiles in self._tiles:
+            columns = out[tiles.start : tiles.stop].view(-1, tiles.width)
+            of_tiles = coefficients[tiles.blocks].repeat_interleave(tiles.pieces, dim=0)
+            if tiles.scales is None:
+                torch.bmm(of_tiles[:, None], tiles.values, out=columns[:, None])
+            elif tiles.width % 2:
+                padded = columns.new_empty(len(columns), tiles.width + 1)
+                self._run("expand", tiles, of_tiles, padded)
+                columns.copy_(padded[:, :-1])
+            else:
+                self._run("expand", tiles, of_tiles, columns)
 
-    def _expand_cut(
-        self, pieces: tuple[Tensor, ...], coefficients: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the tiles of `pieces`, [pieces], and the result to add to each, [pieces, 256]."""
-        for tile, block, _, outside in self._cut_tiles(pieces):
-            part = coefficients.new_empty(len(tile), TILE)
-            self._run("expand", *self._of(tile), coefficients[block], part)
-            yield tile, part.masked_fill_(outside, 0)
-
-    def _parts(self) -> Iterator[slice]:
-        """Yields ranges of the tiles that are multiplied as a whole."""
-        step = self._compiled_part if self._compiled else self._part
-        for start in range(0, self._whole, step):
-            yield slice(start, min(start + step, self._whole))
-
-    def _cut_tiles(
-        self, pieces: tuple[Tensor, ...]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yields for each part of `pieces`: their tiles and blocks, [pieces]; and for all columns
-        of these tiles their indices, and whether they are outside the piece, [pieces, 256]."""
-        inside = torch.arange(TILE, device=self.values.device)
-        for tile, block, first, stop in pieces:
-            outside = (inside < first[:, None]) | (inside >= stop[:, None])
-            yield tile, block, tile[:, None] * TILE + inside, outside
-
-    def _of(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and scales of the tiles with these indices."""
-        return self.values.index_select(0, tiles), self.scales.index_select(0, tiles)
-
-    def _run(self, product: str, *tensors: Tensor) -> None:
-        """Runs the kernel of `product` on `tensors`, whose first dimension is the tiles."""
-        if self._compiled and len(tensors[0]) == self._compiled_part:
+    def _run(self, product: str, tiles: Tiles, factors: Tensor, out: Tensor) -> None:
+        """Runs the kernel of `product`; `factors` and `out` have a row for each tile."""
+        tensors = (tiles.values, tiles.scales, factors, out)
+        if self._compiled:
             try:
                 return _compiled(product)(*tensors)
             except Exception as error:  # Any failure of the compiler: the kernels below need none.
@@ -262,35 +160,61 @@ class Compressed:
                 _warn_once(f"the compressed basis runs uncompiled, and slower: {reason}")
                 self._compiled = False
         kernel = {"project": _project, "expand": _expand}[product]
-        if len(tensors[0]) <= self._part:
-            return kernel(*tensors, self._buffer)
-        for part in zip(*(tensor.split(self._part) for tensor in tensors), strict=True):
-            kernel(*part, self._buffer)
+        elements = PART.get(out.device.type, PART["cpu"])
+        step = max(1, elements // (self.height * tiles.width))
+        for part in zip(*(tensor.split(step) for tensor in tensors), strict=True):
+            kernel(*part)
 
 
-def _project(
-    values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor, buffer: Tensor
-) -> None:
-    """`out` [tiles, height] ← each tile of P times its `gradients` [tiles, 256]."""
-    torch.mul(scales, (gradients[:, None] @ _float(values, buffer).mT)[:, 0], out=out)
+def _layout(group: Blocks, bits: int) -> list[tuple[int, int, int, int, int]]:
+    """The tiles of the blocks in `group`: start, number, width, first block, tiles a block."""
+    longest = PIECE if bits == 32 else TILE
+    if group.count > 1 and (bits < 32 or group.width < PIECE):
+        # A block is one tile, or divided evenly: channels are mostly 9 times a power of 2 wide.
+        divisors = range(1, group.width // (TILE // 4) + 1) if group.width > 2 * TILE else []
+        even = [k for k in divisors if group.width % k == 0 and group.width <= 2 * TILE * k]
+        pieces = even[0] if even and bits < 32 else 1
+        width = group.width // pieces
+        return [(group.start, group.count * pieces, width, group.first, pieces)]
+    layout = []
+    for block in group.split(1):
+        pieces, rest = divmod(block.width, longest)
+        if pieces:
+            layout.append((block.start, pieces, longest, block.first, pieces))
+        if rest:
+            layout.append((block.stop - rest, 1, rest, block.first, 1))
+    return layout
 
 
-def _expand(
-    values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor, buffer: Tensor
-) -> None:
-    """`out` [tiles, 256] ← `coefficients` [tiles, height] times each tile of P."""
-    torch.bmm((scales * coefficients)[:, None], _float(values, buffer), out=out[:, None])
+def _sum(pieces: Tensor) -> Tensor:
+    """The sums of [blocks, pieces, height] over the pieces; exact, as far as the device can."""
+    if pieces.shape[1] == 1:
+        return pieces[:, 0]
+    exact = torch.float32 if pieces.device.type == "mps" else torch.float64
+    return pieces.sum(1, dtype=exact).to(pieces.dtype)
 
 
-def _float(values: Tensor, buffer: Tensor) -> Tensor:
-    """`values` as float32 [tiles, height, 256], not yet scaled, written to `buffer`."""
-    buffer = buffer[: len(values)]
+def _padded(columns: Tensor) -> Tensor:
+    """`columns` with a zero more in its last dimension if that is odd."""
+    odd = columns.shape[-1] % 2
+    return torch.nn.functional.pad(columns, (0, 1)) if odd else columns
+
+
+def _project(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
+    """`out` [tiles, height] ← each tile of P times its `gradients` [tiles, width]."""
+    torch.mul(scales, (gradients[:, None] @ _floats(values).mT)[:, 0], out=out)
+
+
+def _expand(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    """`out` [tiles, width] ← `coefficients` [tiles, height] times each tile of P."""
+    torch.bmm((scales * coefficients)[:, None], _floats(values), out=out[:, None])
+
+
+def _floats(values: Tensor) -> Tensor:
+    """`values` as float32 [tiles, height, width], not yet scaled."""
     if values.dtype == torch.uint8:
-        low, high = buffer.chunk(2, dim=2)
-        low.copy_(values & 15)
-        high.copy_(values >> 4)
-        return buffer.sub_(8)
-    return buffer.copy_(values)
+        return torch.cat([values & 15, values >> 4], dim=2).float().sub_(8)
+    return values.float()
 
 
 # The same products in a form that the compiler fuses. The two halves of a tile are separate sums:
@@ -299,15 +223,16 @@ def _float(values: Tensor, buffer: Tensor) -> Tensor:
 
 def _project_fused(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
     low, high = _halves(values)
-    left, right = gradients[:, None, : TILE // 2], gradients[:, None, TILE // 2 :]
+    left, right = gradients[:, None].chunk(2, dim=2)
     out.copy_(scales * (low * left + high * right).sum(2))
 
 
 def _expand_fused(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
     coefficients = (scales * coefficients)[:, :, None]
     low, high = _halves(values)
-    out[:, : TILE // 2] = (low * coefficients).sum(1)
-    out[:, TILE // 2 :] = (high * coefficients).sum(1)
+    half = out.shape[1] // 2
+    out[:, :half] = (low * coefficients).sum(1)
+    out[:, half:] = (high * coefficients).sum(1)
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,13 +240,15 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
         # On CPUs the compiler vectorises shifts of 32-bit integers, not of bytes.
         values = values.int()
         return ((values & 15) - 8).float(), ((values >> 4) - 8).float()
-    return values[:, :, : TILE // 2].float(), values[:, :, TILE // 2 :].float()
+    low, high = values.chunk(2, dim=2)
+    return low.float(), high.float()
 
 
 @functools.cache
 def _compiled(product: str):
     kernel = {"project": _project_fused, "expand": _expand_fused}[product]
-    return torch.compile(kernel, dynamic=False, fullgraph=True)
+    # Once for all shapes: layers and channels differ in the number and the width of their tiles.
+    return torch.compile(kernel, dynamic=True, fullgraph=True)
 
 
 @functools.cache

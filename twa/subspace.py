@@ -11,27 +11,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import psutil
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from twa import extraction
-from twa.checkpoints import Checkpoint, CheckpointError
+from twa.checkpoints import Checkpoint
 from twa.columns import Blocks, Columns
 from twa.sharding import Ranks, first_row, local
-from twa.storage import TILE, Compressed, Dense
+from twa.storage import PIECE, TILE, Storage
+from twa.window import Window
 
 EXTRACTS = ("PCA", "Schmidt", "SVD")
-BITS = (32, 16, 8, 4)
+BITS = (32, 8, 4)
 GRANULARITIES = ("model", "layer", "channel")
 
 # Elements worked on at a time: in float64 they stay in the cache of a CPU; a GPU wants more.
 CHUNK = {"cpu": 2**19, "cuda": 2**24}
+# Columns in a float32 sum at most: the rounding of longer ones would show in the basis.
+LONGEST = 2**13
 # A basis that cannot be built in place is built from a part of the columns of W at a time: one of
 # so many parts, or SMALL elements (256 MB) if that is more, as opening files takes time as well.
 PARTS = 8
@@ -77,7 +78,7 @@ class Subspace:
         extract: "PCA", "Schmidt" or "SVD", as above.
         components: the number of leading principal directions to keep in each block (a block with
             fewer keeps these). None keeps all for "PCA"; "SVD" needs a number.
-        bits: of a stored element of P, 32, 16, 8 or 4. Below 32 the rows are orthonormal up to the
+        bits: of a stored element of P, 32, 8 or 4. Below 32 the rows are orthonormal up to the
             rounding of their elements, and `project` remains the exact adjoint of `expand`.
         granularity: "model", "layer" or "channel": the blocks, each of which has a basis and
             coefficients of its own. A layer is a module that owns parameters; one that owns only
@@ -121,41 +122,32 @@ class Subspace:
         _check_memory(n, total, extract, bits, components, device, self._ranks)
 
         height = _height(n, extract, components)
-        chunk = max(1, CHUNK.get(device.type, CHUNK["cpu"]) // n)
+        chunk = _chunk(n, blocks, device)
         in_place = _in_place(n, height, bits, device)
         width = total if in_place else _width(n, total, chunk)
-        window = _Window(self._columns, checkpoints, width, chunk, _build_device(device))
-        if bits < 32:
-            self._storage = Compressed(bits, height, blocks, self._count, total, device)
-        else:
-            rows = (
-                window.rows[:height]
-                if in_place
-                else torch.empty(height, total, dtype=torch.float32, device=device)
-            )
-            self._storage = Dense(rows, blocks, self._count)
+        window = Window(self._columns, checkpoints, width, chunk, _build_device(device))
+        # At 32 bits the directions of "PCA" leave the last row of the window free, for the mean.
+        rows = (
+            window.rows
+            if in_place
+            else torch.empty(height if bits == 32 else 0, total, dtype=torch.float32, device=device)
+        )
+        self._storage = Storage(bits, height, blocks, self._count, rows[:height])
         self.mean = None
-        if extract == "PCA":  # In place, the directions leave the last row of the window free.
-            self.mean = window.rows[-1] if in_place else self.empty()
+        if extract == "PCA":
+            self.mean = rows[-1] if in_place else self.empty()
         # The rows σP as combinations of the checkpoints, [blocks, height, n]; float32 for channels,
         # which are many.
         self._transforms: list[tuple[Blocks, Tensor]] = []
         dtype = torch.float32 if granularity == "channel" else torch.float64
         used = torch.zeros(n, dtype=torch.float32, device="cpu")
         spread = torch.zeros(self._count, height, dtype=torch.float32, device="cpu")
-        with tqdm(
-            desc="building the basis",
-            total=2 * total,
-            unit_scale=True,
-            leave=False,
-            disable=None if self._ranks.first else True,
-        ) as bar:
-            for batch in (part for group in blocks for part in group.split(chunk)):
-                weights, of_batch, kept = self._build(batch, window, height, bar)
-                self._transforms.append((batch, weights.to(dtype)))
-                used += kept
-                if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
-                    spread[batch.numbers] = of_batch.float()
+        for batch in (part for group in blocks for part in group.split(chunk)):
+            weights, of_batch, kept = self._build(batch, window, height)
+            self._transforms.append((batch, weights.to(dtype)))
+            used += kept
+            if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
+                spread[batch.numbers] = of_batch.float()
         self._number_coefficients(spread)
         used = self._ranks.sum(used.to(device)).tolist()
         self.dropped = [name for name, use in zip(window.names, used, strict=True) if not use]
@@ -167,35 +159,16 @@ class Subspace:
             )
 
     @_full_precision
-    def _build(
-        self, batch: Blocks, window: _Window, height: int, bar: tqdm
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the basis of the blocks in `batch` and appends it to the storage.
+    def _build(self, batch: Blocks, window: Window, height: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes the basis of the blocks in `batch` and stores it.
 
         Returns:
             on the CPU, the rows σP as combinations of the checkpoints, float64 [blocks, height, n];
             σ, float64 [blocks, height], 0 for rows that a block does not have; and which
             checkpoints are in the basis, bool [n].
         """
-        device, n = window.rows.device, len(window.rows)
-
-        def products(transform: Tensor | None, dtype: torch.dtype) -> Tensor:
-            rank = n if transform is None else transform.shape[1]
-            total = torch.zeros(batch.count, rank, rank, dtype=torch.float64, device=device)
-            for _, rows in window.differences(batch, _precise(dtype, device)):
-                if transform is not None:
-                    rows = transform @ rows
-                total += rows @ rows.mT
-                bar.update(batch.count * rows.shape[2])
-            if batch.shared:
-                self._ranks.sum(total)
-            finite = total.diagonal(dim1=1, dim2=2).isfinite().all(dim=0)
-            if not finite.all():
-                name = window.names[finite.int().argmin()]
-                raise CheckpointError(f"{name}: holds NaN or infinity")
-            return total
-
-        dtype, kept = torch.float64, torch.ones(1, n, dtype=torch.bool, device=device)
+        products = functools.partial(window.products, batch)
+        dtype, kept = torch.float64, torch.ones(1, len(window.rows), dtype=torch.bool)
         if self._extract == "PCA":
             transform, spread = extraction.principal_directions(products, height)
             with_mean = torch.cat([transform, extraction.mean_row(transform)], dim=1)
@@ -203,19 +176,18 @@ class Subspace:
             if self._extract == "SVD":
                 transform, _ = extraction.principal_directions(products, height - 1, mean=True)
             else:
-                single = _precise(torch.float32, device) == torch.float32
+                single = _single_precision_is_exact(window.rows.device)
                 transform, kept, dtype = extraction.gram_schmidt(products, single)
             spread, with_mean = (transform != 0).any(dim=2).double(), transform
-        dtype = _precise(dtype, device)
         for start, differences in window.differences(batch, dtype):
             rows = with_mean.to(dtype) @ differences
             rows = rows.transpose(0, 1).flatten(1).float().to(self.parameters[0].device)
-            self._storage.append(rows[:height])
+            self._storage.fill(start, rows[:height])
             if self.mean is not None:
                 self.mean[start : start + rows.shape[1]] = rows[-1]
-            bar.update(rows.shape[1])
-        weights = extraction.of_checkpoints(spread[:, :, None] * transform)
-        return weights.masked_fill_(~kept[:, None], 0).cpu(), spread.cpu(), kept.any(dim=0).cpu()
+        weights = extraction.of_checkpoints(spread[:, :, None] * transform).cpu()
+        kept = kept.cpu()
+        return weights.masked_fill_(~kept[:, None], 0), spread.cpu(), kept.any(dim=0)
 
     def _number_coefficients(self, spread: Tensor) -> None:
         """Numbers the rows that exist: a block of low rank has fewer than others.
@@ -383,71 +355,6 @@ class Subspace:
         return padded.view(self._shape)
 
 
-class _Window:
-    """The checkpoints as rows of a matrix, of which a range of columns is in memory at a time.
-
-    Args:
-        width: the number of columns in memory.
-        chunk: the number of columns that `differences` yields at a time.
-        device: the device of the rows.
-
-    Attributes:
-        rows: float32 [n, width].
-        names: the names of the checkpoints in messages.
-    """
-
-    def __init__(
-        self,
-        columns: Columns,
-        checkpoints: Sequence[Checkpoint],
-        width: int,
-        chunk: int,
-        device: torch.device,
-    ):
-        self.names = [
-            str(index) if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
-            for index, checkpoint in enumerate(checkpoints)
-        ]
-        self.rows = torch.empty(len(checkpoints), width, dtype=torch.float32, device=device)
-        # For all chunks of differences: allocating each takes longer than computing it.
-        self._buffer = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
-        self._columns, self._checkpoints, self._chunk = columns, checkpoints, chunk
-        self._start = self._stop = 0
-
-    def differences(self, batch: Blocks, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """The first checkpoint and the differences of each from the one before it.
-
-        Yields the columns of `batch` in chunks, or all at once if they are of more than one block
-        (which then fit into a chunk): the first column, and [blocks, n, columns]. Each chunk
-        overwrites the last.
-        """
-        if batch.stop - batch.start <= self.rows.shape[1]:
-            self._read(batch.start, batch.stop)
-        step = self._chunk if batch.count == 1 else batch.stop - batch.start
-        buffer = self._buffer.view(dtype)
-        for start in range(batch.start, batch.stop, step):
-            stop = min(start + step, batch.stop)
-            self._read(start, stop)
-            rows = self.rows[:, start - self._start : stop - self._start]
-            rows = rows.unflatten(1, (batch.count, -1)).transpose(0, 1)
-            differences = buffer[: rows.numel()].view(rows.shape).copy_(rows)
-            differences[:, 1:] -= rows[:, :-1]
-            yield start, differences
-
-    def _read(self, start: int, stop: int) -> None:
-        """Reads the columns from `start` on, unless those up to `stop` are in memory."""
-        if self._start <= start and stop <= self._stop:
-            return
-        self._start = start
-        self._stop = min(start + self.rows.shape[1], self._columns.total)
-        rows = self.rows[:, : self._stop - start]
-        named = zip(self._checkpoints, self.names, rows, strict=True)
-        for checkpoint, name, row in tqdm(
-            named, desc="reading checkpoints", total=len(rows), leave=False, disable=None
-        ):
-            self._columns.read(checkpoint, name, start, row)
-
-
 def _check_arguments(checkpoints, extract, components, bits, granularity) -> None:
     if not len(checkpoints):
         raise ValueError("no checkpoints were given")
@@ -468,13 +375,19 @@ def _check_arguments(checkpoints, extract, components, bits, granularity) -> Non
         raise ValueError(f"components must be 1 or more, not {components!r}")
 
 
-def _precise(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float64 where float32 products may be computed with lower precision."""
+def _single_precision_is_exact(device: torch.device) -> bool:
+    """Whether float32 products are not computed with lower precision (TF32, bfloat16)."""
     try:
-        exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        return device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # Set for one backend alone, by PyTorch's newer interface.
-        exact = False
-    return dtype if exact else torch.float64
+        return False
+
+
+def _chunk(n: int, blocks: list[Blocks], device: torch.device) -> int:
+    """The number of columns worked on at a time: tiles, and any block that is not a single one."""
+    chunk = CHUNK["cuda"] // n if device.type == "cuda" else min(LONGEST, CHUNK["cpu"] // n)
+    narrow = [group.width for group in blocks if group.count > 1 and group.width < PIECE]
+    return max([TILE, chunk // TILE * TILE, *narrow])
 
 
 def _height(n: int, extract: str, components: int | None) -> int:

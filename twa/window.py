@@ -1,0 +1,107 @@
+"""`Window`: checkpoints as the rows of a matrix, some columns of which are in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from twa.checkpoints import Checkpoint, CheckpointError
+from twa.columns import Blocks, Columns
+
+
+class Window:
+    """The n checkpoints, flattened: `W ∈ R^{n×D}`.
+
+    Args:
+        columns: the layout of the D columns.
+        checkpoints: n paths or `state_dict`s.
+        width: the number of columns in memory.
+        chunk: the number of columns that are worked on at a time.
+        device: the device of the rows; it has float64.
+
+    Attributes:
+        rows: the columns in memory, float32 [n, width].
+        names: the names of the checkpoints in messages.
+    """
+
+    def __init__(
+        self,
+        columns: Columns,
+        checkpoints: Sequence[Checkpoint],
+        width: int,
+        chunk: int,
+        device: torch.device,
+    ):
+        self.names = [
+            str(index) if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
+            for index, checkpoint in enumerate(checkpoints)
+        ]
+        self.rows = torch.empty(len(checkpoints), width, dtype=torch.float32, device=device)
+        # For all chunks of differences: allocating each takes longer than computing it.
+        self._buffer = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
+        self._columns, self._checkpoints, self._chunk = columns, checkpoints, chunk
+        self._start = self._stop = 0
+
+    def differences(
+        self, batch: Blocks, dtype: torch.dtype = torch.float64
+    ) -> Iterator[tuple[int, Tensor]]:
+        """X: the first checkpoint, and the difference of each other one from the one before it.
+
+        Yields the columns of `batch` in chunks, or all at once if they are of more than one block
+        (which then fit into a chunk): the first column, and [blocks, n, columns]. Each chunk
+        overwrites the last.
+        """
+        if batch.stop - batch.start <= self.rows.shape[1]:
+            self._read(batch.start, batch.stop)
+        step = self._chunk if batch.count == 1 else batch.stop - batch.start
+        buffer = self._buffer.view(dtype)
+        for start in range(batch.start, batch.stop, step):
+            stop = min(start + step, batch.stop)
+            self._read(start, stop)
+            rows = self.rows[:, start - self._start : stop - self._start]
+            rows = rows.unflatten(1, (batch.count, -1)).transpose(0, 1)
+            differences = buffer[: rows.numel()].view(rows.shape).copy_(rows)
+            differences[:, 1:] -= rows[:, :-1]
+            yield start, differences
+
+    def products(
+        self, batch: Blocks, transform: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """`X Xᵀ` of each block, or `(T X)(T X)ᵀ` computed from the rows `T X` themselves.
+
+        Args:
+            transform: T, float64 [blocks, rows, n].
+            dtype: of the factors; their sums are float64.
+
+        Returns:
+            float64 [blocks, rows, rows]. All ranks call it, and get the sum of a shared block.
+        """
+        rank = len(self.rows) if transform is None else transform.shape[1]
+        total = self._buffer.new_zeros(batch.count, rank, rank)
+        for _, rows in self.differences(batch, dtype):
+            if transform is not None:
+                rows = transform @ rows
+            total += rows @ rows.mT
+        if batch.shared:
+            self._columns.ranks.sum(total)
+        finite = total.diagonal(dim1=1, dim2=2).isfinite().all(dim=0)
+        if not finite.all():
+            raise CheckpointError(f"{self.names[finite.int().argmin()]}: holds NaN or infinity")
+        return total
+
+    def _read(self, start: int, stop: int) -> None:
+        """Reads the columns from `start` on, unless those up to `stop` are in memory."""
+        if self._start <= start and stop <= self._stop:
+            return
+        self._start = start
+        self._stop = min(start + self.rows.shape[1], self._columns.total)
+        rows = self.rows[:, : self._stop - start]
+        named = zip(self._checkpoints, self.names, rows, strict=True)
+        for checkpoint, name, row in tqdm(
+            named, desc="reading checkpoints", total=len(rows), leave=False, disable=None
+        ):
+            self._columns.read(checkpoint, name, start, row)
