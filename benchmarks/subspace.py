@@ -48,7 +48,6 @@ def main():
     variants = {
         "32 bits": {},
         "32 bits, by layer": {"granularity": "layer"},
-        "16 bits": {"bits": 16},
         "8 bits": {"bits": 8},
         "4 bits": {"bits": 4},
         "8 bits, by layer": {"bits": 8, "granularity": "layer"},

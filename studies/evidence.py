@@ -211,7 +211,7 @@ def settings(bench: Bench) -> None:
         for count in (3, 5, 10):
             start = partial(Bench.mean, count=count)
             measure(f"AdamW, from the mean of the last {count}", Method(adamw, start))
-        for bits in (16, 8, 4):
+        for bits in (8, 4):
             measure(f"{bits} bits", Method(twa(bits=bits, **basis)))
         for components in (3, 12, 24):
             method = Method(twa(extract="SVD", components=components, **basis))
