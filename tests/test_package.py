@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import twa
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "twa")
 
@@ -25,6 +27,10 @@ def test_installed_it_is_imported_from_anywhere(tmp_path):
     subprocess.run([*pip, "--target", target, source], check=True, capture_output=True)
     installed = {path.name for path in target.iterdir() if path.suffix != ".dist-info"}
     assert installed == {"twa"}
+    assert (target / "twa/py.typed").exists()
+    (metadata,) = target.glob("twa-*.dist-info/METADATA")
+    assert f"\nVersion: {twa.__version__}\n" in metadata.read_text()
+    assert f"## {twa.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
     code = "from twa import TWA, Subspace; import twa; print(twa.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],

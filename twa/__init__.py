@@ -11,4 +11,5 @@ from twa.optimizer import TWA
 from twa.starts import best_start
 from twa.subspace import Subspace
 
+__version__ = "0.2.0"
 __all__ = ["TWA", "CheckpointError", "Subspace", "best_start"]
