@@ -3,6 +3,7 @@
 python docs/schematic.py    # writes docs/schematic.png
 """
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -25,11 +26,15 @@ def seen(points: np.ndarray, height: float = 0.0) -> np.ndarray:
     return points @ AXES + height * UP
 
 
+def beside(point: np.ndarray, right: float, up: float) -> np.ndarray:
+    return point + np.array([right, up])
+
+
 def main():
     _, axes = plt.subplots(figsize=(8, 3.6), dpi=160)
     corners = np.array([[-0.6, -1.6], [4.6, -1.6], [4.6, 1.9], [-0.6, 1.9]])
     axes.fill(*seen(corners).T, color="#ebf4ff", zorder=0)
-    axes.annotate("span of the checkpoints", seen(corners[1]) + [-1.9, 0.1], color=GREY)
+    axes.annotate("span of the checkpoints", beside(seen(corners[1]), -1.9, 0.1), color=GREY)
 
     angle = np.linspace(0, 2 * np.pi, 200)
     for radius in (0.35, 0.75, 1.2):
@@ -42,7 +47,7 @@ def main():
     )
     generator = np.random.default_rng(2)
     heights = []
-    for start, stop in zip(checkpoints[:-1], checkpoints[1:], strict=True):
+    for start, stop in itertools.pairwise(checkpoints):
         between = np.linspace(0, 1, 9)[:, None]
         way = seen(start + between * (stop - start))
         noise = generator.normal(0, 0.1, (9, 2))
@@ -50,24 +55,24 @@ def main():
         heights.append(way + noise)
     axes.plot(*np.concatenate(heights).T, color=GREY, lw=0.8, zorder=2)
     axes.scatter(*seen(checkpoints).T, color=BLUE, s=36, zorder=4)
-    axes.annotate("checkpoints of training", seen(checkpoints[0]) + [-0.35, -0.34], color=BLUE)
+    axes.annotate("checkpoints of training", beside(seen(checkpoints[0]), -0.35, -0.34), color=BLUE)
 
     mean = checkpoints.mean(0)
-    twa = OPTIMUM + [0.06, 0.0]
+    twa = beside(OPTIMUM, 0.06, 0.0)
     axes.scatter(*seen(mean), marker="s", color=GREEN, s=46, zorder=5)
-    axes.annotate("their mean", seen(mean) + [-0.98, 0.06], color=GREEN, bbox=LABEL)
+    axes.annotate("their mean", beside(seen(mean), -0.98, 0.06), color=GREEN, bbox=LABEL)
     axes.scatter(*seen(twa), marker="*", color=RED, s=190, zorder=6)
-    axes.annotate("TWA", seen(twa) + [0.15, 0.02], color=RED, weight="bold")
+    axes.annotate("TWA", beside(seen(twa), 0.15, 0.02), color=RED, weight="bold")
 
     # The gradient leaves the plane; only its projection moves the coefficients.
     foot = mean + 1.9 * (twa - mean)
     arrow = {"arrowstyle": "-|>", "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
     top = seen(foot, 1.15)
     axes.annotate("", top, seen(mean), arrowprops=arrow | {"color": GREY})
-    axes.annotate("− gradient of all weights", top + [0.05, 0.05], color=GREY)
+    axes.annotate("− gradient of all weights", beside(top, 0.05, 0.05), color=GREY)
     axes.annotate("", seen(twa), seen(mean), arrowprops=arrow | {"color": RED})
     axes.plot(*np.stack([top, seen(foot)]).T, color=GREY, lw=0.8, ls=":")
-    axes.annotate("projected", seen(mean) + [0.08, -0.24], color=RED, bbox=LABEL)
+    axes.annotate("projected", beside(seen(mean), 0.08, -0.24), color=RED, bbox=LABEL)
 
     axes.set_aspect("equal")
     axes.axis("off")
