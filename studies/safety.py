@@ -206,7 +206,7 @@ class Bench:
         """Held-out accuracy in percent of the averages that TWA is compared with."""
         window = self.window(count)
         names = {"last": 1, "mean of last 5": min(5, count), "SWA": count}
-        means = last_means(window, sorted(set(names.values())), self.model.state_dict())
+        means = last_means(window, sorted(set(names.values())), self.model)
         found = {}
         for size, mean in zip(sorted(set(names.values())), means, strict=True):
             load_into(self.model, mean)
@@ -247,7 +247,7 @@ class Recipe:
         else:
             name = setting.start
             count = {"last": 1, "SWA": len(window)}[name]
-            start = average(window[-count:], model.state_dict())
+            start = average(window[-count:], model)
         optimizer = TWA(
             model,
             window,

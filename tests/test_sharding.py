@@ -147,7 +147,7 @@ def test_a_step_communicates_once_a_shard_group_and_once_for_all_coefficients(ra
 
 def test_what_is_wrong_on_one_rank_is_said_by_all(folder, ranks):
     said = torch.load(folder / f"{len(ranks)}.pt", weights_only=True)["refusals"]
-    assert said["NaN"] == "1: holds NaN or infinity"
+    assert said["NaN"] == "checkpoints[1]: holds NaN or infinity"
     assert "call fully_shard on the whole model" in said["half"]
 
 

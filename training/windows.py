@@ -71,7 +71,7 @@ def paths_of(args: argparse.Namespace) -> list[Path]:
 def averages_of(window: list[Path], model: nn.Module) -> dict[str, dict]:
     """The averages that TWA is compared with, by name: `state_dict`s."""
     counts = sorted({1, min(5, len(window)), len(window)})
-    means = dict(zip(counts, last_means(window, counts, model.state_dict()), strict=True))
+    means = dict(zip(counts, last_means(window, counts, model), strict=True))
     names = {"last": 1, f"mean of last {min(5, len(window))}": min(5, len(window))}
     return {name: means[count] for name, count in (names | {"SWA": len(window)}).items()}
 
@@ -87,7 +87,7 @@ def start_of(
     Raises:
         UserError: the window is shorter than `--start-average`.
     """
-    expected, count = model.state_dict(), None
+    count = None
     if args.start_average:
         count = args.start_average
         if count > len(window):
@@ -99,7 +99,7 @@ def start_of(
     elif args.start == "last":
         count = 1
     if count:
-        return name_of(count, window), average(window[-count:], expected), {}
+        return name_of(count, window), average(window[-count:], model), {}
     start, losses = best_start(model, window, loss)
     compared = {name_of(count, window): value for count, value in losses.items()}
     return min(compared, key=compared.get), start, compared

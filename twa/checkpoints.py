@@ -1,138 +1,217 @@
-"""Checkpoint files: reading without executing anything in them, averaging, writing atomically."""
+"""Checkpoints: what a model needs of them, averages, and writes that are whole."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
-import pickle
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from twa import sharding
+from twa.formats import CheckpointError, Stored, load, one_line, tensor_of, verify
 
-Value = TypeVar("Value")
-Checkpoint = str | os.PathLike | Mapping[str, Tensor]
+__all__ = ["load", "one_line", "verify"]  # for those who read whole files
 
-
-class CheckpointError(ValueError):
-    """A file that cannot be read or written; the message is one line that names it and says why."""
+Checkpoint = str | os.PathLike | Mapping
+# Where training scripts put the model's `state_dict` among other things.
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
+# What wrappers put before the names of a model: DDP, Lightning modules and the like, PEFT.
+PREFIXES = ("module", "model", "base_model")
+# What `torch.compile`, FSDP1 and activation checkpointing put anywhere into names.
+INSERTED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class NotFiniteError(CheckpointError):
     """A `state_dict` that holds NaN or infinity; the message names the file and the key."""
 
 
-def load(path: str | os.PathLike):
-    """What `torch.save` wrote to `path`, or the tensors of a `.safetensors` file, on the CPU.
-
-    Nothing in the file is executed (`weights_only=True`). Tensors are memory-mapped, so that only
-    what is used of them is read. Damage within a tensor is therefore not found here, but by
-    `verify`; and if the file is overwritten in place, rather than replaced as `save` does, the
-    tensors change with it, or this process ends with a bus error where the file became shorter.
+def window(model: nn.Module, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """`checkpoints` as a list, once it and `model` are what their names say.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, truncated, or holds pickled code.
+        TypeError: they are not; the message says what was given instead.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            # `open` first: safe_open says "no such file" also of one that may not be read.
-            with open(path, "rb"), safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        # Files of torch < 1.6 are no zip archives and cannot be memory-mapped.
-        mmap = zipfile.is_zipfile(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual pickles: they are read or refused
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such checkpoint") from None
-    except pickle.UnpicklingError:
-        # A damaged archive raises other errors; this one asked for a class or a function.
-        raise CheckpointError(
-            f"{path}: holds pickled code or is no checkpoint; only plain tensors are read"
-        ) from None
-    except Exception as e:  # a damaged pickle can make its reader fail in any way
-        raise CheckpointError(f"{path}: cannot be read ({one_line(e)})") from None
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model (torch.nn.Module) comes first, not a {type(model).__name__}")
+    if isinstance(checkpoints, Checkpoint):
+        raise TypeError("checkpoints are several, in a list; one alone was given")
+    checkpoints = list(checkpoints)
+    for index, checkpoint in enumerate(checkpoints):
+        if not isinstance(checkpoint, Checkpoint):
+            kind = type(checkpoint).__name__
+            raise TypeError(f"checkpoints[{index}] is no path and no state_dict, but a {kind}")
+    return checkpoints
 
 
-def verify(path: str | os.PathLike) -> None:
-    """Reads the file `path` in full and compares the checksums that `torch.save` put into it.
-
-    They cover every byte of every tensor. `.safetensors` files and those of torch < 1.6 have no
-    checksums: they are not read, and `load` finds damage to their structure only.
-
-    Raises:
-        CheckpointError: a checksum differs, or the file cannot be read.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            if path.suffix == ".safetensors" or not zipfile.is_zipfile(file):
-                return
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such checkpoint") from None
-    except Exception as e:  # a damaged archive can make its reader fail in any way
-        raise CheckpointError(f"{path}: cannot be read ({one_line(e)})") from None
-    if damaged is not None:
-        raise CheckpointError(f"{path}: is damaged (the checksum of {damaged} differs)")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of the message of `error`, or its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def name_of(checkpoint: Checkpoint, index: int | None = None) -> str:
+    """The name of `checkpoint` in messages: its path; without one, its `index` in the window."""
+    if not isinstance(checkpoint, Mapping):
+        return os.fspath(checkpoint)
+    return "state_dict" if index is None else f"checkpoints[{index}]"
 
 
 def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The `state_dict` of `checkpoint`: a path is read, a mapping is taken as it is.
+    """The `state_dict` of `checkpoint`: a path is read (`twa.formats.load`), a mapping is searched.
 
-    The prefixes of wrappers are removed from its keys.
+    It may be the value of one of `CONTAINERS`. `_orig_mod.` is removed from its keys, and so is
+    `module.` where all have it.
 
     Raises:
-        CheckpointError: as `load`, or the file holds something other than a `state_dict`.
+        CheckpointError: as `twa.formats.load`, or there is no `state_dict`.
     """
-    state = checkpoint if isinstance(checkpoint, Mapping) else load(checkpoint)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
-        raise CheckpointError(f"{name_of(checkpoint)}: is not a state_dict (names to tensors)")
-    return unwrapped(state)
+    state = _weights(checkpoint, name_of(checkpoint))
+    keys = _plain(state)
+    return {name: tensor_of(state[key]) for name, key in keys.items()}
 
 
-def unwrapped(state: Mapping[str, Value]) -> dict[str, Value]:
-    """`state` without the prefix that a wrapper puts before every key.
-
-    That is `module.` for `DataParallel` and `DistributedDataParallel` and `_orig_mod.` for
-    `torch.compile`. It stays where not all keys have it: then it is the name of a submodule.
-    """
-    for prefix in ("module.", "_orig_mod.") * 2:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)
-
-
-def completed(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state`, with a tied weight under each of the names that the model's `expected` has for it.
-
-    `safetensors` saves it once, under one of them.
-    """
-    names: dict[tuple, list[str]] = {}
-    for key, tensor in expected.items():
-        names.setdefault(_identity(tensor), []).append(key)
-    for tied in names.values():
-        there = [key for key in tied if key in state]
-        if 0 < len(there) < len(tied):
-            state = dict.fromkeys(tied, state[there[0]]) | state
+def _weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor | Stored]:
+    """The `state_dict` of `checkpoint`, unread as far as it comes from files."""
+    content = checkpoint if isinstance(checkpoint, Mapping) else load(checkpoint)
+    for _ in CONTAINERS:  # A container may hold another, and not itself without end.
+        if isinstance(content, Mapping):
+            inner = (content.get(key) for key in CONTAINERS)
+            content = next((c for c in inner if isinstance(c, Mapping)), content)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{name}: is not a state_dict (names to tensors)")
+    # Modules may unpickle their extra state: it stays the model's own.
+    state = {k: v for k, v in content.items() if not str(k).endswith("_extra_state")}
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor | Stored):
+            places = ", ".join(CONTAINERS)
+            raise CheckpointError(
+                f"{name}: is not a state_dict (names to tensors) and holds none as {places}: "
+                f"{key!r} is a {type(value).__name__}"
+            )
+        if isinstance(value, Tensor) and (
+            value.layout != torch.strided or value.is_meta or value.is_quantized
+        ):
+            raise CheckpointError(f"{name}: {key} is no ordinary tensor with values")
     return state
+
+
+def _plain(keys: Iterable[str]) -> dict[str, str]:
+    """`keys` by their names without what wrappers insert, or all begin with as `module.`."""
+    named = {".".join(s for s in key.split(".") if s not in INSERTED): key for key in keys}
+    while named and all(name.startswith("module.") for name in named):
+        named = {name.removeprefix("module."): key for name, key in named.items()}
+    return named
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """The prefixes of wrappers with which some of `names` begin; the empty one is the first."""
+    found = {""}
+    for name in names:
+        segments = itertools.takewhile(PREFIXES.__contains__, name.split("."))
+        found.update(itertools.accumulate(f"{segment}." for segment in segments))
+    return sorted(found, key=len)
+
+
+class Fit:
+    """What a model needs of a checkpoint, and what it takes of one.
+
+    Needed are the trainable parameters (of a model that has none: the parameters). Buffers and
+    frozen parameters may be missing, and a weight that the model ties may have one of its names;
+    what is there has the model's shape. Other keys are ignored; one warning names them, except
+    integers, such as the counter of `AveragedModel`. The names may have prefixes of wrappers, in
+    the checkpoint and in the model, and lack the name of PEFT's adapter, as in the files that PEFT
+    writes: of the readings that this allows, the one that finds most is taken.
+
+    Args:
+        like: a model, or a `state_dict`, all of which is needed then.
+
+    Attributes:
+        keys: the model's own keys, by their names without prefixes, in its order.
+        tensors: its parameters and buffers, by these names.
+    """
+
+    def __init__(self, like: nn.Module | Mapping[str, Tensor]):
+        module = isinstance(like, nn.Module)
+        state = like.state_dict(keep_vars=True) if module else like
+        self.keys = _plain(key for key in state if not key.endswith("_extra_state"))
+        self.tensors = {name: state[key] for name, key in self.keys.items()}
+        parameters = {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter)}
+        trainable = {n for n, t in parameters.items() if t.requires_grad}
+        self._needed = trainable or set(parameters or self.tensors)
+        ties: dict[tuple, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            ties.setdefault(_identity(tensor), []).append(name)
+        self._ties = [names for names in ties.values() if len(names) > 1]
+        # The model's names by those that a checkpoint may have for them, reading by reading.
+        self._readings = [
+            {name.removeprefix(prefix): name for name in self.tensors if name.startswith(prefix)}
+            for prefix in _prefixes(self.tensors)
+        ]
+        modules = like.modules() if module else ()
+        for adapter in {a: None for m in modules for a in getattr(m, "peft_config", ())}:
+            self._readings.append({_in_file(name, adapter): name for name in self.tensors})
+        self._ignored: set[str] = set()
+        self._compared: set[str] = set()
+
+    def __call__(self, checkpoint: Checkpoint, name: str) -> dict[str, Tensor | Stored]:
+        """What the model takes of `checkpoint`, by the names and in the order of `tensors`.
+
+        No tensor is read, except those of different memory that the model ties, once.
+
+        Args:
+            name: of the checkpoint, in messages.
+
+        Raises:
+            CheckpointError: it cannot be read, does not fit, or has different values for what the
+                model ties.
+        """
+        state = _weights(checkpoint, name)
+        keys = self._keys(state)
+        found = {own: state[keys[own]] for own in self.tensors if own in keys}
+        for key, own in self.tensors.items():
+            if key not in found:
+                if key in self._needed:
+                    raise CheckpointError(f"{name}: of another architecture: {key} is missing")
+                continue
+            there = found[key]
+            if there.shape != own.shape:
+                differs = f"{list(there.shape)} there and {list(own.shape)} in the model"
+            elif own.is_floating_point() and not there.dtype.is_floating_point:
+                differs = f"{there.dtype} there and {own.dtype} in the model"
+            else:
+                continue
+            raise CheckpointError(f"{name}: of another architecture: {key} is {differs}")
+        for first, *others in self._ties if name not in self._compared else ():
+            for other in others if first in found else ():
+                if not torch.equal(tensor_of(found[first]), tensor_of(found[other])):
+                    raise CheckpointError(
+                        f"{name}: {first} and {other} differ there; in the model they are one"
+                    )
+        self._compared.add(name)
+        surplus = {k for k, v in state.items() if v.dtype.is_floating_point} - {*keys.values()}
+        if surplus - self._ignored:
+            some = ", ".join(sorted(surplus)[:5]) + (", …" if len(surplus) > 5 else "")
+            warnings.warn(
+                f"ignored in the checkpoints, as the model has no such keys: {some}", stacklevel=3
+            )
+            self._ignored |= surplus
+        return found
+
+    def _keys(self, state: Mapping[str, object]) -> dict[str, str]:
+        """Under which key `state` has what the model calls so, as far as it has it."""
+        keys, best = _plain(state), {}
+        for prefix, reading in itertools.product(_prefixes(keys), self._readings):
+            found = {
+                reading[name.removeprefix(prefix)]: key
+                for name, key in keys.items()
+                if name.startswith(prefix) and name.removeprefix(prefix) in reading
+            }
+            if not best or len(self._needed & found.keys()) > len(self._needed & best.keys()):
+                best = found
+        for tied in self._ties:
+            there = [best[name] for name in tied if name in best]
+            best = dict.fromkeys(tied if there else (), there[0] if there else "") | best
+        return best
 
 
 def _identity(tensor: Tensor) -> tuple:
@@ -141,35 +220,11 @@ def _identity(tensor: Tensor) -> tuple:
     return own.device, own.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
-def name_of(checkpoint: Checkpoint) -> str:
-    """The name of `checkpoint` in messages: its path, or "state_dict"."""
-    return "state_dict" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
-
-
-def check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    """Raises `CheckpointError` unless `state` fits a model whose `state_dict` is `expected`.
-
-    In this order: a key is missing or of another shape, the model does not have a key, a tensor
-    holds NaN or infinity (of a sharded model, in this rank's part). The message names the key.
-    """
-    expected = unwrapped(expected)
-    check_shapes(state, expected, name)
-    for key in state:
-        if key not in expected:
-            raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
-    check_finite({k: sharding.part(tensor, expected[k]) for k, tensor in state.items()}, name)
-
-
-def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    """Raises `CheckpointError` if `state` lacks a key of `expected`, or has it in another shape."""
-    for key, tensor in expected.items():
-        if key not in state:
-            raise CheckpointError(f"{name}: of another architecture: {key} is missing")
-        if state[key].shape != tensor.shape:
-            raise CheckpointError(
-                f"{name}: of another architecture: {key} is {list(state[key].shape)} there "
-                f"and {list(tensor.shape)} in the model"
-            )
+def _in_file(name: str, adapter: str) -> str:
+    """The name that PEFT gives in its files to what a model with this adapter calls `name`."""
+    left_out = (adapter, "modules_to_save")
+    name = ".".join(segment for segment in name.split(".") if segment not in left_out)
+    return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
 def check_finite(state: Mapping[str, Tensor], name: str) -> None:
@@ -179,27 +234,31 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
             raise NotFiniteError(f"{name}: {key} holds NaN or infinity")
 
 
-def load_into(model: torch.nn.Module, checkpoint: Checkpoint, name: str | None = None) -> None:
-    """Loads `checkpoint` into `model`, which is left as it was if the checkpoint does not fit.
+def load_into(model: nn.Module, checkpoint: Checkpoint, name: str | None = None) -> None:
+    """Loads into `model` what `checkpoint` has of it; the model keeps the rest.
 
-    Of a sharded model, each rank reads its own part.
+    If the checkpoint does not fit (`Fit`), the model is left as it was. Of a sharded model, each
+    rank reads its own part.
 
     Args:
         name: the name of the checkpoint in messages, if it is not a path.
 
     Raises:
-        CheckpointError: as `load_state_dict` and `check`.
+        CheckpointError: as `Fit`, or there is NaN or infinity in what would be loaded.
     """
-    own = model.state_dict()
-    state = completed(load_state_dict(checkpoint), unwrapped(own))
-    check(state, own, name or name_of(checkpoint))
-    keys = unwrapped({key: key for key in own})
+    fit, name = Fit(model), name or name_of(checkpoint)
+    state = {
+        key: sharding.part(tensor_of(value), fit.tensors[key])
+        for key, value in fit(checkpoint, name).items()
+    }
+    check_finite(state, name)
     # Into the model's own `state_dict`, whose metadata holds the versions of the modules.
-    own.update({key: sharding.shard(state[plain], own[key]) for plain, key in keys.items()})
+    own = model.state_dict()
+    own.update({fit.keys[k]: sharding.shard(v, fit.tensors[k]) for k, v in state.items()})
     model.load_state_dict(own)
 
 
-def load_verified(model: torch.nn.Module, path: str | os.PathLike) -> None:
+def load_verified(model: nn.Module, path: str | os.PathLike) -> None:
     """Loads the checkpoint `path` into `model` once it is known to be whole and to fit.
 
     Raises:
@@ -210,29 +269,31 @@ def load_verified(model: torch.nn.Module, path: str | os.PathLike) -> None:
 
 
 def average(
-    checkpoints: Sequence[Checkpoint], expected: Mapping[str, Tensor] | None = None
+    checkpoints: Sequence[Checkpoint], like: nn.Module | Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018).
 
     Summed in float64, one checkpoint in memory at a time. Integers (the counters of batch norm)
-    are those of the last.
+    are those of the last. What one of them lacks, buffers or frozen parameters, is not in the mean.
+    The mean of adapters of PEFT is that of their matrices A and of their matrices B: its product BA
+    is not the mean of the adapters' products.
 
     Args:
-        expected: the `state_dict` that each has to fit, and that gives the mean its dtypes; the
-            first checkpoint if None. Where it is sharded, so is the mean, and each rank reads its
-            own part.
+        like: the model, or the `state_dict`, that each has to fit (`Fit`), and that gives the mean
+            its names and dtypes; the last checkpoint if None. Where it is sharded, so is the mean,
+            and each rank reads its own part.
 
     Raises:
         CheckpointError: one of them cannot be read, does not fit, or holds NaN or infinity.
     """
-    (mean,) = last_means(checkpoints, [len(checkpoints)], expected)
+    (mean,) = last_means(checkpoints, [len(checkpoints)], like)
     return mean
 
 
 def last_means(
     checkpoints: Sequence[Checkpoint],
     counts: Sequence[int],
-    expected: Mapping[str, Tensor] | None = None,
+    like: nn.Module | Mapping[str, Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """The means, as `average` takes them, of the last so many checkpoints, for each of `counts`.
 
@@ -240,31 +301,37 @@ def last_means(
 
     Args:
         counts: in rising order.
-        checkpoints, expected: as for `average`.
+        checkpoints, like: as for `average`.
 
     Raises:
         CheckpointError: as `average`.
     """
-    like = load_state_dict(checkpoints[-1]) if expected is None else unwrapped(expected)
+    fit = Fit(load_state_dict(checkpoints[-1]) if like is None else like)
     total: dict[str, Tensor] = {}
-    for count, checkpoint in enumerate(reversed(checkpoints[-counts[-1] :]), start=1):
-        state = completed(load_state_dict(checkpoint), like)
-        check(state, like, name_of(checkpoint))
+    for count in range(1, counts[-1] + 1):
+        index = len(checkpoints) - count
+        name = name_of(checkpoints[index], index)
+        state = fit(checkpoints[index], name)
+        total = {key: value for key, value in total.items() if key in state}
         for key, value in state.items():
-            if key not in total:
+            if count > 1 and key not in total:
+                continue
+            value = sharding.part(tensor_of(value), fit.tensors[key])
+            check_finite({key: value}, name)
+            if count == 1:
                 exact = torch.float64 if value.is_floating_point() else value.dtype
-                total[key] = sharding.part(value, like[key]).to(exact, copy=True)
+                total[key] = value.to(exact, copy=True)
             elif value.is_floating_point():
-                total[key] += sharding.part(value, like[key])
+                total[key] += value
         if count in counts:
             # At the end freed one by one: sum and mean are never both complete.
             take = total.pop if count == counts[-1] else total.get
             mean = {}
-            for key, tensor in like.items():
-                value = take(key)
+            for key in list(total):
+                own, value = fit.tensors[key], take(key)
                 if value.is_floating_point():
                     value = value / count
-                mean[key] = sharding.shard(value.to(tensor.dtype), tensor)
+                mean[key] = sharding.shard(value.to(own.dtype), own)
             yield mean
 
 

@@ -13,14 +13,8 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from twa.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    check_shapes,
-    completed,
-    load_state_dict,
-    unwrapped,
-)
+from twa.checkpoints import Checkpoint, Fit
+from twa.formats import tensor_of
 from twa.sharding import Ranks, first_row, local, part
 
 
@@ -78,6 +72,7 @@ class Columns:
             without the prefixes of wrappers.
         widths: the number of columns that each parameter has on this rank.
         total: the number of columns on this rank.
+        fit: what the model takes of a checkpoint.
 
     Raises:
         ValueError: the model has no trainable parameters, or one that is complex or that its
@@ -86,13 +81,12 @@ class Columns:
 
     def __init__(self, model: nn.Module):
         self.ranks = Ranks(model)
+        self.fit = Fit(model)
         # Matched by identity: some wrappers (activation checkpointing) change the names.
-        state = unwrapped(model.state_dict(keep_vars=True))
         missing = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-        trained = {name: p for name, p in state.items() if missing.pop(id(p), None)}
+        trained = {name: p for name, p in self.fit.tensors.items() if missing.pop(id(p), None)}
         if missing:
             raise ValueError(f"the model's state_dict does not hold {', '.join(missing.values())}")
-        self._state = state
         self.names, self.parameters = list(trained), list(trained.values())
         self.widths = [local(p).numel() for p in self.parameters]
         self.total = sum(self.widths)
@@ -111,28 +105,20 @@ class Columns:
         """Copies the columns of `checkpoint` from `start` on into `row` until it is full.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read or does not fit the model. The message
-                calls it `name`.
+            CheckpointError: as `fit(checkpoint, name)`.
         """
-        state = completed(load_state_dict(checkpoint), self._state)
-        self._check(state, name)
+        state = self.fit(checkpoint, name)
         begin = 0
         for key, parameter, width in zip(self.names, self.parameters, self.widths, strict=True):
             low, high = max(begin, start), min(begin + width, start + len(row))
             if high > low:
-                value, columns = part(state[key], parameter), row[low - start : high - start]
+                value = part(tensor_of(state[key]), parameter)
+                columns = row[low - start : high - start]
                 if len(columns) == width:
                     columns.view(value.shape).copy_(value)
                 else:
                     columns.copy_(value.flatten()[low - begin : high - begin])
             begin += width
-
-    def _check(self, state: dict[str, Tensor], name: str) -> None:
-        check_shapes(state, dict(zip(self.names, self.parameters, strict=True)), name)
-        for key, value in state.items():
-            # An integer may be a counter, such as batch norm's: no sign of another architecture.
-            if key not in self._state and value.is_floating_point():
-                raise CheckpointError(f"{name}: of another architecture: the model has no {key}")
 
     def blocks(self, granularity: str) -> tuple[list[Blocks], int]:
         """The blocks at `granularity` that have columns on this rank, and the model's number.

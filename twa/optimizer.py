@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from twa.checkpoints import Checkpoint, average, load_into
+from twa.checkpoints import Checkpoint, average, load_into, window
 from twa.sharding import local
 from twa.subspace import Subspace
 
@@ -76,7 +76,7 @@ class TWA(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Sequence[Checkpoint],
+        checkpoints: Iterable[Checkpoint],
         base: type[torch.optim.Optimizer] = torch.optim.AdamW,
         *,
         start: Checkpoint | nn.Module | None = None,
@@ -93,7 +93,8 @@ class TWA(torch.optim.Optimizer):
         defaults = base([nn.Parameter(torch.zeros(1))], **base_arguments).defaults
         if not radius > 0:
             raise ValueError(f"radius must be larger than 0, not {radius!r}")
-        self._model, self._checkpoints, self._start_point = model, checkpoints, start
+        self._model, self._checkpoints = model, window(model, checkpoints)
+        self._start_point = start
         self._radius = radius
         self._basis = {
             "extract": extract,
@@ -137,7 +138,7 @@ class TWA(torch.optim.Optimizer):
         before = [tensor.clone() for tensor in others]
         start = self._start_point
         if start is None:
-            start = average(self._checkpoints, self._model.state_dict())
+            start = average(self._checkpoints, self._model)
         load_into(self._model, start)
         return [
             (tensor, old, tensor._version)

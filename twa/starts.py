@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from twa.checkpoints import Checkpoint, last_means, load_into
+from twa.checkpoints import Checkpoint, last_means, load_into, window
 
 
 def best_start(
-    model: torch.nn.Module, checkpoints: Sequence[Checkpoint], loss: Callable[[], float]
+    model: torch.nn.Module, checkpoints: Iterable[Checkpoint], loss: Callable[[], float]
 ) -> tuple[dict[str, Tensor], dict[int, float]]:
     """The best of the last checkpoint and the means of the last 2, 4, 8, … and of all.
 
@@ -37,13 +37,12 @@ def best_start(
     Raises:
         CheckpointError: as `twa.checkpoints.average`.
     """
+    checkpoints = window(model, checkpoints)
     counts = [2**k for k in range(len(checkpoints).bit_length()) if 2**k < len(checkpoints)]
     counts.append(len(checkpoints))
     losses: dict[int, float] = {}
     best: dict[str, Tensor] = {}
-    for count, mean in zip(
-        counts, last_means(checkpoints, counts, model.state_dict()), strict=True
-    ):
+    for count, mean in zip(counts, last_means(checkpoints, counts, model), strict=True):
         load_into(model, mean)
         value = loss()
         value = value if math.isfinite(value) else math.inf

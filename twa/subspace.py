@@ -12,14 +12,14 @@ import functools
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from twa import extraction
-from twa.checkpoints import Checkpoint
+from twa.checkpoints import Checkpoint, listed
 from twa.columns import Blocks, Columns
 from twa.sharding import Ranks, first_row, local
 from twa.storage import PIECE, TILE, Storage
@@ -89,7 +89,7 @@ class Subspace:
         parameters: the model's trainable parameters behind the columns, in order.
         spread: σ, float32 [len(self)]; None for "Schmidt" and "SVD".
         mean: the mean of the checkpoints, float32 [D]; None for "Schmidt" and "SVD".
-        dropped: the checkpoints (path, or index of a `state_dict`) that "Schmidt" left out because
+        dropped: the checkpoints (path, or `checkpoints[3]`) that "Schmidt" left out because
             in every block they depend linearly on the ones before them.
 
     Raises:
@@ -104,13 +104,14 @@ class Subspace:
     def __init__(
         self,
         model: nn.Module,
-        checkpoints: Sequence[Checkpoint],
+        checkpoints: Iterable[Checkpoint],
         *,
         extract: str = "PCA",
         components: int | None = None,
         bits: int = 32,
         granularity: str = "model",
     ):
+        checkpoints = listed(model, checkpoints)
         _check_arguments(checkpoints, extract, components, bits, granularity)
         self._extract, self._granularity = extract, granularity
         self._columns = Columns(model)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from twa.checkpoints import Checkpoint, CheckpointError
+from twa.checkpoints import Checkpoint, CheckpointError, name_of
 from twa.columns import Blocks, Columns
 
 
@@ -36,10 +35,9 @@ class Window:
         chunk: int,
         device: torch.device,
     ):
-        self.names = [
-            str(index) if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
-            for index, checkpoint in enumerate(checkpoints)
-        ]
+        self.names = [name_of(checkpoint, i) for i, checkpoint in enumerate(checkpoints)]
+        for checkpoint, name in zip(checkpoints, self.names, strict=True):
+            columns.fit(checkpoint, name)  # All of them, before the first is read.
         self.rows = torch.empty(len(checkpoints), width, dtype=torch.float32, device=device)
         # For all chunks of differences: allocating each takes longer than computing it.
         self._buffer = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
