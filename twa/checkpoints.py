@@ -210,7 +210,8 @@ class Fit:
                 best = found
         for tied in self._ties:
             there = [best[name] for name in tied if name in best]
-            best = dict.fromkeys(tied if there else (), there[0] if there else "") | best
+            if there:
+                best = dict.fromkeys(tied, there[0]) | best
         return best
 
 
@@ -307,16 +308,13 @@ def last_means(
         CheckpointError: as `average`.
     """
     fit = Fit(load_state_dict(checkpoints[-1]) if like is None else like)
-    total: dict[str, Tensor] = {}
+    total: dict[str, Tensor | None] = {}
     for count in range(1, counts[-1] + 1):
-        index = len(checkpoints) - count
-        name = name_of(checkpoints[index], index)
-        state = fit(checkpoints[index], name)
-        total = {key: value for key, value in total.items() if key in state}
-        for key, value in state.items():
-            if count > 1 and key not in total:
-                continue
-            value = sharding.part(tensor_of(value), fit.tensors[key])
+        name = name_of(checkpoints[-count], len(checkpoints) - count)
+        state = fit(checkpoints[-count], name)
+        total = {key: total.get(key) for key in total or state if key in state}
+        for key in total:
+            value = sharding.part(tensor_of(state[key]), fit.tensors[key])
             check_finite({key: value}, name)
             if count == 1:
                 exact = torch.float64 if value.is_floating_point() else value.dtype
