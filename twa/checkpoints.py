@@ -31,7 +31,7 @@ class NotFiniteError(CheckpointError):
     """A `state_dict` that holds NaN or infinity; the message names the file and the key."""
 
 
-def window(model: nn.Module, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+def listed(model: nn.Module, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """`checkpoints` as a list, once it and `model` are what their names say.
 
     Raises:

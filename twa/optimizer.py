@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from twa.checkpoints import Checkpoint, average, load_into, window
+from twa.checkpoints import Checkpoint, average, listed, load_into
 from twa.sharding import local
 from twa.subspace import Subspace
 
@@ -93,7 +93,7 @@ class TWA(torch.optim.Optimizer):
         defaults = base([nn.Parameter(torch.zeros(1))], **base_arguments).defaults
         if not radius > 0:
             raise ValueError(f"radius must be larger than 0, not {radius!r}")
-        self._model, self._checkpoints = model, window(model, checkpoints)
+        self._model, self._checkpoints = model, listed(model, checkpoints)
         self._start_point = start
         self._radius = radius
         self._basis = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from twa.checkpoints import Checkpoint, last_means, load_into, window
+from twa.checkpoints import Checkpoint, last_means, listed, load_into
 
 
 def best_start(
@@ -37,7 +37,7 @@ def best_start(
     Raises:
         CheckpointError: as `twa.checkpoints.average`.
     """
-    checkpoints = window(model, checkpoints)
+    checkpoints = listed(model, checkpoints)
     counts = [2**k for k in range(len(checkpoints).bit_length()) if 2**k < len(checkpoints)]
     counts.append(len(checkpoints))
     losses: dict[int, float] = {}
