@@ -1,7 +1,5 @@
 """Errors that a user can mend, the device and the seed."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """TWA's coefficients as the scripts train them: flags, optimizer, the best of what came out."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable, Sequence

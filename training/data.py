@@ -1,7 +1,5 @@
 """Data sets held on the device as one tensor, and the loader that augments them in batches."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import http.client
@@ -77,11 +75,11 @@ class Split:
         padded = F.pad(self.images, (self.spec.padding,) * 4)
         return padded.unfold(2, self.spec.size, 1).unfold(3, self.spec.size, 1)
 
-    def part(self, indices: Tensor | slice) -> Split:
+    def part(self, indices: Tensor | slice) -> "Split":
         """The images at these indices, in that order."""
         return Split(self.images[indices], self.labels[indices], self.spec)
 
-    def hold_out(self, percent: float, seed: int) -> tuple[Split, Split]:
+    def hold_out(self, percent: float, seed: int) -> "tuple[Split, Split]":
         """Splits off `percent` of the images, drawn by `seed`: (the others, those held out).
 
         Both are in random order, so that the first images of either are a fair sample of it.
@@ -309,48 +307,45 @@ _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def _fashion_mnist(data_dir: Path) -> _Arrays:
-    raw = data_dir / "FashionMNIST" / "raw"
-    archives = [name for name, _ in datasets.FashionMNIST.resources]
+    kind, raw = datasets.FashionMNIST, data_dir / "FashionMNIST/raw"
+    archives = [name for name, _ in kind.resources]
     for archive in archives:
         file, packed = raw / Path(archive).stem, _DEBIAN_FASHION_MNIST / archive
         if not file.exists() and packed.exists():
             _unpack(packed, file)
         if file.exists():
-            _check_idx(file)
-    splits = _torchvision(
-        datasets.FashionMNIST,
-        data_dir,
-        where=raw,
-        remedy=f"install Debian's package dataset-fashion-mnist, or put {', '.join(archives)} "
-        f"from {datasets.FashionMNIST.mirrors[0]} into {raw}",
-    )
+            read = mnist.read_image_file if "images" in archive else mnist.read_label_file
+            try:
+                read(file)
+            except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
+                raise _damaged(file) from None
+    by_hand = f"put {', '.join(archives)} from {kind.mirrors[0]} into {raw}"
+    remedy = f"install Debian's package dataset-fashion-mnist, or {by_hand}"
+    splits = _torchvision(kind, data_dir, raw, remedy)
     return [(split.data.unsqueeze(1), split.targets) for split in splits]
 
 
 def _cifar(name: str, data_dir: Path) -> _Arrays:
-    kind = {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}[name]
-    folder, archive = data_dir / kind.base_folder, data_dir / kind.filename
+    kind = getattr(datasets, name)
+    folder = data_dir / kind.base_folder
     sums = dict(kind.train_list + kind.test_list) | {kind.meta["filename"]: kind.meta["md5"]}
     for file, md5 in sums.items():
         if (folder / file).exists() and not check_integrity(folder / file, md5):
             raise _damaged(folder / file)
-    splits = _torchvision(
-        kind, data_dir, where=folder, remedy=f"put the file {kind.url} at {archive}"
-    )
+    remedy = f"put the file {kind.url} at {data_dir / kind.filename}"
     return [
         (torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
-        for split in splits
+        for split in _torchvision(kind, data_dir, folder, remedy)
     ]
 
 
 def _torchvision(
-    kind: type[datasets.VisionDataset], data_dir: Path, where: Path, remedy: str
+    kind: type[datasets.VisionDataset], data_dir: Path, folder: Path, remedy: str
 ) -> list[datasets.VisionDataset]:
-    """The training and the test set, downloaded if need be.
+    """The training and the test set, downloaded if they are not in `folder`.
 
     Raises:
-        UserError: they are not there and cannot be downloaded. The message contains `where` they
-            were looked for and the `remedy`.
+        UserError: they cannot be downloaded either; it tells the `remedy`.
     """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets no limit of its own
@@ -361,7 +356,7 @@ def _torchvision(
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{kind.__name__} is not in {where} and cannot be downloaded ({reason}): {remedy}"
+            f"{kind.__name__} is not in {folder} and cannot be downloaded ({reason}): {remedy}"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -372,20 +367,10 @@ def _unpack(packed: Path, file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = gzip.decompress(packed.read_bytes())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{packed} is damaged ({error}): install its package again") from error
-    except OSError as error:
-        raise UserError(f"cannot unpack {packed} to {file}: {error}") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{packed} cannot be unpacked to {file} ({error})") from None
     with replacing(file) as temporary:
         temporary.write_bytes(content)
-
-
-def _check_idx(file: Path) -> None:
-    """Raises a `UserError` if torchvision cannot read the images or labels in `file`."""
-    try:
-        (mnist.read_image_file if "images" in file.name else mnist.read_label_file)(file)
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
-        raise _damaged(file) from None
 
 
 def _damaged(file: Path) -> UserError:

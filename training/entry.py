@@ -1,7 +1,5 @@
 """How a script starts and ends: errors in one line on stderr, signals, exit status."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The flags that scripts share, and what their values may be."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable, Iterable

@@ -3,8 +3,6 @@
 An image folder contains `train/` and `val/`, and each of these a folder per class.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import warnings

@@ -1,7 +1,5 @@
 """A lock on a directory, so that no two processes write into it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

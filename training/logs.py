@@ -1,7 +1,5 @@
 """What a run writes down: its log, the metrics of each epoch, its arguments and versions."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json

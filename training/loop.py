@@ -1,7 +1,5 @@
 """What every training script does: set up, train an epoch, evaluate, re-estimate batch norm."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

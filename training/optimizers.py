@@ -1,7 +1,5 @@
 """Which optimizer and which schedule of its rate a flag means."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

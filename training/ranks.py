@@ -3,8 +3,6 @@
 Without `torchrun` there is one rank, and each function does what one process would do.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import sys

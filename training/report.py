@@ -1,7 +1,5 @@
 """What a run shows at its end, a table of solutions and a figure, and a study: the mean of runs."""
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +33,7 @@ class SGDRun:
     held_out: str | None  # see `flags.held_out`
 
     @classmethod
-    def read(cls, log_dir: Path) -> SGDRun:
+    def read(cls, log_dir: Path) -> "SGDRun":
         """What the files of the run say, if they are there."""
         description = logs.read_json(log_dir / "run.json")
         arguments = description.get("arguments", {})

@@ -1,7 +1,5 @@
 """A training run that can be stopped at any step and resumed: what the training scripts share."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """SGD that leaves the checkpoints for TWA: what the scripts for CIFAR and ImageNet share."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Signals that end a run in order: SIGTERM, SIGINT and SIGUSR1."""
 
-from __future__ import annotations
-
 import shlex
 import signal
 import sys
@@ -39,7 +37,7 @@ class Signals:
         self._caught: int | None = None
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> "Signals":
         if not ranks.launched():
             for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
                 self._before[number] = signal.signal(number, self._catch)

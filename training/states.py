@@ -1,7 +1,5 @@
 """Resumable states: all that a run needs to go on as if it had not stopped."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
@@ -96,10 +94,10 @@ def random_states() -> dict:
 
     An accelerator's generator is part of it where the backend has one to read.
     """
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     states = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.accelerator.is_available():
@@ -110,10 +108,9 @@ def random_states() -> dict:
 
 def set_random_states(states: dict) -> None:
     """Restores what `random_states` returned."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type

@@ -1,7 +1,5 @@
 """A window of checkpoints, and the averages of it that TWA is compared with."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path
