@@ -315,8 +315,8 @@ def show(solutions: Solutions, names: Sequence[str], settings: dict, args) -> No
     """The figure and the table of all that was made of the models `names`, by any call."""
     rows = {
         name: {
-            "validation": record["validation"]["accuracy"],
-            "test": record["test"]["accuracy"],
+            "validation accuracy": record["validation"]["accuracy"],
+            "test accuracy": record["test"]["accuracy"],
             "test loss": record["test"]["loss"],
             "models": len(record.get("models", [name])),
             "seconds": record.get("seconds"),
@@ -324,25 +324,12 @@ def show(solutions: Solutions, names: Sequence[str], settings: dict, args) -> No
         for name, record in solutions.records.items()
         if settings.items() <= record["settings"].items()
     }
-    single = [rows.pop(name) for name in names]
+    points = {n: (row["validation accuracy"], row["test accuracy"]) for n, row in rows.items()}
+    single = [points.pop(name) for name in names]
     figure = solutions.path.with_name("soup.png")
-    report.scatter(
-        figure,
-        f"{len(names)} models on {args.datasets}",
-        models=[(row["validation"], row["test"]) for row in single],
-        soups={name: (row["validation"], row["test"]) for name, row in rows.items()},
-    )
-    print(report.table(rows, COLUMNS))
+    report.scatter(figure, f"{len(names)} models on {args.datasets}", single, points)
+    print(report.table({name: rows[name] for name in points}))
     print(f"written: {solutions.path}, {figure}, and the soups beside them")
-
-
-COLUMNS = {
-    "validation": "{:.2f} %",
-    "test": "{:.2f} %",
-    "test loss": "{:.4f}",
-    "models": "{}",
-    "seconds": "{:.1f}",
-}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from training import data
-from training.report import spread
 
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
@@ -223,6 +222,14 @@ def full(runs: Runs) -> Runs:
     """The end of the full run as the entry "SGD" of each seed."""
     ends = [run["SGD"]["curve"][-1] for run in runs]
     return [{"SGD": {"accuracy": e["test_accuracy"], "loss": e["test_loss"]}} for e in ends]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """`mean ± deviation`, the sample's, which one value alone does not have; "" of none."""
+    if not values:
+        return ""
+    mean, unsigned = format(statistics.mean(values), form), form.removeprefix("+")
+    return f"{mean} ± {statistics.stdev(values):{unsigned}}" if len(values) > 1 else mean
 
 
 def scores(runs: Runs, name: str) -> tuple[str, str]:

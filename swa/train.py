@@ -125,7 +125,8 @@ def train_swa(args):
     sgd = report.SGDRun.read(log_dir)
     results = {"SGD": sgd.end}
     if args.swa:
-        results["SWA"] = sgd.end | sgd.swa_end
+        last = {key: sgd.metrics[-1][f"SWA_{key}"] for key in ("loss", "accuracy")}
+        results["SWA"] = sgd.end | last
     write_json({"results": results}, log_dir / "swa.json")
     report.figure(
         log_dir / "swa.png",

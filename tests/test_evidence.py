@@ -37,6 +37,13 @@ def test_the_readme_shows_the_four_rows_of_the_results():
     assert four_rows in (ROOT / "README.md").read_text()
 
 
+def test_mean_and_deviation():
+    assert evidence_report.spread([92.0, 93.0, 94.0], ".2f") == "93.00 ± 1.00"
+    assert evidence_report.spread([0.1, 0.3], "+.1f") == "+0.2 ± 0.1"
+    assert evidence_report.spread([92.0], ".2f") == "92.00"
+    assert evidence_report.spread([], ".2f") == ""
+
+
 def test_a_lead_is_told_from_the_scatter_of_the_seeds():
     def run(*ahead: float) -> dict:  # of the rival by so many points, at budgets 1, 2 and 5
         ours = {

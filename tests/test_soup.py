@@ -17,7 +17,6 @@ from soup import finetune, soup
 from training import data, entry
 from training.data import DATASETS, Split
 from training.optimizers import SCHEDULES, schedule_of
-from training.report import spread
 from twa.checkpoints import average, save
 from utils import UserError
 
@@ -380,13 +379,3 @@ def test_pretrained_weights_that_are_not_to_be_had(tmp_path, capsys, monkeypatch
     ]
     line = error_of(capsys, finetune, *arguments)
     assert "--pretrained" in line and "resnet18" in line
-
-
-# --- the study's table ---
-
-
-def test_mean_and_deviation():
-    assert spread([92.0, 93.0, 94.0], ".2f") == "93.00 ± 1.00"
-    assert spread([0.1, 0.3], "+.1f") == "+0.2 ± 0.1"
-    assert spread([92.0], ".2f") == "92.00"
-    assert spread([], ".2f") == ""

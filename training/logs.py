@@ -62,7 +62,7 @@ class RunLog:
         if not self._has_header:
             self.line("  ".join(f"{key.replace('_', ' '):>8}" for key in metrics))
             self._has_header = True
-        self.line("  ".join(cell(key, value) for key, value in metrics.items()))
+        self.line("  ".join(told(k, v).rjust(max(8, len(k))) for k, v in metrics.items()))
         self.epochs.append(metrics)
         if self._writes:
             append(self._metrics, json.dumps(metrics) + "\n")
@@ -70,17 +70,13 @@ class RunLog:
             self._wandb.log(metrics)
 
 
-def cell(key: str, value: float | None) -> str:
-    """`value` as it is printed below the heading `key` of the log's table."""
-    if value is None:
-        text = "-"
-    elif key.endswith("loss"):
-        text = f"{value:.4f}"
-    elif key.endswith("accuracy"):
-        text = f"{value:.2f}"
-    else:
-        text = f"{value:.4g}"
-    return text.rjust(max(8, len(key)))
+FORMATS = {"loss": "{:.4f}", "accuracy": "{:.2f} %", "seconds": "{:.1f}"}  # others: four digits
+
+
+def told(key: str, value: float | None) -> str:
+    """`value` as a table shows it, by the last word of its `key`; – for what is not known."""
+    last = key.replace("_", " ").split()[-1]
+    return "–" if value is None else FORMATS.get(last, "{:.4g}").format(value)
 
 
 def append(path: Path, text: str) -> None:

@@ -1,8 +1,7 @@
-"""What a run shows at its end, a table of solutions and a figure, and a study: the mean of runs."""
+"""What a run shows at its end: a table of solutions and a figure."""
 
 import argparse
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +34,7 @@ class SGDRun:
     @classmethod
     def read(cls, log_dir: Path) -> "SGDRun":
         """What the files of the run say, if they are there."""
-        description = logs.read_json(log_dir / "run.json")
-        arguments = description.get("arguments", {})
+        arguments = logs.read_json(log_dir / "run.json").get("arguments", {})
         return cls(
             logs.read_lines(log_dir / "metrics.jsonl"),
             arguments.get("saves_per_epoch", 1) if arguments else None,
@@ -75,58 +73,22 @@ class SGDRun:
             "seconds": sum(m["seconds"] for m in self.metrics),
         }
 
-    @property
-    def swa_end(self) -> dict[str, float]:
-        """Test accuracy and loss of the average at the end of a run with `--swa`."""
-        last = self.metrics[-1]
-        return {"accuracy": last["SWA_accuracy"], "loss": last["SWA_loss"]}
-
 
 def more(spent: Mapping[str, float | None], **further: float) -> dict[str, float | None]:
     """What was spent, and so much more; what is not known stays unknown."""
     return {k: None if spent[k] is None else spent[k] + value for k, value in further.items()}
 
 
-# The columns of a table of test results: the key of a value and its format.
-# A column that no solution has is left out.
-COLUMNS = {
-    "accuracy": "{:.2f} %",
-    "top5_accuracy": "{:.2f} %",
-    "loss": "{:.4f}",
-    "epochs": "{:.4g}",
-    "seconds": "{:.1f}",
-}
-
-
-def table(
-    solutions: Mapping[str, Mapping[str, float | None]], columns: Mapping[str, str] = COLUMNS
-) -> str:
-    """The solutions as aligned text.
-
-    Args:
-        solutions: name to the values of its row, None for what is not known; epochs and seconds
-            are those spent.
-        columns: key of a value to its format.
-    """
-    columns = {k: form for k, form in columns.items() if any(k in v for v in solutions.values())}
+def table(solutions: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The solutions, from name to the values of a row, as aligned text; None: not known."""
+    columns = list(dict.fromkeys(key for values in solutions.values() for key in values))
     rows = [["solution", *columns]]
     for name, values in solutions.items():
-        known = {key: value for key, value in values.items() if value is not None}
-        rows.append(
-            [name, *(f.format(known[k]) if k in known else "–" for k, f in columns.items())]
-        )
+        rows.append([name, *(logs.told(key, values.get(key)) for key in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     )
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """`mean ± deviation`, the sample's, which one value alone does not have; "" of none."""
-    if not values:
-        return ""
-    mean, unsigned = format(statistics.mean(values), form), form.removeprefix("+")
-    return f"{mean} ± {statistics.stdev(values):{unsigned}}" if len(values) > 1 else mean
 
 
 def figure(
@@ -147,18 +109,15 @@ def figure(
     """
     panels = 1 if averaging_weights is None else 2
     fig = Figure(figsize=(6 * panels, 4))
-    axes = fig.subplots(1, panels, squeeze=False)
-    left = axes[0][0]
+    left, *right = fig.subplots(1, panels, squeeze=False)[0]
     for name, (epochs, accuracies) in curves.items():
         left.plot(epochs, accuracies, color=COLOURS.get(name, OTHER), label=name)
     for name, (epochs, accuracy) in points.items():
-        star = name.startswith("TWA")
         style = {"color": COLOURS.get(name, OTHER), "label": f"{name}: {accuracy:.2f} %"}
         if epochs is None:
             left.axhline(accuracy, linestyle=":", **style)
         else:
-            mark = {"marker": "*", "markersize": 15} if star else {"marker": "o", "markersize": 7}
-            left.plot(epochs, accuracy, linestyle="none", **mark, **style)
+            left.plot(epochs, accuracy, linestyle="none", **mark_of(name), **style)
     # Without a limit the first epochs would squeeze all that matters into a line at the top.
     shown = [a for _, accuracies in curves.values() for a in accuracies]
     shown += [accuracy for _, accuracy in points.values()]
@@ -166,19 +125,14 @@ def figure(
     left.set_ylim(max(0.0, middle - (top - middle) - 1), min(100.5, top + 0.2 * (top - middle) + 1))
     left.set(xlabel="epochs spent", ylabel="test accuracy (%)", title=title)
     left.legend(loc="lower right")
-    left.grid(alpha=0.3)
-    if averaging_weights is not None:
-        right = axes[0][1]
-        values = list(averaging_weights.values())
-        right.bar(range(len(values)), values, color=COLOURS["TWA"], label="TWA")
-        right.axhline(1 / len(values), color=COLOURS["SWA"], linestyle="--", label="SWA: all equal")
-        step = max(1, len(values) // 8)
-        ticks = range(0, len(values), step)
-        right.set_xticks(ticks, [Path(n).stem for n in list(averaging_weights)[::step]])
-        right.set(xlabel="checkpoint", ylabel="coefficient α", title="averaging coefficients")
-        right.legend()
-        right.grid(axis="y", alpha=0.3)
-    fig.tight_layout()
+    for axes in right:
+        alpha, names = list(averaging_weights.values()), list(averaging_weights)
+        axes.bar(range(len(alpha)), alpha, color=COLOURS["TWA"], label="TWA")
+        axes.axhline(1 / len(alpha), color=COLOURS["SWA"], linestyle="--", label="SWA: all equal")
+        ticks = range(0, len(alpha), max(1, len(alpha) // 8))
+        axes.set_xticks(ticks, [Path(names[i]).stem for i in ticks])
+        axes.set(xlabel="checkpoint", ylabel="coefficient α", title="averaging coefficients")
+        axes.legend()
     _write(fig, path)
 
 
@@ -197,28 +151,26 @@ def scatter(
     """
     fig = Figure(figsize=(6, 4.5))
     axes = fig.subplots()
-    axes.plot(
-        *zip(*models, strict=True), "d", color=COLOURS["SGD"], alpha=0.6, label="individual models"
-    )
-    for i, (name, (validation, test)) in enumerate(soups.items()):
-        star = name.startswith("TWA")
-        axes.plot(
-            validation,
-            test,
-            "*" if star else "o",
-            markersize=14 if star else 8,
-            color=f"C{i}",
-            alpha=0.8,
-            label=f"{name}: {test:.2f} %",
-        )
+    grey = {"color": COLOURS["SGD"], "alpha": 0.6, "label": "individual models"}
+    axes.plot(*zip(*models, strict=True), "d", **grey)
+    for i, (name, point) in enumerate(soups.items()):
+        style = {"color": f"C{i}", "alpha": 0.8, "label": f"{name}: {point[1]:.2f} %"}
+        axes.plot(*point, linestyle="none", **mark_of(name), **style)
     axes.set(xlabel="validation accuracy (%)", ylabel="test accuracy (%)", title=title)
     axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    fig.tight_layout()
     _write(fig, path)
+
+
+def mark_of(name: str) -> dict:
+    """The mark of a solution in a figure: a star for TWA."""
+    star = name.startswith("TWA")
+    return {"marker": "*", "markersize": 15} if star else {"marker": "o", "markersize": 7}
 
 
 def _write(fig: Figure, path: Path) -> None:
     """Writes the figure, all or nothing, in the format that the suffix of `path` names."""
+    for axes in fig.axes:
+        axes.grid(alpha=0.3)
+    fig.tight_layout()
     with replacing(path) as temporary:
         fig.savefig(temporary, dpi=150, format=path.suffix[1:])
