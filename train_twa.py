@@ -11,7 +11,6 @@ as it comes: --opt SGD --extract Schmidt --schedule step --lr 2 --train_start -1
 Under `torchrun` the ranks hold model and basis together, a shard each, and all else is the same.
 """
 
-import math
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from training.flags import number
 from training.locks import lock
 from training.logs import write_json
 from training.loop import Trainer, evaluate, reestimate_bn, sample_loss, set_up, skipped_images
-from training.optimizers import SCHEDULES, schedule_of, step_of_the_paper
+from training.optimizers import SCHEDULES, step_of_the_paper
 from training.runs import Run
 from twa.checkpoints import load_into
 
@@ -105,21 +104,9 @@ def train_twa(args):
     build_seconds = time.perf_counter() - started
     if start not in solutions:  # the model is there now
         solutions[start] = measure() | spent
-    steps_an_epoch = math.ceil(len(train) / args.accumulate)
-    steps, warmup = args.epochs * steps_an_epoch, round(args.warmup_epochs * steps_an_epoch)
     factor = step_of_the_paper(args.epochs) if args.schedule == "step" else SCHEDULES[args.schedule]
-    late = coefficients.LateMean(optimizer, steps)
-    trainer = Trainer(
-        *(model, train, test, optimizer, schedule_of(factor, optimizer, steps, warmup)),
-        args.epochs,
-        amp=args.amp,
-        print_every=args.print_freq,
-        accumulate=args.accumulate,
-        label_smoothing=args.label_smoothing,
-        clip_grad=args.clip_grad,
-        top5=on_imagenet,
-        name="TWA ",
-    )
+    trainer = Trainer.of(args, model, train, test, optimizer, factor, top5=on_imagenet, name="TWA ")
+    late = coefficients.LateMean(optimizer, args.epochs * trainer.steps_an_epoch)
     run = Run(
         *(args, trainer),
         state=out / "twa_state.pt",

@@ -9,6 +9,7 @@ N runs. Each leaves a `state_dict` (`001.pt`, `002.pt`, …) and a line of `runs
 its settings and its validation accuracy. Finished runs are not run again.
 """
 
+import argparse
 import hashlib
 import itertools
 import math
@@ -27,7 +28,7 @@ import utils
 from training import data, entry, flags, locks, logs, optimizers, ranks
 from training.flags import number
 from training.loop import Diverged, Trainer, build, describe
-from training.optimizers import OPTIMIZERS, SCHEDULES, schedule_of
+from training.optimizers import OPTIMIZERS, SCHEDULES
 from twa.checkpoints import CheckpointError, load_verified, save
 from utils import UserError
 
@@ -118,33 +119,16 @@ def is_finished(record: dict | None, settings: dict, path: Path, model: torch.nn
     return True
 
 
-def train(model, training, validation, settings: dict, name: str, args) -> dict[str, float]:
-    """Fine-tunes `model` with one run's settings; its loss and accuracy on `validation`."""
-    utils.set_seed(settings["seed"])
-    loader = data.Loader(
-        training,
-        args.batch_size,
-        train=True,
-        seed=settings["seed"],
-        channels_last=args.amp,
-        randaugment=settings["randaugment"],
-    )
-    base, hyperparameters = optimizers.chosen(
-        args.optimizer, settings["lr"], settings["weight_decay"], args.momentum
-    )
-    optimizer, epochs = base(model.parameters(), **hyperparameters), settings["epochs"]
-    steps, warmup = epochs * len(loader), round(args.warmup_epochs * len(loader))
-    trainer = Trainer(
-        *(model, loader, validation, optimizer),
-        schedule_of(SCHEDULES[args.schedule], optimizer, steps, warmup),
-        epochs,
-        amp=args.amp,
-        print_every=args.print_freq,
-        label_smoothing=settings["label_smoothing"],
-        clip_grad=args.clip_grad,
-        name=f"{name} ",
-    )
-    for epoch in range(1, epochs + 1):
+def train(model, training, validation, name: str, args) -> dict[str, float]:
+    """Fine-tunes `model` with the settings of one run; its loss and accuracy on `validation`."""
+    utils.set_seed(args.seed)
+    augmented = {"randaugment": args.randaugment, "channels_last": args.amp}
+    loader = data.Loader(training, args.batch_size, train=True, seed=args.seed, **augmented)
+    base, settings = optimizers.chosen(args.optimizer, args.lr, args.weight_decay, args.momentum)
+    optimizer = base(model.parameters(), **settings)
+    factor = SCHEDULES[args.schedule]
+    trainer = Trainer.of(args, model, loader, validation, optimizer, factor, name=f"{name} ")
+    for epoch in range(1, args.epochs + 1):
         metrics = trainer.epoch(epoch)
     return {key: metrics[f"test_{key}"] for key in ("loss", "accuracy")}
 
@@ -187,7 +171,8 @@ def fine_tune(args):
         model.load_state_dict(start)
         model.zero_grad()  # a run that diverged leaves its gradients
         try:
-            scores = train(model, training, validation, varied, path.name, args)
+            run = argparse.Namespace(**vars(args) | varied)
+            scores = train(model, training, validation, path.name, run)
             save(model.state_dict(), path)
         except Diverged as diverged:
             print(f"{path.name} is left out: {diverged}")

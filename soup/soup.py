@@ -42,7 +42,7 @@ from training.loop import (
     sample_loss,
     score,
 )
-from training.optimizers import SCHEDULES, schedule_of
+from training.optimizers import SCHEDULES
 from twa.checkpoints import Checkpoint, average, load_into, load_verified, save
 from utils import UserError
 
@@ -226,18 +226,12 @@ def train_coefficients(
     args = evaluator.args
     utils.set_seed(args.randomseed)  # the same draws whatever was made before
     train = evaluator.training_loader(images)
-    model, steps = evaluator.model, args.epochs * len(train)
+    model, validation = evaluator.model, evaluator.loaders["validation"]
     optimizer = coefficients.optimizer_of(args, model, paths, start=start)
-    late = coefficients.LateMean(optimizer, steps)
     print(f"{name}: {coefficients.described(optimizer)}")
-    trainer = Trainer(
-        *(model, train, evaluator.loaders["validation"], optimizer),
-        schedule_of(SCHEDULES[args.schedule], optimizer, steps),
-        args.epochs,
-        amp=args.amp,
-        print_every=args.print_freq,
-        name=f"{name} ",
-    )
+    factor = SCHEDULES[args.schedule]
+    trainer = Trainer.of(args, model, train, validation, optimizer, factor, name=f"{name} ")
+    late = coefficients.LateMean(optimizer, args.epochs * trainer.steps_an_epoch)
     for epoch in range(1, args.epochs + 1):
         trainer.epoch(epoch)
     losses = coefficients.keep_best(optimizer, late, lambda: sample_loss(model, train, args.amp))

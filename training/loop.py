@@ -18,6 +18,7 @@ from tqdm import tqdm
 import models
 from training import data, image_folders, ranks
 from training.logs import import_wandb
+from training.optimizers import schedule_of
 from twa.checkpoints import NotFiniteError
 from utils import UserError, choose_device
 
@@ -214,6 +215,29 @@ class Trainer:
     name: str = ""
     progress: Progress = field(default_factory=Progress)
     state: Path | None = None
+
+    @classmethod
+    def of(cls, args, model, train, test, optimizer, factor, first: int = 0, **more) -> "Trainer":
+        """A trainer for `args.epochs` epochs, with what else the flags in `args` say of it.
+
+        Args:
+            factor: of the rate, as in `optimizers.SCHEDULES`; behind `args.warmup_epochs`.
+            first: optimizer steps that count as done.
+            more: further fields.
+        """
+        names = ("amp", "accumulate", "label_smoothing", "clip_grad")
+        more |= {key: value for key, value in vars(args).items() if key in names}
+        trainer = cls(
+            *(model, train, test, optimizer, None, args.epochs), print_every=args.print_freq, **more
+        )
+        warmup = round(vars(args).get("warmup_epochs", 0) * trainer.steps_an_epoch)
+        steps = args.epochs * trainer.steps_an_epoch
+        trainer.scheduler = schedule_of(factor, optimizer, steps, warmup, first)
+        return trainer
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return math.ceil(len(self.train) / self.accumulate)
 
     def __post_init__(self):
         self._forward = ranks.replicate(self.model)

@@ -10,7 +10,7 @@ from torch import nn
 from training import data, flags, optimizers, ranks
 from training.flags import number
 from training.loop import Trainer, describe, evaluate, skipped_images
-from training.optimizers import OPTIMIZERS, SCHEDULES, schedule_of
+from training.optimizers import OPTIMIZERS, SCHEDULES
 from training.runs import Run, clear
 from utils import UserError
 
@@ -71,17 +71,9 @@ def run(
     save_dir = Path(args.save_dir)
     base, settings = optimizers.chosen(args.optimizer, args.lr, args.weight_decay, args.momentum)
     optimizer = base(model.parameters(), **settings)
-    steps, warmup = args.epochs * len(train), round(args.warmup_epochs * len(train))
-    factor, first = factor or SCHEDULES[args.schedule], start_epoch * len(train)
-    trainer = Trainer(
-        *(model, train, test, optimizer, schedule_of(factor, optimizer, steps, warmup, first)),
-        args.epochs,
-        amp=args.amp,
-        print_every=args.print_freq,
-        label_smoothing=args.label_smoothing,
-        clip_grad=args.clip_grad,
-        top5=top5,
-    )
+    factor = factor or SCHEDULES[args.schedule]
+    done = start_epoch * len(train)
+    trainer = Trainer.of(args, model, train, test, optimizer, factor, first=done, top5=top5)
     run = Run(
         *(args, trainer),
         state=save_dir / "state.pt",
