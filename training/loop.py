@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import models
 from training import data, image_folders, ranks
-from training.logs import import_wandb
+from training.logs import import_wandb, told
 from training.optimizers import schedule_of
 from twa.checkpoints import NotFiniteError
 from utils import UserError, choose_device
@@ -396,10 +396,8 @@ def sample_loss(model: nn.Module, train: data.Loader, amp: bool = False) -> floa
 
 def describe(metrics: dict[str, float]) -> str:
     """`loss 0.1234 accuracy 95.12 %`, and `top-5 99.87 %` where it was measured."""
-    text = f"loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2f} %"
-    if "top5_accuracy" in metrics:
-        text += f" top-5 {metrics['top5_accuracy']:.2f} %"
-    return text
+    names = {"top5_accuracy": "top-5"}
+    return " ".join(f"{names.get(key, key)} {told(key, value)}" for key, value in metrics.items())
 
 
 def skipped_images(*loaders: data.Loader) -> str | None:

@@ -68,10 +68,11 @@ def paths_of(args: argparse.Namespace) -> list[Path]:
 
 def averages_of(window: list[Path], model: nn.Module) -> dict[str, dict]:
     """The averages that TWA is compared with, by name: `state_dict`s."""
-    counts = sorted({1, min(5, len(window)), len(window)})
+    few = min(5, len(window))
+    names = {"last": 1, f"mean of last {few}": few, "SWA": len(window)}
+    counts = sorted(set(names.values()))
     means = dict(zip(counts, last_means(window, counts, model), strict=True))
-    names = {"last": 1, f"mean of last {min(5, len(window))}": min(5, len(window))}
-    return {name: means[count] for name, count in (names | {"SWA": len(window)}).items()}
+    return {name: means[count] for name, count in names.items()}
 
 
 def start_of(
@@ -85,25 +86,19 @@ def start_of(
     Raises:
         UserError: the window is shorter than `--start-average`.
     """
-    count = None
-    if args.start_average:
-        count = args.start_average
-        if count > len(window):
-            raise UserError(f"--start-average: the window has only {len(window)} checkpoints")
-    elif args.train_start is not None and args.train_start >= 0:
+    if args.train_start not in (None, -1):
         return f"checkpoint {args.train_start}", Path(args.save_dir) / f"{args.train_start}.pt", {}
-    elif args.train_start == -1 or args.start == "SWA":
-        count = len(window)
-    elif args.start == "last":
-        count = 1
-    if count:
-        return name_of(count, window), average(window[-count:], model), {}
-    start, losses = best_start(model, window, loss)
-    compared = {name_of(count, window): value for count, value in losses.items()}
-    return min(compared, key=compared.get), start, compared
+    start = args.start if args.train_start is None else "SWA"
+    count = args.start_average or {"auto": None, "last": 1, "SWA": len(window)}[start]
+    if count is None:
+        checkpoint, losses = best_start(model, window, loss)
+        compared = {name_of(count, window): value for count, value in losses.items()}
+        return min(compared, key=compared.get), checkpoint, compared
+    if count > len(window):
+        raise UserError(f"--start-average: the window has only {len(window)} checkpoints")
+    return name_of(count, window), average(window[-count:], model), {}
 
 
 def name_of(count: int, window: list[Path]) -> str:
     """What the mean of the last `count` checkpoints of the window is called."""
-    names = {len(window): "SWA", 1: "last"}
-    return names.get(count, f"mean of last {count}")
+    return {len(window): "SWA", 1: "last"}.get(count, f"mean of last {count}")
