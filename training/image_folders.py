@@ -38,7 +38,7 @@ def load(directory: str | Path, size: int = SIZE) -> tuple[data.Split, data.Spli
         UserError: `train/` or `val/` is missing, a class has no image, or the two have not the same
             classes.
     """
-    train, val = (_listed(Path(directory).expanduser() / part) for part in ("train", "val"))
+    parts = train, val = [_listed(Path(directory).expanduser() / part) for part in ("train", "val")]
     odd = sorted(set(train.classes) ^ set(val.classes))
     if odd:
         has, lacks = (train, val) if odd[0] in train.classes else (val, train)
@@ -47,7 +47,10 @@ def load(directory: str | Path, size: int = SIZE) -> tuple[data.Split, data.Spli
             "both need the same class folders"
         )
     spec = data.Spec(NAME, len(train.classes), 3, size, padding=0, flip=True, mean=_MEAN, std=_STD)
-    return _split(train, spec), _split(val, spec)
+    # In an array, because worker processes would copy a list: they count its references.
+    files = [np.array([os.fsencode(file) for file, _ in part.samples]) for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    return tuple(data.Split(*of_part, spec) for of_part in zip(files, labels, strict=True))
 
 
 def _listed(directory: Path) -> ImageFolder:
@@ -55,16 +58,8 @@ def _listed(directory: Path) -> ImageFolder:
         return ImageFolder(directory)
     except OSError as error:
         reason = " ".join((error.strerror or str(error)).split())
-        raise UserError(
-            f"{directory}: {reason}; the data directory holds train/ and val/, and each of these "
-            "a folder of images per class"
-        ) from None
-
-
-def _split(folder: ImageFolder, spec: data.Spec) -> data.Split:
-    # In an array, because worker processes would copy a list: they count its references.
-    files = np.array([os.fsencode(file) for file, _ in folder.samples])
-    return data.Split(files, torch.tensor(folder.targets), spec)
+        remedy = "the data directory holds train/ and val/, and each of these a folder per class"
+        raise UserError(f"{directory}: {reason}; {remedy}") from None
 
 
 def transform(size: int, train: bool, randaugment: int = 0) -> v2.Transform:
@@ -116,10 +111,11 @@ class _Batches(Dataset):
 
     def __getitem__(self, key: tuple[int, int, np.ndarray]) -> tuple[Tensor, Tensor, list[_Unread]]:
         epoch, first, indices = key
-        names = (
-            f"{self.seed}/{epoch}/{position}" for position in range(first, first + len(indices))
-        )
-        images, labels, unread = zip(*map(self._load, indices, names), strict=True)
+        loaded = [
+            self._load(index, f"{self.seed}/{epoch}/{position}")
+            for position, index in enumerate(indices, start=first)
+        ]
+        images, labels, unread = zip(*loaded, strict=True)
         return default_collate(images), torch.tensor(labels), [one for one in unread if one]
 
     def _load(self, index: int, draws: str) -> tuple[Tensor, int, _Unread | None]:
@@ -128,15 +124,14 @@ class _Batches(Dataset):
             image = decode(file)
             with data.seeded(draws):
                 return self.transform(image), int(self.split.labels[index]), None
-        except UnidentifiedImageError:
-            unread = _Unread(file, "not an image of a known format", opened=True)
         except Exception as error:  # PIL raises many types
-            reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):  # whose words name the stream
+                reason = "not an image of a known format"
             opened = getattr(error, "errno", None) is None
-            unread = _Unread(file, reason or type(error).__name__, opened)
         colour = torch.tensor(self.split.spec.mean).mul(255).round().to(torch.uint8)
-        size = self.split.spec.size
-        return colour.view(3, 1, 1).repeat(1, size, size), -100, unread
+        image = colour.view(3, 1, 1).repeat(1, *(self.split.spec.size,) * 2)
+        return image, -100, _Unread(file, " ".join(reason.split()), opened)
 
 
 def _ignore_interrupts(worker: int) -> None:
