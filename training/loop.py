@@ -143,7 +143,7 @@ class Totals:
 
         By the names "loss", "accuracy" and, if asked for, "top5_accuracy".
         """
-        loss, hits, near, count = ranks.sum_over_ranks(self.sums.clone()).tolist()
+        loss, hits, near, count = map(sum, zip(*ranks.gather(self.sums.tolist()), strict=True))
         totals = {"loss": loss / max(count, 1), "accuracy": 100.0 * hits / max(count, 1)}
         return totals | ({"top5_accuracy": 100.0 * near / max(count, 1)} if self._top5 else {})
 

@@ -98,13 +98,6 @@ def refuse() -> None:
         raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """`tensor` summed over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def gather(value: object) -> list:
     """What each rank has as its `value`, in the order of the ranks, on all of them."""
     values = [value] * world()
@@ -140,9 +133,7 @@ def replicate(model: nn.Module) -> nn.Module:
     """
     if world() == 1 or isinstance(model, FSDPModule):
         return model
-    with (
-        warnings.catch_warnings()
-    ):  # The argument has a new name, which older versions do not know.
+    with warnings.catch_warnings():  # of the argument's new name, which older versions do not know
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False)
 
