@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import utils
 from training import data, loop
 from training.loop import Totals, Trainer, evaluate, reestimate_bn
-from training.optimizers import SCHEDULES, schedule_of
+from training.optimizers import SCHEDULES, schedule_of, step_of_the_paper
 
 CPU = torch.device("cpu")
 
@@ -229,6 +229,25 @@ def test_schedules(name, points):
         scheduler.step()
     for step, factor in points.items():
         assert rates[step] == pytest.approx(3.0 * factor, abs=1e-12)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 10])
+def test_the_papers_step_falls_at_the_epochs_of_its_release(epochs):
+    """As torch's `MultiStepLR`, which is stepped once an epoch."""
+    ours, theirs = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0) for _ in range(2))
+    scheduler = schedule_of(step_of_the_paper(epochs), ours, 7 * epochs)
+    milestones = [int(0.5 * epochs), int(0.75 * epochs + 0.9)]
+    reference = torch.optim.lr_scheduler.MultiStepLR(theirs, milestones)
+    for epoch in range(epochs):
+        passed = sum(epoch >= milestone for milestone in milestones)
+        if milestones[0] > 0:  # torch looks at no milestone before the first step
+            assert reference.get_last_lr() == pytest.approx([2.0 * 0.1**passed])
+        theirs.step()
+        reference.step()
+        for _ in range(7):
+            assert ours.param_groups[0]["lr"] == pytest.approx(2.0 * 0.1**passed)
+            ours.step()
+            scheduler.step()
 
 
 def test_describe():

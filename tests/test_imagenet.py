@@ -11,10 +11,10 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from processes import on_ranks, run_reduced
 from reduced import Reduced
 from sklearn.datasets import load_digits
 from test_parallel import difference, results
-from test_parallel import run as run_on
 from test_parallel import succeed as succeed_on
 from test_scripts import (
     assert_equal,
@@ -37,7 +37,6 @@ from twa.checkpoints import load_state_dict
 from utils import UserError
 
 SGD, TWA = "train_sgd_imagenet.py", "train_twa.py"
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TRUNCATED = "train/3/2.jpg"
 
@@ -283,7 +282,7 @@ def test_sgd_then_twa(alone, folder, monkeypatch):
 def test_sgd_then_twa_on_two_ranks(alone, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(vision_transformer, "VisionTransformer", Reduced)
     arch, expected = alone
-    succeed_on(2, "tests/reduced.py", ROOT / SGD, *sgd_flags(folder, tmp_path, arch, workers=1))
+    succeed_on(2, SGD, *sgd_flags(folder, tmp_path, arch, workers=1), run=run_reduced)
     checkpoints = tmp_path / "checkpoints"
     if arch == "vit_b_16":  # which has no batch norm
         assert difference(checkpoints / "4.pt", expected / "checkpoints/4.pt") < 1e-3
@@ -292,7 +291,7 @@ def test_sgd_then_twa_on_two_ranks(alone, folder, tmp_path, monkeypatch):
         assert_reported(last, measured(folder, arch, checkpoints / "4.pt"), "test_")
         for path in (expected / "checkpoints").glob("[0-9].pt"):
             shutil.copy(path, checkpoints)
-    succeed_on(2, "tests/reduced.py", ROOT / TWA, *twa_flags(folder, tmp_path, arch))
+    succeed_on(2, TWA, *twa_flags(folder, tmp_path, arch), run=run_reduced)
     if arch == "vit_b_16":
         assert difference(tmp_path / "twa.pt", expected / "twa.pt") < 1e-3
     for name in ("SWA", "last"):  # batch norm is re-estimated alike on any number of ranks
@@ -381,11 +380,11 @@ def test_strict_images_end_a_run_in_one_line(folder, tmp_path):
 
 @pytest.mark.slow
 def test_strict_images_end_every_rank(folder, tmp_path):
-    done = run_on(2, SGD, *sgd_flags(folder, tmp_path, workers=1), "--strict-images")
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if TRUNCATED in line]
+    done = on_ranks(2, SGD, *sgd_flags(folder, tmp_path, workers=1), "--strict-images")
+    assert done.status != 0
+    (line,) = [line for line in done.err.splitlines() if TRUNCATED in line]
     assert "error: " in line and "--strict-images" in line
-    assert "UserError" not in done.stderr
+    assert "UserError" not in done.err
 
 
 def test_a_worker_that_dies_ends_the_run_in_one_line(folder, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """The scripts under torchrun: the results of one process, written once, and ranks that die.
 
-ViT has no batch norm, so that several ranks compute what one does; PreResNet20 has.
+A transformer has no batch norm, so that several ranks compute what one does; PreResNet20 has.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import in_child, on_ranks
 
 import models
 from training import data
@@ -23,44 +24,37 @@ from twa.checkpoints import load_into
 ROOT = Path(__file__).resolve().parents[1]
 SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TRANSFORMER = "tests.reduced:for_digits"
 BATCH = 120  # divides by 1, 2, 3 and 4
 
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into Linux's /proc")
 
 
-def command(ranks: int, script: str, *args, restarts: int = 0) -> list[str]:
-    """Without torchrun if `ranks` is 0."""
-    launch = [sys.executable]
-    if ranks:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        launch += ["--max-restarts", str(restarts)]
+def torchrun(ranks: int, script: str, *args, restarts: int = 0) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc_per_node", str(ranks), "--max-restarts", str(restarts)]
     return [*launch, str(ROOT / script), *map(str, args)]
 
 
-def run(ranks: int, script: str, *args) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(ranks, script, *args), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-
-
-def succeed(ranks: int, script: str, *args) -> str:
+def succeed(ranks: int, script: str, *args, **how) -> str:
     """What it printed."""
-    done = run(ranks, script, *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = on_ranks(ranks, script, *args, **how)
+    assert done.status == 0, done.err
+    return done.out
 
 
 def flags(folder: Path, arch: str) -> list:
-    common = ["--datasets", "Digits", "--arch", arch, "--batch-size", BATCH, "-p", 1000]
+    model = ["--model-factory" if ":" in arch else "--arch", arch]
+    common = ["--datasets", "Digits", *model, "--batch-size", BATCH, "-p", 1000]
     # Where the two are the same, TWA writes to a folder `twa` below.
     return [*common, "--save-dir", folder, "--log-dir", folder]
 
 
-def sgd_flags(folder: Path, arch: str = "ViT") -> list:
+def sgd_flags(folder: Path, arch: str = TRANSFORMER) -> list:
     return [*flags(folder, arch), "--epochs", 1, "--lr", 0.01, "--saves-per-epoch", 4]
 
 
-def twa_flags(folder: Path, arch: str = "ViT") -> list:
+def twa_flags(folder: Path, arch: str = TRANSFORMER) -> list:
     rate = ["--lr", 0.01, "--schedule", "linear"]
     return [*flags(folder, arch), "--epochs", 2, "--params_start", 1, "--params_end", 5, *rate]
 
@@ -106,7 +100,9 @@ def accuracy_of(arch: str, path: Path) -> float:
 
 
 def test_sgd_on_two_ranks_is_sgd_in_one_process(alone, tmp_path):
-    printed = succeed(2, SGD, *sgd_flags(tmp_path))
+    launch = torchrun(2, SGD, *sgd_flags(tmp_path))
+    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {
         *(f"{i}.pt" for i in range(5)),
         *("state.pt", "log", "run.json", "metrics.jsonl"),
@@ -116,7 +112,7 @@ def test_sgd_on_two_ranks_is_sgd_in_one_process(alone, tmp_path):
     (actual,), (expected,) = (lines(folder, "metrics.jsonl") for folder in (tmp_path, alone))
     for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
         assert actual[key] == pytest.approx(expected[key], rel=1e-4)
-    assert printed == (tmp_path / "log").read_text()  # once, by the first rank
+    assert done.stdout == (tmp_path / "log").read_text()  # once, by the first rank
 
 
 @pytest.mark.parametrize(
@@ -138,14 +134,14 @@ def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks
         for key in ("accuracy", "loss"):
             assert results(copy / "twa")[name][key] == pytest.approx(values[key], rel=1e-4), name
     assert printed == (copy / "twa/log").read_text()
-    assert results(copy / "twa")["TWA"]["accuracy"] == accuracy_of("ViT", copy / "twa/twa.pt")
+    assert results(copy / "twa")["TWA"]["accuracy"] == accuracy_of(TRANSFORMER, copy / "twa/twa.pt")
 
 
 @linux
 @pytest.mark.parametrize(("before", "after"), [(2, 0), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_ranks(alone, copy, before, after):
     arguments = twa_flags(copy)
-    with subprocess.Popen(command(before, TWA, *arguments), env=ENVIRONMENT, text=True) as process:
+    with subprocess.Popen(torchrun(before, TWA, *arguments), env=ENVIRONMENT, text=True) as process:
         wait_for(lambda: len(lines(copy / "twa", "twa_metrics.jsonl")) == 1, process)
         os.kill(rank_of(process, 1), signal.SIGKILL)
         assert process.wait(timeout=60) != 0
@@ -185,11 +181,11 @@ def test_what_sgd_and_swa_report_on_two_ranks_is_true_of_what_they_save(tmp_path
 
 
 def test_a_batch_that_does_not_divide_is_refused_in_a_line(tmp_path):
-    done = run(2, SGD, *sgd_flags(tmp_path), "--batch-size", 121)
-    assert done.returncode != 0
+    done = on_ranks(2, SGD, *sgd_flags(tmp_path), "--batch-size", 121)
+    assert done.status != 0
     message = "error: --batch-size 121: does not divide among 2 ranks; give a multiple of 2"
-    assert message in done.stderr
-    assert "UserError" not in done.stderr
+    assert message in done.err
+    assert "UserError" not in done.err
     assert not list(tmp_path.iterdir())
 
 
@@ -201,15 +197,11 @@ def test_a_batch_that_does_not_divide_is_refused_in_a_line(tmp_path):
     ],
 )
 def test_scripts_of_one_process_say_so(script, arguments, tmp_path):
-    done = subprocess.run(
-        command(0, script, *arguments, tmp_path / "new"),
-        env=ENVIRONMENT | {"RANK": "0", "WORLD_SIZE": "2"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
+    ranks = {"RANK": "0", "WORLD_SIZE": "2"}
+    done = in_child(tmp_path, script, *arguments, tmp_path / "new", environment=ranks)
+    assert done.status == 2
     name = Path(script).name
-    assert done.stderr == f"error: {name} runs in one process: start it without torchrun\n"
+    assert done.err == f"error: {name} runs in one process: start it without torchrun\n"
     assert not (tmp_path / "new").exists()
 
 
@@ -241,8 +233,8 @@ def rank_of(process: subprocess.Popen, rank: int) -> int:
 @linux
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_rank_that_is_killed_ends_the_job_or_brings_it_back(tmp_path, restarts):
-    arguments = [*flags(tmp_path, "PreResNet20"), "--epochs", 8]
-    launch = command(2, SGD, *arguments, restarts=restarts)
+    arguments = [*flags(tmp_path, "PreResNet20"), "--epochs", 5]
+    launch = torchrun(2, SGD, *arguments, restarts=restarts)
     with subprocess.Popen(
         launch, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -254,8 +246,8 @@ def test_a_rank_that_is_killed_ends_the_job_or_brings_it_back(tmp_path, restarts
     epochs = [m["epoch"] for m in lines(tmp_path, "metrics.jsonl")]
     if restarts:
         assert process.returncode == 0, printed
-        assert epochs == list(range(1, 9))
-        started = [line.split()[4] for line in printed.splitlines() if " to 8" in line]
+        assert epochs == list(range(1, 6))
+        started = [line.split()[4] for line in printed.splitlines() if " to 5" in line]
         assert started[0] == "0"
         assert int(started[1]) >= 1
     else:
@@ -263,4 +255,4 @@ def test_a_rank_that_is_killed_ends_the_job_or_brings_it_back(tmp_path, restarts
         assert seconds < 60
         assert "Signal 9 (SIGKILL)" in printed
         assert epochs == list(range(1, len(epochs) + 1))
-        assert len(epochs) < 8
+        assert len(epochs) < 5

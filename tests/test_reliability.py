@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import runpy
@@ -21,15 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from processes import ROOT, Child, Result, in_child, start, start_server
 from safetensors.torch import save_file
 
 # Helpers, not tests: how scripts are called, and what is compared.
 from test_scripts import (
-    ROOT,
     SGD,
     SWA,
     TWA,
-    Result,
     assert_equal,
     call,
     names,
@@ -57,83 +55,6 @@ if os.name != "posix":
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-# --- processes ---
-
-# Processes forked from one that has imported everything: as real as others, and seconds sooner.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["test_reliability", "train_twa", "sklearn.model_selection"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fork_server():
-    """Its start, with the folders it imports from: some versions of Python do not tell it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        first = FORKS.Process(target=os.getpid)
-        first.start()
-        first.join()  # once everything is imported: runs are timed
-
-
-def work(out: str, err: str, largest: int | None, function, *args) -> None:
-    """What a child does: `function`, with its output in files."""
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    torch.set_num_threads(1)
-    if largest:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    function(*args)
-
-
-def run_script(script: str, *args: str) -> None:
-    sys.argv = [str(ROOT / script), *args]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-class Child:
-    """A function that runs in a process of its own, with its output in files beside `folder`.
-
-    Args:
-        largest: of the files that it may write, in bytes.
-    """
-
-    def __init__(self, folder: Path, function, *args, largest: int | None = None):
-        self.out, self.err = (folder.parent / f"{folder.name}.{end}" for end in ("out", "err"))
-        self.out.write_text("")
-        self.err.write_text("")
-        arguments = (str(self.out), str(self.err), largest, function, *args)
-        self.process = FORKS.Process(target=work, args=arguments)
-        self.process.start()
-
-    def wait_for(self, words: str) -> None:
-        """Until it has printed them."""
-        end = time.monotonic() + 60
-        while words not in self.out.read_text():
-            assert self.process.is_alive(), self.err.read_text()
-            assert time.monotonic() < end, f"never printed: {words}"
-            time.sleep(0.002)
-
-    def send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
-
-    def end(self, seconds: float = 120) -> Result:
-        """Waits for its end; the status of one that a signal killed is negative."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, "does not end"
-        return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
-
-
-def start(folder: Path, script: str, *args, **how) -> Child:
-    return Child(folder, run_script, script, *map(str, args), **how)
-
-
-def in_child(folder: Path, script: str, *args, **how) -> Result:
-    return start(folder, script, *args, **how).end()
 
 
 # --- runs of every kind ---
@@ -209,6 +130,7 @@ class Uninterrupted:
     """What each kind of run leaves, and the seconds it takes; made when first asked for."""
 
     def __init__(self, folder: Path):
+        start_server()
         self._folder = folder
         self.seconds: dict[str, float] = {}
 

@@ -1,12 +1,10 @@
 """TWA on a model that FSDP2 shards among processes (gloo, CPU) against TWA in one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import on_ranks
 from ranks import CASES, CHECKPOINTS, ROUNDED, batches, checkpoints, make_model, uneven
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +13,6 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from twa import Subspace
 from twa.columns import Columns
 
-SCRIPT = Path(__file__).with_name("ranks.py")
 TRAINED = sum(p.numel() for p in uneven().parameters()) - 7  # the first bias is frozen
 FLOATS = 4  # bytes
 
@@ -24,14 +21,13 @@ FLOATS = 4  # bytes
 def folder(tmp_path_factory) -> Path:
     """Holds the checkpoints, and the results of one process with whole models in `whole.pt`."""
     folder = tmp_path_factory.mktemp("ranks")
-    execute([sys.executable, str(SCRIPT), str(folder)])
+    execute(0, folder)
     return folder
 
 
-def execute(command: list[str]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def execute(count: int, folder: Path) -> None:
+    done = on_ranks(count, "tests/ranks.py", folder)
+    assert done.status == 0, done.err
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +41,7 @@ def whole(folder) -> dict:
 )
 def ranks(folder, request) -> list[dict]:
     """The results of each rank."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    execute([*launch, str(request.param), str(SCRIPT), str(folder)])
+    execute(request.param, folder)
     return torch.load(folder / f"{request.param}.pt", weights_only=True)["ranks"]
 
 

@@ -103,7 +103,15 @@ def test_warmup_rises_linearly_before_the_schedule():
 
 
 def test_transformer_recipe_then_twa_on_held_out_data(tmp_path, capsys):
-    common = [*DIGITS, "--arch", "ViT", "--split", *HELD_OUT, "--save-dir", tmp_path]
+    common = [
+        *DIGITS,
+        "--model-factory",
+        "tests.reduced:for_digits",
+        "--split",
+        *HELD_OUT,
+        "--save-dir",
+        tmp_path,
+    ]
     common += ["--log-dir", tmp_path]
     recipe = ["--optimizer", "adamw", "--warmup-epochs", 1, "--label-smoothing", 0.1]
     recipe += ["--clip-grad", 1, "--randaugment", 9, "--schedule", "cosine", "--lr", 3e-4]

@@ -1,0 +1,162 @@
+"""Scripts in processes of their own: as real as others, and seconds sooner.
+
+They are forked from one process that has imported everything.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+FORKS = multiprocessing.get_context("forkserver") if os.name == "posix" else multiprocessing
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@functools.cache
+def start_server() -> None:
+    """Starts what processes are forked from, with the folders that it imports from."""
+    FORKS.set_forkserver_preload(["train_twa", "soup.soup", "sklearn.model_selection", "processes"])
+    with pytest.MonkeyPatch.context() as patch:  # some versions of Python do not tell it sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        first = FORKS.Process(target=os.getpid)
+        first.start()
+        first.join()  # once everything is imported: runs are timed
+
+
+def work(out: str, err: str, environment: dict, largest: int | None, function, *args) -> None:
+    """What a child does: `function`, with its output in files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if largest:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    function(*args)
+
+
+def run_script(script: str, *args: str) -> None:
+    sys.argv = [str(ROOT / script), *args]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_reduced(script: str, *args: str) -> None:
+    """As `run_script`, with torchvision's vision transformers made small."""
+    from reduced import Reduced, vision_transformer
+
+    vision_transformer.VisionTransformer = Reduced
+    run_script(script, *args)
+
+
+class Child:
+    """A function that runs in a process of its own, with its output in files beside `folder`.
+
+    Args:
+        environment: variables of the process beside those of this one.
+        largest: of the files that it may write, in bytes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        function: Callable,
+        *args,
+        environment: dict[str, str] | None = None,
+        largest: int | None = None,
+    ):
+        start_server()
+        self.out, self.err = (folder.parent / f"{folder.name}.{end}" for end in ("out", "err"))
+        self.out.write_text("")
+        self.err.write_text("")
+        how = (str(self.out), str(self.err), environment or {}, largest)
+        self.process = FORKS.Process(target=work, args=(*how, function, *args))
+        self.process.start()
+
+    def wait_for(self, words: str) -> None:
+        """Until it has printed them."""
+        end = time.monotonic() + 60
+        while words not in self.out.read_text():
+            assert self.process.is_alive(), self.err.read_text()
+            assert time.monotonic() < end, f"never printed: {words}"
+            time.sleep(0.002)
+
+    def send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def end(self, seconds: float = 120) -> Result:
+        """Waits for its end; the status of one that a signal killed is negative."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "does not end"
+        return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
+
+
+def start(folder: Path, script: str, *args, **how) -> Child:
+    return Child(folder, run_script, script, *map(str, args), **how)
+
+
+def in_child(folder: Path, script: str, *args, **how) -> Result:
+    return start(folder, script, *args, **how).end()
+
+
+def on_ranks(count: int, script: str, *args, run: Callable = run_script) -> Result:
+    """A script on so many ranks, which meet as those of `torchrun` do; on 0, without any.
+
+    When one of them fails, the others are killed.
+
+    Args:
+        run: what a rank does with `script` and `args`.
+
+    Returns:
+        The status of the first that failed, and what all printed, one after the other.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(max(count, 1)):
+            number = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            how = {"environment": variables | number if count else {}}
+            children.append(Child(Path(folder) / str(rank), run, script, *map(str, args), **how))
+        running, status = {child.process.sentinel: child for child in children}, 0
+        while running:
+            ended = wait(list(running), timeout=300)
+            assert ended, "does not end"
+            for sentinel in ended:
+                child = running.pop(sentinel)
+                child.process.join()
+                status = status or child.process.exitcode
+                if child.process.exitcode:
+                    for other in running.values():
+                        other.process.kill()
+        results = [child.end() for child in children]
+    return Result(status, *("".join(getattr(r, name) for r in results) for name in ("out", "err")))
