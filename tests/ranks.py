@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
-import models
+from models.preresnet import PreResNet
 from training import ranks
 from twa import TWA, CheckpointError, Subspace
 from twa.sharding import local
@@ -53,7 +53,7 @@ CASES = {
     ),
     "Schmidt, 8 bits by channel": (
         "preresnet",
-        PAPER | {"bits": 8, "granularity": "channel", "lr": 1e-5},
+        PAPER | {"bits": 8, "granularity": "channel", "lr": 1e-4},
     ),
 }
 STEPS, BATCH, CHECKPOINTS = 20, 12, 7
@@ -72,7 +72,7 @@ def uneven() -> nn.Module:
 
 
 def preresnet() -> nn.Module:
-    return models.build("PreResNet20", num_classes=2, in_channels=1)
+    return PreResNet(8, num_classes=2, in_channels=1)
 
 
 def make_model(name: str) -> nn.Module:

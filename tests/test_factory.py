@@ -1,14 +1,15 @@
 """Models of the user's own, made in folders whose modules have the names of ours."""
 
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+from processes import ROOT, Child, Result
 
 # Each of these names is one of ours, too; what is in it is the user's alone.
 SHADOWS = {
@@ -57,19 +58,31 @@ def folder(tmp_path) -> Path:
     return tmp_path / "user"
 
 
-def python(*arguments, cwd: Path, path: str = "") -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+def python(script: Path, *arguments, cwd: Path, path: str = "") -> Result:
+    """As `python SCRIPT ARGUMENTS` in the folder `cwd`, with `path` as PYTHONPATH."""
+    with tempfile.TemporaryDirectory() as output:
+        arguments = (str(script), str(cwd), *map(str, arguments))
+        child = Child(Path(output) / "run", run_from, *arguments, environment={"PYTHONPATH": path})
+        return child.end()
+
+
+def run_from(script: str, cwd: str, *arguments: str) -> None:
+    """In a process of its own: its module path is what Python would have made it."""
+    os.chdir(cwd)
+    foreign = [entry for entry in sys.path if not Path(entry or ".").is_relative_to(ROOT)]
+    given = [entry for entry in os.environ["PYTHONPATH"].split(os.pathsep) if entry]
+    sys.path[:] = [str(Path(script).parent), *given, *foreign]
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def flags(run: Path) -> list:
     return [*("--datasets", "Digits", "--epochs", 1), "--save-dir", run / "checkpoints"]
 
 
-def trained(done: subprocess.CompletedProcess, run: Path) -> dict[str, torch.Tensor]:
+def trained(done: Result, run: Path) -> dict[str, torch.Tensor]:
     """The weights after the one epoch of a run that succeeded."""
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.status, done.err) == (0, "")
     return torch.load(run / "checkpoints/1.pt", weights_only=True)
 
 
@@ -77,6 +90,13 @@ def test_the_users_modules_come_before_ours_of_the_same_names(folder, tmp_path):
     own = ["--model-factory", "user_data:make", "--log-dir", tmp_path]
     done = python(ROOT / "train_sgd_cifar.py", *flags(tmp_path), *own, cwd=folder)
     assert trained(done, tmp_path)["1.weight"].shape == (7, 64)
+    # The same by Python itself: nothing of ours is imported before the script begins.
+    again = tmp_path / "again"
+    command = [sys.executable, ROOT / "train_sgd_cifar.py", *flags(again), *own]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    subprocess.run(list(map(str, command)), cwd=folder, env=environment, check=True)
+    for name, weights in torch.load(again / "checkpoints/1.pt", weights_only=True).items():
+        assert torch.equal(weights, trained(done, tmp_path)[name])
 
 
 @pytest.mark.parametrize("elsewhere", [ROOT, ROOT / "swa"])
@@ -85,8 +105,10 @@ def test_those_on_pythonpath_do_so_from_anywhere(folder, tmp_path, elsewhere):
     factory = FACTORY.replace("from models import CLASSES", "CLASSES = 10")
     (folder / "user_data.py").write_text(factory)
     own = ["--model-factory", "user_data:make", "--dir", tmp_path]
-    script = [ROOT / "swa/train.py", "--dataset", "Digits", "--epochs", 1]
-    done = python(*script, *own, cwd=elsewhere, path=f"{ROOT}{os.pathsep}{folder}")
+    arguments = ["--dataset", "Digits", "--epochs", 1, *own]
+    done = python(
+        ROOT / "swa/train.py", *arguments, cwd=elsewhere, path=f"{ROOT}{os.pathsep}{folder}"
+    )
     assert trained(done, tmp_path)["1.weight"].shape == (7, 64)
 
 
@@ -102,8 +124,8 @@ def test_ours_are_there_for_a_user_who_has_none_of_these_names(tmp_path):
 def test_a_factory_that_is_not_there_is_refused(folder, tmp_path):
     own = ["--model-factory", "user_date:make", "--log-dir", tmp_path / "run"]
     done = python(ROOT / "train_sgd_cifar.py", *flags(tmp_path / "run"), *own, cwd=folder)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    assert done.status == 2
+    (line,) = done.err.splitlines()
     assert "--model-factory user_date:make" in line and "PYTHONPATH" in line
     assert not (tmp_path / "run").exists()
 
@@ -124,4 +146,4 @@ assert sys.path == path
 def test_afterwards_names_are_the_users_and_what_workers_unpickle_is_ours(folder, tmp_path):
     (tmp_path / "check.py").write_text(AFTERWARDS)
     done = python(tmp_path / "check.py", cwd=folder, path=str(ROOT))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.status, done.err) == (0, "")

@@ -831,7 +831,7 @@ def measure(seconds: float, folder: Path) -> None:
     started, rounds = time.monotonic(), 0
     while time.monotonic() - started < seconds or rounds < 6:
         rounds += 1
-        flags = [*where(folder), "--epochs", 2]
+        flags = [*where(folder), "--epochs", 2, "--images", 256]
         assert call(SGD, *flags, "--overwrite").status == 0
         assert call(TWA, *flags, "--params_end", 3).status == 0
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4

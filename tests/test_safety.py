@@ -1,5 +1,6 @@
 """TWA by its defaults never leaves a model worse than it found it: three small cases."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,19 @@ from twa.checkpoints import last_means, load_into
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(scope="module")
+def bench_of(tmp_path_factory):
+    """The finished SGD run of a case, as many epochs long as asked for."""
+
+    @functools.cache
+    def made(name: str, epochs: int) -> Bench:
+        folder = tmp_path_factory.mktemp("safety")
+        case = replace(CASES[name], epochs=epochs, saves=1, apart=1, test=100)
+        return Bench(case, 1, folder / "run", folder)
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("name", "epochs", "granularity"),
     [
@@ -20,10 +34,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ],
 )
 def test_the_end_is_no_worse_than_any_simple_average_on_images_that_nobody_saw(
-    tmp_path, name, epochs, granularity
+    bench_of, name, epochs, granularity
 ):
-    case = replace(CASES[name], epochs=epochs, saves=1, apart=1, test=100)
-    bench = Bench(case, 1, tmp_path / "run", tmp_path)
+    bench = bench_of(name, epochs)
     window = bench.window(epochs)
     counts = (1, 5, epochs)
     simple = []

@@ -498,6 +498,7 @@ def test_sgd_resumes_in_the_middle_of_saves_and_from_a_named_state(head, tmp_pat
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_twa_stopped_in_mid_epoch_ends_with_the_weights_of_an_uninterrupted_run(run, optimizer):
     flags = ["--params_start", 1, "--params_end", 5, "--epochs", 3, "--opt", optimizer, "-acc", 3]
+    flags += ["--images", 512]
     other = run.with_name("other")
     shutil.copytree(run, other)
     succeed(call(TWA, *where(other), *flags))
@@ -562,7 +563,7 @@ def test_a_state_of_other_settings_is_refused_and_can_be_tested(run, flags, word
 
 
 def test_twa_refuses_the_state_of_another_window(run):
-    flags = ["--params_end", 5, "--epochs", 1]
+    flags = ["--params_end", 5, "--epochs", 1, "--images", 256]
     succeed(call(TWA, *where(run), "--params_start", 1, *flags))
     line = refuse(run, TWA, *where(run), "--params_start", 2, *flags, "--resume")
     assert "twa_state.pt" in line
@@ -574,7 +575,7 @@ def test_twa_refuses_the_state_of_another_window(run):
 
 
 def test_two_settings_of_twa_run_side_by_side_and_replace_nothing(run, tmp_path):
-    flags = [*where(run), "--params_end", 5, "--epochs", 1]
+    flags = [*where(run), "--params_end", 5, "--epochs", 1, "--images", 256]
     before = snapshot(run)
     for lr in (0.1, 0.2):
         succeed(call(TWA, *flags, "--lr", lr, "--out", tmp_path / f"{lr}"))
@@ -593,6 +594,7 @@ def test_two_settings_of_twa_run_side_by_side_and_replace_nothing(run, tmp_path)
 
 def test_twa_does_not_write_among_the_checkpoints(run):
     flags = ["--datasets", "Digits", "--arch", "PreResNet20", "--params_end", 5, "--epochs", 0]
+    flags += ["--images", 256]
     flags += ["--save-dir", run / "checkpoints"]
     line = refuse(run, TWA, *flags, "--out", run / "checkpoints")
     assert "--out" in line
@@ -603,7 +605,7 @@ def test_twa_does_not_write_among_the_checkpoints(run):
 
 
 def test_the_table_has_a_dash_where_the_run_that_left_the_checkpoints_is_not_known(run, tmp_path):
-    flags = [*where(run), "--params_end", 5, "--epochs", 1]
+    flags = [*where(run), "--params_end", 5, "--epochs", 1, "--images", 256]
     flags[flags.index("--log-dir") + 1] = tmp_path / "elsewhere"
     table = succeed(call(TWA, *flags)).out
     for name in ("last", "SWA", "TWA"):
@@ -615,7 +617,7 @@ def test_the_table_has_a_dash_where_the_run_that_left_the_checkpoints_is_not_kno
     assert_picture(tmp_path / "elsewhere/twa.png")
     # The run is known, but not how long its last epochs took.
     (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
-    succeed(call(TWA, *where(run), "--params_end", 5, "--epochs", 1))
+    succeed(call(TWA, *where(run), "--params_end", 5, "--epochs", 1, "--images", 256))
     results = json.loads((run / "twa.json").read_text())["results"]
     assert results["TWA"]["epochs"] == 5 and results["TWA"]["seconds"] is None
 
@@ -910,10 +912,10 @@ TAIL = ["--epochs", 6, "--swa", "--swa_start", 4, "--swa_lr", 0.05, "--eval_freq
 @pytest.fixture(scope="module")
 def tail(tmp_path_factory) -> Path:
     """The folder of a run with SWA over epochs 4 to 6."""
-    cwd = tmp_path_factory.mktemp("tail")
-    result = succeed(process(SWA, *swa_flags("DIR"), *TAIL, cwd=cwd))
+    folder = tmp_path_factory.mktemp("tail") / "run"
+    result = succeed(processes.in_child(folder, SWA, *swa_flags(folder), *TAIL))
     assert result.err == ""
-    return cwd / "DIR"
+    return folder
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ def test_coefficients_and_weights_after_twenty_steps_are_those_of_one_process(wh
         limit = 1e-5 if "bits" not in case else 0.05
         assert difference(flat(actual["weights"]) - flat(actual["start"]), way) < limit
         if "bits" not in case or case == "Schmidt, 8 bits":
-            assert difference(actual["coefficients"], expected["coefficients"]) < 1e-4
+            limit = 1e-4 if "bits" not in case else 2e-4
+            assert difference(actual["coefficients"], expected["coefficients"]) < limit
         if "bits" not in case:
             torch.testing.assert_close(
                 actual["averaging weights"], expected["averaging weights"], rtol=1e-4, atol=1e-5
