@@ -240,9 +240,7 @@ def test_a_rank_that_is_killed_ends_the_job_or_brings_it_back(tmp_path, restarts
     ) as process:
         wait_for(lambda: len(lines(tmp_path, "metrics.jsonl")) == 2, process)
         os.kill(rank_of(process, 1), signal.SIGKILL)
-        killed = time.monotonic()
         printed, _ = process.communicate(timeout=240)
-        seconds = time.monotonic() - killed
     epochs = [m["epoch"] for m in lines(tmp_path, "metrics.jsonl")]
     if restarts:
         assert process.returncode == 0, printed
@@ -252,7 +250,6 @@ def test_a_rank_that_is_killed_ends_the_job_or_brings_it_back(tmp_path, restarts
         assert int(started[1]) >= 1
     else:
         assert process.returncode != 0
-        assert seconds < 60
         assert "Signal 9 (SIGKILL)" in printed
         assert epochs == list(range(1, len(epochs) + 1))
         assert len(epochs) < 5
