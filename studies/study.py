@@ -24,7 +24,7 @@ import utils
 from studies.curvature import curvature
 from training import data, logs
 from training.coefficients import LateMean, averaging_weights, keep_best
-from training.loop import SAMPLE, autocast, build, evaluate, reestimate_bn, sample_loss
+from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA, best_start
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
@@ -148,7 +148,7 @@ class Bench:
 
     def validation_loss(self) -> float:
         """The loss of the model on images that no run is trained on."""
-        reestimate_bn(self.model, self.train, True, SAMPLE)
+        reestimate_bn(self.model, self.train, True, self.train.sample)
         return evaluate(self.model, self.tuned_on, amp=True)["loss"]
 
     def window(self, first: int = 0, every: int | None = None) -> list[Path]:

@@ -33,9 +33,11 @@ class SGDRun:
     metrics: list[dict]
     saves_per_epoch: int | None  # None: nothing is known of the run
     held_out: str | None  # see `flags.held_out`
+    arguments: dict  # of the script; {}: nothing is known of them
+    unit: str = "epochs"  # what is told in results: "epochs" or "steps"
 
     @classmethod
-    def read(cls, log_dir: Path) -> SGDRun:
+    def read(cls, log_dir: Path, unit: str = "epochs") -> SGDRun:
         """What the files of the run say, if they are there."""
         description = logs.read_json(log_dir / "run.json")
         arguments = description.get("arguments", {})
@@ -43,26 +45,37 @@ class SGDRun:
             logs.read_lines(log_dir / "metrics.jsonl"),
             arguments.get("saves_per_epoch", 1) if arguments else None,
             flags.held_out(argparse.Namespace(**{"split": False} | arguments)),
+            arguments,
+            unit,
         )
+
+    def _in_unit(self, epochs: float) -> float:
+        return epochs * (self.arguments["epoch_steps"] if self.unit == "steps" else 1)
 
     def spent(self, checkpoint: int) -> dict[str, float | None]:
         """The epochs and the training seconds up to the checkpoint of this number, if known."""
         if self.saves_per_epoch is None:
-            return {"epochs": None, "seconds": None}
+            return {self.unit: None, "seconds": None}
         epochs = checkpoint / self.saves_per_epoch
         seconds = sum(
             m["seconds"] * min(1.0, max(0.0, epochs - i)) for i, m in enumerate(self.metrics)
         )
-        return {"epochs": epochs, "seconds": seconds if epochs <= len(self.metrics) else None}
+        known = epochs <= len(self.metrics)
+        return {self.unit: self._in_unit(epochs), "seconds": seconds if known else None}
 
     @property
     def curves(self) -> dict[str, Curve]:
-        """Test accuracy over epochs, of SGD and, where it was tested, of its average."""
-        curves = {}
-        for name, key in (("SGD", "test_accuracy"), ("SWA", "SWA_accuracy")):
+        """Test accuracy over epochs, of SGD and, where it was tested, of its average.
+
+        Of a text the test loss over steps.
+        """
+        curves, loss = {}, self.unit == "steps"
+        keys = {"AdamW": "test_loss"} if loss else {"SGD": "test_accuracy", "SWA": "SWA_accuracy"}
+        for name, key in keys.items():
             tested = [m for m in self.metrics if m.get(key) is not None]
             if tested:
-                curves[name] = [m["epoch"] for m in tested], [m[key] for m in tested]
+                spent = [self._in_unit(m["epoch"]) for m in tested]
+                curves[name] = spent, [m[key] for m in tested]
         return curves
 
     @property
@@ -73,7 +86,7 @@ class SGDRun:
         last = self.metrics[-1]
         return {
             **{k.removeprefix("test_"): v for k, v in last.items() if k.startswith("test_")},
-            "epochs": last["epoch"],
+            self.unit: self._in_unit(last["epoch"]),
             "seconds": sum(m["seconds"] for m in self.metrics),
         }
 
@@ -95,7 +108,10 @@ COLUMNS = {
     "accuracy": "{:.2f} %",
     "top5_accuracy": "{:.2f} %",
     "loss": "{:.4f}",
+    "bits_a_byte": "{:.4f}",
+    "perplexity": "{:.4g}",
     "epochs": "{:.4g}",
+    "steps": "{:.0f}",
     "seconds": "{:.1f}",
 }
 
@@ -111,7 +127,7 @@ def table(
         columns: key of a value to its format.
     """
     columns = {k: form for k, form in columns.items() if any(k in v for v in solutions.values())}
-    rows = [["solution", *columns]]
+    rows = [["solution", *(key.replace("_", " ") for key in columns)]]
     for name, values in solutions.items():
         known = {key: value for key, value in values.items() if value is not None}
         rows.append(
@@ -137,6 +153,7 @@ def figure(
     curves: Mapping[str, Curve],
     points: Mapping[str, tuple[float | None, float]],
     averaging_weights: Mapping[str, float] | None = None,
+    loss: bool = False,
 ) -> None:
     """Test accuracy over epochs and, if given, the averaging coefficients as bars beside it.
 
@@ -146,7 +163,9 @@ def figure(
         points: name to (epochs spent, test accuracy in percent); "TWA" becomes a star, and a
             point whose epochs are not known a line.
         averaging_weights: name of a checkpoint file to α.
+        loss: in place of epochs and accuracies, steps and losses in nats a token.
     """
+    form = "{:.4f}" if loss else "{:.2f} %"
     panels = 1 if averaging_weights is None else 2
     fig = Figure(figsize=(6 * panels, 4))
     axes = fig.subplots(1, panels, squeeze=False)
@@ -155,7 +174,7 @@ def figure(
         left.plot(epochs, accuracies, color=COLOURS.get(name, OTHER), label=name)
     for name, (epochs, accuracy) in points.items():
         star = name.startswith("TWA")
-        style = {"color": COLOURS.get(name, OTHER), "label": f"{name}: {accuracy:.2f} %"}
+        style = {"color": COLOURS.get(name, OTHER), "label": f"{name}: {form.format(accuracy)}"}
         if epochs is None:
             left.axhline(accuracy, linestyle=":", **style)
         else:
@@ -164,10 +183,16 @@ def figure(
     # Without a limit the first epochs would squeeze all that matters into a line at the top.
     shown = [a for _, accuracies in curves.values() for a in accuracies]
     shown += [accuracy for _, accuracy in points.values()]
-    top, middle = max(shown), sorted(shown)[len(shown) // 3]
-    left.set_ylim(max(0.0, middle - (top - middle) - 1), min(100.5, top + 0.2 * (top - middle) + 1))
-    left.set(xlabel="epochs spent", ylabel="test accuracy (%)", title=title)
-    left.legend(loc="lower right")
+    if loss:
+        best, middle = min(shown), sorted(shown)[2 * len(shown) // 3]
+        left.set_ylim(best - 0.1 * (middle - best), middle + (middle - best))
+        left.set(xlabel="steps spent", ylabel="test loss (nats a token)", title=title)
+    else:
+        top, middle = max(shown), sorted(shown)[len(shown) // 3]
+        lowest = max(0.0, middle - (top - middle) - 1)
+        left.set_ylim(lowest, min(100.5, top + 0.2 * (top - middle) + 1))
+        left.set(xlabel="epochs spent", ylabel="test accuracy (%)", title=title)
+    left.legend(loc="upper right" if loss else "lower right")
     left.grid(alpha=0.3)
     if averaging_weights is not None:
         right = axes[0][1]
