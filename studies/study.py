@@ -265,7 +265,7 @@ def fit(
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0) -> Tensor:
     """Adds `share` of the mean loss's gradient to the model's; returns that share of the loss."""
     with autocast(images.device, True):
-        loss = F.cross_entropy(model(images), labels) * share
+        loss = F.cross_entropy(model(images).flatten(0, -2), labels) * share
     loss.backward()
     return loss.detach()
 
