@@ -94,11 +94,11 @@ def train_twa(args):
         reestimate_bn(model, train, args.amp, image_folders.BN_IMAGES if on_imagenet else None)
         return test.measures(evaluate(model, test, args.amp, on_imagenet))
 
-    window = windows.paths_of(args)
-    averages = windows.averages_of(window, model)
     sgd = report.SGDRun.read(Path(args.log_dir), unit)
     if on_text:
         text.check_run(sgd.arguments, args)
+    window = windows.paths_of(args)
+    averages = windows.averages_of(window, model)
     spent = sgd.spent(args.params_end - 1)
     solutions = {}
     for name, checkpoint in averages.items():
