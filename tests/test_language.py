@@ -515,6 +515,15 @@ def test_models_of_transformers_are_trained_and_averaged(words, tmp_path, monkey
     succeed(call(TWA, *flags))
     gpt2().load_state_dict(load_state_dict(run / "twa.pt"))
 
+    for number in range(2, 7):  # as transformers' Trainer leaves them
+        model = gpt2()
+        load_into(model, run / f"checkpoints/{number}.pt")
+        model.save_pretrained(run / f"folders/checkpoint-{500 * number}")
+    flags += ["--save-dir", run / "folders", "--out", run / "other", "--params_end"]
+    assert "no checkpoint-N with N in [2, 9)" in refuse(run, TWA, *flags, 9)
+    succeed(call(TWA, *flags, 3001))
+    assert_equal(*(load_state_dict(run / name) for name in ("other/twa.pt", "twa.pt")))
+
 
 # --- coefficients and decays ---
 
