@@ -11,12 +11,13 @@ as it comes: --opt SGD --extract Schmidt --schedule step --lr 2 --train_start -1
 Under `torchrun` the ranks hold model and basis together, a shard each, and all else is the same.
 """
 
+import math
 import time
 from pathlib import Path
 
 import models
 import utils
-from training import coefficients, data, entry, flags, image_folders, ranks, report, windows
+from training import coefficients, data, entry, flags, image_folders, ranks, report, text, windows
 from training.flags import number
 from training.locks import lock
 from training.logs import write_json
@@ -28,14 +29,15 @@ from twa.checkpoints import load_into
 
 def parse_arguments():
     parser = flags.Parser("trains the averaging coefficients over a window of checkpoints")
-    architectures = dict.fromkeys((*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS))
-    datasets = (*data.DATASETS, image_folders.NAME)
+    images = (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS)
+    architectures = dict.fromkeys((*images, *models.LANGUAGE_MODELS))
+    datasets = (*data.DATASETS, image_folders.NAME, text.NAME)
     flags.add_data_set_arguments(parser, architectures, datasets, default="VGG16BN")
     flags.add_training_arguments(parser)
     add = parser.add_argument
     add("--out", metavar="DIR", help="where everything is written; left out, --log-dir")
     epochs_help = "epochs over the training set, or over its held-out part with --split"
-    add("--epochs", type=number(int, 0), default=100, help=epochs_help)
+    add("--epochs", type=number(int, 0), help=f"{epochs_help}; left out, 100, of text 1")
     windows.add_arguments(parser)
     coefficients.add_arguments(parser, schedule="linear")
     flags.add_recipe_arguments(parser)
@@ -48,12 +50,22 @@ def parse_arguments():
     )
     flags.add_launch_arguments(parser)
     flags.add_image_arguments(parser, None)
+    text.add_arguments(parser)
+    steps_help = "steps of an epoch of text; left out, as many as the text has batches"
+    add("--steps", dest="epoch_steps", type=number(int, 1), help=steps_help)
     parser.set_defaults(print_freq=200)  # as in the paper's release
     args = parser.parse_args()
     if args.datasets == image_folders.NAME:
         args.image_size = args.image_size or image_folders.SIZE
     elif args.image_size or args.strict_images:
         parser.error(f"--image-size and --strict-images: only with --datasets {image_folders.NAME}")
+    on_text = args.datasets == text.NAME
+    if args.epochs is None:
+        args.epochs = 1 if on_text else 100
+    if on_text:
+        text.check_arguments(args, parser)
+    elif args.epoch_steps or args.tokenizer:
+        parser.error(f"--steps and --tokenizer: only with --datasets {text.NAME}")
     # The folder of the checkpoints may be others' as well: nothing is written there.
     if Path(args.out or args.log_dir).resolve() == Path(args.save_dir).resolve():
         if args.out:
@@ -74,16 +86,19 @@ def train_twa(args):
     utils.set_seed(args.randomseed)
     out = Path(args.out)
     model, train, test = set_up(args, on_held_out=True, shard=True)
-    on_imagenet = args.datasets == image_folders.NAME
+    on_imagenet, on_text = (args.datasets == name for name in (image_folders.NAME, text.NAME))
+    unit, quality = ("steps", "loss") if on_text else ("epochs", "accuracy")
 
     def measure() -> dict[str, float]:
         """Batch norm's statistics belong to the data: every solution has its own."""
         reestimate_bn(model, train, args.amp, image_folders.BN_IMAGES if on_imagenet else None)
-        return evaluate(model, test, args.amp, on_imagenet)
+        return test.measures(evaluate(model, test, args.amp, on_imagenet))
 
+    sgd = report.SGDRun.read(Path(args.log_dir), unit)
+    if on_text:
+        text.check_run(sgd.arguments, args)
     window = windows.paths_of(args)
     averages = windows.averages_of(window, model)
-    sgd = report.SGDRun.read(Path(args.log_dir))
     spent = sgd.spent(args.params_end - 1)
     solutions = {}
     for name, checkpoint in averages.items():
@@ -128,6 +143,12 @@ def train_twa(args):
             f"note: the checkpoints' run held out {sgd.held_out or 'nothing'}, so its models know "
             "images that the coefficients are trained on; give both the same --split"
         )
+    risen = math.ceil(sgd.arguments.get("warmup_epochs", 0) * (sgd.saves_per_epoch or 1))
+    if args.params_start < risen:
+        run.log.line(
+            f"note: the window begins within the warm-up of the run, whose checkpoints are far "
+            f"from the others; try --params_start {risen}"
+        )
     run.train()
 
     end, started = {}, time.perf_counter()
@@ -138,8 +159,9 @@ def train_twa(args):
     seconds += time.perf_counter() - started
     tested = measure()
     ranks.save_model(model, out / "twa.pt")
-    epochs = args.epochs * (args.val_ratio / 100 if args.split else 1)
-    solutions["TWA"] = tested | report.more(spent, epochs=epochs, seconds=seconds)
+    share = args.val_ratio / 100 if args.split and not on_text else 1
+    further = {unit: args.epochs * (trainer.steps_an_epoch if on_text else share)}
+    solutions["TWA"] = tested | report.more(spent, **further, seconds=seconds)
     alpha = coefficients.averaging_weights(optimizer)
     skipped = skipped_images(train, test)
     if ranks.rank() > 0:
@@ -161,11 +183,12 @@ def train_twa(args):
         out / "twa.png",
         f"{args.arch} on {args.datasets}",
         curves=sgd.curves,
-        points={name: (s["epochs"], s["accuracy"]) for name, s in solutions.items()},
+        points={name: (s[unit], s[quality]) for name, s in solutions.items()},
         averaging_weights=averaging_weights,
+        loss=on_text,
     )
-    if sgd.end and spent["epochs"] is not None and sgd.end["epochs"] > spent["epochs"]:
-        solutions["SGD to its end"] = sgd.end
+    if sgd.end and spent[unit] is not None and sgd.end[unit] > spent[unit]:
+        solutions[f"{'AdamW' if on_text else 'SGD'} to its end"] = sgd.end
     run.log.line(report.table(solutions))
     if skipped:
         run.log.line(skipped)

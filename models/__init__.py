@@ -1,13 +1,14 @@
-"""Image classifiers by the names of `--arch`.
+"""Image classifiers, and in `models.gpt` language models, by the names of `--arch`.
 
 The names of their modules, and so the keys of a `state_dict`, are those of the paper's release.
 """
 
 from functools import partial
 
+import torch
 from torch import nn
 
-from models import factory, imagenet
+from models import factory, gpt, imagenet
 from models.preresnet import PreResNet
 from models.resnet import ResNet
 from models.vgg import VGG
@@ -39,6 +40,7 @@ _ANY_SIZE = {
 }
 
 ARCHITECTURES = (*_SIZED, *_ANY_SIZE, *imagenet.NAMES)
+LANGUAGE_MODELS = gpt.NAMES
 
 
 def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
@@ -51,7 +53,8 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
             function does not return such a model.
     """
     if ":" in name:
-        return factory.build(name, num_classes, in_channels, image_size)
+        example = torch.zeros(2, in_channels, image_size, image_size)
+        return factory.build(name, example, (2, num_classes))
     if name in _SIZED:
         return _SIZED[name](num_classes, in_channels, image_size)
     if name in _ANY_SIZE:

@@ -25,12 +25,19 @@ from utils import UserError
 _ROOT = Path(__file__).resolve().parents[1]
 
 
-def build(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def build(name: str, example: torch.Tensor, shape: tuple[int, ...]) -> nn.Module:
     """The model that `module:function` returns, called without arguments and tried once.
+
+    A model that returns an object with `logits`, as those of transformers do, returns these alone
+    from then on.
+
+    Args:
+        example: a batch that it must take: images, float [B, C, H, W], or tokens, int64 [B, T].
+        shape: of the logits that it must give: [B, classes], or [B, T, vocabulary].
 
     Raises:
         UserError: the function is not there or fails, or returns something else than a model with
-            parameters to train that maps such images to logits [B, num_classes].
+            parameters to train that maps `example` to logits of this `shape`.
     """
     module, _, function = name.partition(":")
     name = f"--model-factory {name}"
@@ -46,23 +53,28 @@ def build(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.
         raise UserError(f"{name}: returns a {type(model).__name__}, not an nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{name}: returns a model without parameters to train")
-    shape = (2, in_channels, image_size, image_size)
+    model.register_forward_hook(_logits)
+    given = "images" if example.is_floating_point() else "tokens"
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(shape))
+            logits = model.eval()(example)
     except Exception as error:
-        reason = _one_line(error)
-        raise UserError(f"{name}: does not take images of shape {shape} ({reason})") from None
+        size, reason = tuple(example.shape), _one_line(error)
+        raise UserError(f"{name}: does not take {given} of shape {size} ({reason})") from None
     if not isinstance(logits, torch.Tensor):
         raise UserError(f"{name}: gives a {type(logits).__name__}, not a tensor of logits")
-    if logits.shape != (2, num_classes):
+    if logits.shape != shape:
         raise UserError(
-            f"{name}: gives logits of shape {list(logits.shape)} for two images, and the data set "
-            f"has {num_classes} classes"
+            f"{name}: gives logits of shape {list(logits.shape)} for {given} of shape "
+            f"{list(example.shape)}, and the data set needs {list(shape)}"
         )
     for key, ours in removed.items():  # what is sent to worker processes is looked up by its name
         sys.modules.setdefault(key, ours)
     return model
+
+
+def _logits(_, __, output: object) -> object:
+    return getattr(output, "logits", output)
 
 
 def _one_line(error: Exception) -> str:

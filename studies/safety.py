@@ -30,7 +30,7 @@ from studies.curvature import curvature
 from training import data
 from training.coefficients import RATES, LateMean, keep_best
 from training.logs import write_json
-from training.loop import SAMPLE, autocast, build, predict, reestimate_bn, sample_loss
+from training.loop import autocast, build, predict, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from training.windows import name_of
 from twa import TWA, best_start
@@ -192,7 +192,7 @@ class Bench:
 
     def judged(self) -> list[Tensor]:
         """The losses of the held-out and of the test images, and which are recognised: [2, N]."""
-        reestimate_bn(self.model, self.train, self.amp, SAMPLE)
+        reestimate_bn(self.model, self.train, self.amp, self.train.sample)
         found = []
         for judge in self.judges:
             outputs, labels = map(

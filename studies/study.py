@@ -24,7 +24,7 @@ import utils
 from studies.curvature import curvature
 from training import data, logs
 from training.coefficients import LateMean, averaging_weights, keep_best
-from training.loop import SAMPLE, autocast, build, evaluate, reestimate_bn, sample_loss
+from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA, best_start
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
@@ -148,7 +148,7 @@ class Bench:
 
     def validation_loss(self) -> float:
         """The loss of the model on images that no run is trained on."""
-        reestimate_bn(self.model, self.train, True, SAMPLE)
+        reestimate_bn(self.model, self.train, True, self.train.sample)
         return evaluate(self.model, self.tuned_on, amp=True)["loss"]
 
     def window(self, first: int = 0, every: int | None = None) -> list[Path]:
@@ -265,7 +265,7 @@ def fit(
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0) -> Tensor:
     """Adds `share` of the mean loss's gradient to the model's; returns that share of the loss."""
     with autocast(images.device, True):
-        loss = F.cross_entropy(model(images), labels) * share
+        loss = F.cross_entropy(model(images).flatten(0, -2), labels) * share
     loss.backward()
     return loss.detach()
 

@@ -148,6 +148,7 @@ class Loader:
     """
 
     skipped: Set[str] = frozenset()  # none, of data that are held on the device
+    sample = 1024  # images on which start and end points are compared
 
     def __init__(
         self,
@@ -189,6 +190,14 @@ class Loader:
     def images_in(self, batch: int) -> int:
         """The number of images in a batch, on all ranks together."""
         return min(self.batch_size, len(self.split) - batch * self.batch_size)
+
+    def labels_in(self, batch: int) -> int:
+        """The number of labels in a batch, on all ranks together."""
+        return self.images_in(batch)
+
+    def measures(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What is told of loss and accuracy, by name: other data have other measures."""
+        return metrics
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterates over this rank's parts of the epoch's batches, from batch `start` on.

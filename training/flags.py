@@ -219,6 +219,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 # What may differ between a run and its resumption; all else must be the same.
 MAY_CHANGE = {
     *("save_dir", "log_dir", "out", "log_name", "data_dir", "resume", "overwrite", "evaluate"),
+    *("tokenizer", "initial"),  # the vocabulary counts; and what a run began with is in its state
     *("device", "compile", "workers", "reshard_after_forward", "strict_images"),
     *("print_freq", "save_freq", "eval_freq", "wandb", "EXP", "pretrained", "start_epoch"),
     *("gpu", "world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
@@ -234,4 +235,8 @@ def settings(args: argparse.Namespace) -> dict:
 
 def held_out(args: argparse.Namespace) -> str | None:
     """Which images `--split` holds out: runs that say the same hold out the same."""
-    return f"{args.val_ratio:g} % by seed {args.randomseed}" if args.split else None
+    if not args.split:
+        return None
+    if args.datasets == "Text":
+        return "the validation files"
+    return f"{args.val_ratio:g} % by seed {args.randomseed}"

@@ -70,7 +70,14 @@ class RunLog:
             self._wandb.log(metrics)
 
 
-FORMATS = {"loss": "{:.4f}", "accuracy": "{:.2f} %", "seconds": "{:.1f}"}  # others: four digits
+# By the last word of a value's name; others: four digits.
+FORMATS = {
+    "loss": "{:.4f}",
+    "byte": "{:.4f}",
+    "accuracy": "{:.2f} %",
+    "steps": "{:.0f}",
+    "seconds": "{:.1f}",
+}
 
 
 def told(key: str, value: float | None) -> str:

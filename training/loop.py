@@ -16,13 +16,11 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import models
-from training import data, image_folders, ranks
+from training import data, image_folders, ranks, text
 from training.logs import import_wandb, told
 from training.optimizers import schedule_of
 from twa.checkpoints import NotFiniteError
 from utils import UserError, choose_device
-
-SAMPLE = 1024  # images on which start and end points are compared
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
@@ -66,6 +64,15 @@ def set_up(
         loader = partial(
             image_folders.Loader, device=device, workers=args.workers, strict=args.strict_images
         )
+    elif args.datasets == text.NAME:
+        if ranks.local_rank() > 0:
+            ranks.barrier()  # until the first rank of the machine has written the tokens
+        vocabulary = text.Vocabulary.read(args.tokenizer)
+        train_set, test_set = text.load(args.data_dir, vocabulary, args.context)
+        if ranks.local_rank() == 0:
+            ranks.barrier()
+        test_batch_size = args.batch_size
+        loader = partial(text.Loader, device=device, steps=args.epoch_steps)
     else:
         if ranks.local_rank() > 0:
             ranks.barrier()  # until the first rank of the machine has downloaded what is missing
@@ -77,23 +84,20 @@ def set_up(
         rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
         train_set = held_out if on_held_out else rest
     train_set = train_set.part(slice(args.images))
-    train = loader(
-        train_set,
-        args.batch_size,
-        train=True,
-        seed=args.randomseed,
-        channels_last=args.amp,
-        randaugment=args.randaugment,
-        **among,
-    )
-    test = loader(test_set, test_batch_size, train=False, channels_last=args.amp, **among)
+    augment = {}
+    if args.datasets != text.NAME:
+        among["channels_last"] = args.amp
+        augment["randaugment"] = args.randaugment
+    seed = args.randomseed
+    train = loader(train_set, args.batch_size, train=True, seed=seed, **augment, **among)
+    test = loader(test_set, test_batch_size, train=False, **among)
     model = build(args.arch, train_set.spec, device, args, shard)
     return model, train, test
 
 
 def build(
     name: str,
-    spec: data.Spec,
+    spec: data.Spec | text.Spec,
     device: torch.device,
     args: argparse.Namespace,
     shard: bool = False,
@@ -103,7 +107,9 @@ def build(
     Raises:
         UserError: as `models.build`.
     """
-    if spec.name == image_folders.NAME and ":" not in name:
+    if spec.name == text.NAME:
+        model = models.gpt.build(name, spec.vocabulary.size, spec.context)
+    elif spec.name == image_folders.NAME and ":" not in name:
         model = models.imagenet.build(name, spec.classes, spec.size)
     else:
         model = models.build(name, spec.classes, spec.channels, spec.size)
@@ -268,8 +274,8 @@ class Trainer:
         return {
             "epoch": epoch,
             "rate": rate,
-            **{f"train_{key}": value for key, value in trained.items()},
-            **{f"test_{key}": value for key, value in tested.items()},
+            **{f"train_{key}": value for key, value in self.train.measures(trained).items()},
+            **{f"test_{key}": value for key, value in self.test.measures(tested).items()},
             "seconds": seconds,
         }
 
@@ -286,7 +292,7 @@ class Trainer:
         bar = tqdm(batches, title, count, leave=False, initial=done, disable=silent)
         for i, (images, labels) in enumerate(bar, start=done + 1):
             with autocast(device, self.amp):
-                outputs = self._forward(images)
+                outputs = self._forward(images).flatten(0, -2)
                 loss = F.cross_entropy(
                     outputs, labels, label_smoothing=self.label_smoothing, reduction="sum"
                 )
@@ -295,10 +301,10 @@ class Trainer:
                 self._refuse_divergence(loss.item(), f"{title}, iteration {i}")
             left = count - (i - 1) // self.accumulate * self.accumulate  # from this step's first on
             # The mean over the batch; gradients are averaged over the ranks, hence their number.
-            share = ranks.world() / self.train.images_in(i - 1)
+            share = ranks.world() / self.train.labels_in(i - 1)
             (loss * share / min(self.accumulate, left)).backward()
             if i % self.print_every == 0 or i == count:  # before a step whose weights are saved
-                so_far = totals.read()
+                so_far = self.train.measures(totals.read())
                 self._refuse_divergence(so_far["loss"], f"{title}, iteration {i}")
                 bar.set_postfix(so_far)
                 if bar.disable and i < count:
@@ -354,12 +360,15 @@ def score(
 def predict(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], amp: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch by batch, in evaluation mode: logits float32 [B, classes] and labels [B]."""
+    """Batch by batch, in evaluation mode: logits float32 [B, classes] and labels [B].
+
+    Of a text, B counts the tokens of the batch.
+    """
     model.eval()
     device = device_of(model)
     for images, labels in batches:
         with autocast(device, amp):
-            outputs = model(images)
+            outputs = model(images).flatten(0, -2)
         yield outputs.float(), labels
 
 
@@ -384,19 +393,19 @@ def reestimate_bn(
 
 
 def sample_loss(model: nn.Module, train: data.Loader, amp: bool = False) -> float:
-    """The loss in nats on the first `SAMPLE` images of epoch 0, which no training uses.
+    """The loss in nats on the first `train.sample` images of epoch 0, which no training uses.
 
     Batch norm is re-estimated on these first. What a start or an end point is chosen by: test data
     choose nothing.
     """
-    reestimate_bn(model, train, amp, SAMPLE)
-    count = min(len(train), math.ceil(SAMPLE / train.batch_size))
+    reestimate_bn(model, train, amp, train.sample)
+    count = min(len(train), math.ceil(train.sample / train.batch_size))
     return evaluate(model, islice(train, count), amp)["loss"]
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """`loss 0.1234 accuracy 95.12 %`, and `top-5 99.87 %` where it was measured."""
-    names = {"top5_accuracy": "top-5"}
+    """`loss 0.1234 accuracy 95.12 %`, and `top-5 99.87 %` or what else was measured."""
+    names = {"top5_accuracy": "top-5", "bits_a_byte": "bits a byte"}
     return " ".join(f"{names.get(key, key)} {told(key, value)}" for key, value in metrics.items())
 
 

@@ -13,6 +13,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "step": lambda x: 1.0 if x < 0.5 else 0.1 if x < 0.75 else 0.01,
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
+    "1-sqrt": lambda x: 1.0 - math.sqrt(x),
     "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
 }
 

@@ -30,35 +30,48 @@ class SGDRun:
     metrics: list[dict]
     saves_per_epoch: int | None  # None: nothing is known of the run
     held_out: str | None  # see `flags.held_out`
+    arguments: dict  # of the script; {}: nothing is known of them
+    unit: str = "epochs"  # what is told in results: "epochs" or "steps"
 
     @classmethod
-    def read(cls, log_dir: Path) -> "SGDRun":
+    def read(cls, log_dir: Path, unit: str = "epochs") -> "SGDRun":
         """What the files of the run say, if they are there."""
         arguments = logs.read_json(log_dir / "run.json").get("arguments", {})
         return cls(
             logs.read_lines(log_dir / "metrics.jsonl"),
             arguments.get("saves_per_epoch", 1) if arguments else None,
             flags.held_out(argparse.Namespace(**{"split": False} | arguments)),
+            arguments,
+            unit,
         )
+
+    def _in_unit(self, epochs: float) -> float:
+        return epochs * (self.arguments["epoch_steps"] if self.unit == "steps" else 1)
 
     def spent(self, checkpoint: int) -> dict[str, float | None]:
         """The epochs and the training seconds up to the checkpoint of this number, if known."""
         if self.saves_per_epoch is None:
-            return {"epochs": None, "seconds": None}
+            return {self.unit: None, "seconds": None}
         epochs = checkpoint / self.saves_per_epoch
         seconds = sum(
             m["seconds"] * min(1.0, max(0.0, epochs - i)) for i, m in enumerate(self.metrics)
         )
-        return {"epochs": epochs, "seconds": seconds if epochs <= len(self.metrics) else None}
+        known = epochs <= len(self.metrics)
+        return {self.unit: self._in_unit(epochs), "seconds": seconds if known else None}
 
     @property
     def curves(self) -> dict[str, Curve]:
-        """Test accuracy over epochs, of SGD and, where it was tested, of its average."""
-        curves = {}
-        for name, key in (("SGD", "test_accuracy"), ("SWA", "SWA_accuracy")):
+        """Test accuracy over epochs, of SGD and, where it was tested, of its average.
+
+        Of a text the test loss over steps.
+        """
+        curves, loss = {}, self.unit == "steps"
+        keys = {"AdamW": "test_loss"} if loss else {"SGD": "test_accuracy", "SWA": "SWA_accuracy"}
+        for name, key in keys.items():
             tested = [m for m in self.metrics if m.get(key) is not None]
             if tested:
-                curves[name] = [m["epoch"] for m in tested], [m[key] for m in tested]
+                spent = [self._in_unit(m["epoch"]) for m in tested]
+                curves[name] = spent, [m[key] for m in tested]
         return curves
 
     @property
@@ -69,7 +82,7 @@ class SGDRun:
         last = self.metrics[-1]
         return {
             **{k.removeprefix("test_"): v for k, v in last.items() if k.startswith("test_")},
-            "epochs": last["epoch"],
+            self.unit: self._in_unit(last["epoch"]),
             "seconds": sum(m["seconds"] for m in self.metrics),
         }
 
@@ -82,7 +95,7 @@ def more(spent: Mapping[str, float | None], **further: float) -> dict[str, float
 def table(solutions: Mapping[str, Mapping[str, float | None]]) -> str:
     """The solutions, from name to the values of a row, as aligned text; None: not known."""
     columns = list(dict.fromkeys(key for values in solutions.values() for key in values))
-    rows = [["solution", *columns]]
+    rows = [["solution", *(key.replace("_", " ") for key in columns)]]
     for name, values in solutions.items():
         rows.append([name, *(logs.told(key, values.get(key)) for key in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -97,6 +110,7 @@ def figure(
     curves: Mapping[str, Curve],
     points: Mapping[str, tuple[float | None, float]],
     averaging_weights: Mapping[str, float] | None = None,
+    loss: bool = False,
 ) -> None:
     """Test accuracy over epochs and, if given, the averaging coefficients as bars beside it.
 
@@ -106,14 +120,16 @@ def figure(
         points: name to (epochs spent, test accuracy in percent); "TWA" becomes a star, and a
             point whose epochs are not known a line.
         averaging_weights: name of a checkpoint file to α.
+        loss: in place of epochs and accuracies, steps and losses in nats a token.
     """
+    form = "{:.4f}" if loss else "{:.2f} %"
     panels = 1 if averaging_weights is None else 2
     fig = Figure(figsize=(6 * panels, 4))
     left, *right = fig.subplots(1, panels, squeeze=False)[0]
     for name, (epochs, accuracies) in curves.items():
         left.plot(epochs, accuracies, color=COLOURS.get(name, OTHER), label=name)
     for name, (epochs, accuracy) in points.items():
-        style = {"color": COLOURS.get(name, OTHER), "label": f"{name}: {accuracy:.2f} %"}
+        style = {"color": COLOURS.get(name, OTHER), "label": f"{name}: {form.format(accuracy)}"}
         if epochs is None:
             left.axhline(accuracy, linestyle=":", **style)
         else:
@@ -121,10 +137,16 @@ def figure(
     # Without a limit the first epochs would squeeze all that matters into a line at the top.
     shown = [a for _, accuracies in curves.values() for a in accuracies]
     shown += [accuracy for _, accuracy in points.values()]
-    top, middle = max(shown), sorted(shown)[len(shown) // 3]
-    left.set_ylim(max(0.0, middle - (top - middle) - 1), min(100.5, top + 0.2 * (top - middle) + 1))
-    left.set(xlabel="epochs spent", ylabel="test accuracy (%)", title=title)
-    left.legend(loc="lower right")
+    if loss:
+        best, middle = min(shown), sorted(shown)[2 * len(shown) // 3]
+        left.set_ylim(best - 0.1 * (middle - best), middle + (middle - best))
+        left.set(xlabel="steps spent", ylabel="test loss (nats a token)", title=title)
+    else:
+        top, middle = max(shown), sorted(shown)[len(shown) // 3]
+        lowest = max(0.0, middle - (top - middle) - 1)
+        left.set_ylim(lowest, min(100.5, top + 0.2 * (top - middle) + 1))
+        left.set(xlabel="epochs spent", ylabel="test accuracy (%)", title=title)
+    left.legend(loc="upper right" if loss else "lower right")
     for axes in right:
         alpha, names = list(averaging_weights.values()), list(averaging_weights)
         axes.bar(range(len(alpha)), alpha, color=COLOURS["TWA"], label="TWA")

@@ -50,6 +50,7 @@ def run(
     factor: Callable[[float], float] | None = None,
     start_epoch: int = 0,
     top5: bool = False,
+    state: dict | None = None,
 ) -> None:
     """Trains `model` as the arguments say, from where a resumed run stopped, or evaluates it.
 
@@ -58,6 +59,7 @@ def run(
             `--schedule` says.
         start_epoch: how many epochs count as done if there is no state to go on from.
         top5: whether the accuracy among the five best classes is reported, too.
+        state: of the optimizer, to begin with; its rate and weight decay are those of `args`.
 
     Raises:
         UserError, CheckpointError: what a user can mend, as `Run` and `Trainer.epoch`.
@@ -71,6 +73,9 @@ def run(
     save_dir = Path(args.save_dir)
     base, settings = optimizers.chosen(args.optimizer, args.lr, args.weight_decay, args.momentum)
     optimizer = base(model.parameters(), **settings)
+    if state is not None:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     factor = factor or SCHEDULES[args.schedule]
     done = start_epoch * len(train)
     trainer = Trainer.of(args, model, train, test, optimizer, factor, first=done, top5=top5)
@@ -82,7 +87,8 @@ def run(
         first_epoch=start_epoch,
     )
     if args.evaluate:
-        tested, skipped = evaluate(model, test, args.amp, top5), skipped_images(test)
+        tested = test.measures(evaluate(model, test, args.amp, top5))
+        skipped = skipped_images(test)
         if ranks.rank() == 0:
             print("\n".join(filter(None, [f"test {describe(tested)}", skipped])))
         return

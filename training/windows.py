@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def paths_of(args: argparse.Namespace) -> list[Path]:
     """The checkpoints of the window, whole, in order.
 
+    They are `N.pt`, or where there are none the folders `checkpoint-N` that transformers' `Trainer`
+    leaves, of which the window takes those that there are.
+
     Each file is read once for that, by one of the ranks: the others read their own columns only.
 
     Raises:
@@ -55,15 +58,30 @@ def paths_of(args: argparse.Namespace) -> list[Path]:
             f"--params_start {start} --params_end {end}: the window [{start}, {end}) is empty"
         )
     found = {int(p.stem) for p in save_dir.glob("*.pt") if p.stem.isdecimal()}
+    folders = {} if found else _folders_of_transformers(save_dir)
     missing = next((i for i in range(start, end) if i not in found), None)
-    if missing is not None:
+    if folders:
+        window = [path for number, path in sorted(folders.items()) if start <= number < end]
+        if not window:
+            holds = f"it holds checkpoint-{min(folders)} to checkpoint-{max(folders)}"
+            raise UserError(f"{save_dir}: no checkpoint-N with N in [{start}, {end}); {holds}")
+    elif missing is not None:
         holds = f"it holds {min(found)} to {max(found)}" if found else "it holds no checkpoints"
         raise UserError(f"{save_dir}: {missing}.pt is missing from [{start}, {end}); {holds}")
-    window = [save_dir / f"{i}.pt" for i in range(start, end)]
+    else:
+        window = [save_dir / f"{i}.pt" for i in range(start, end)]
     start_point = [] if args.train_start in (None, -1) else [save_dir / f"{args.train_start}.pt"]
     for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
         verify(path)
     return window
+
+
+def _folders_of_transformers(save_dir: Path) -> dict[int, Path]:
+    """The folders `checkpoint-N`, by N."""
+    numbers = {
+        path.name.removeprefix("checkpoint-"): path for path in save_dir.glob("checkpoint-*")
+    }
+    return {int(number): path for number, path in numbers.items() if number.isdecimal()}
 
 
 def averages_of(window: list[Path], model: nn.Module) -> dict[str, dict]:

@@ -1,0 +1,92 @@
+"""The end of the stage: every solution in one table and one figure, and a line that each writes.
+
+    python show.py --dir ../results/lm --decay-dir ../results/lm/decay --out ../results/lm
+
+Reads what `train.py` left in --dir, its decay in --decay-dir and `train_twa.py` in --out; writes
+`lm.json` and `lm.png` there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from training import entry, flags, report, text
+from training.logs import read_json, write_json
+from training.loop import build
+from twa.checkpoints import average, load_into
+from utils import UserError
+
+
+def parse_arguments():
+    parser = flags.Parser("shows what language models of one run are worth, and lets them write")
+    add = parser.add_argument
+    add("--dir", type=Path, required=True, help="of the run at a constant rate")
+    add("--decay-dir", type=Path, required=True, help="of its decay")
+    add("--out", type=Path, required=True, help="of TWA; the table and the figure go there")
+    add("--prompt", default="def ", help="what the models go on from")
+    add("--tokens", type=flags.number(int, 0), default=60, help="that each of them writes")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def write(model: torch.nn.Module, tokens: list[int], count: int, context: int) -> list[int]:
+    """`tokens` and `count` more, drawn at temperature 0.7 with the same luck for every model."""
+    draws = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        logits = model(torch.tensor([tokens[-context:]]))[0, -1]
+        likely = torch.softmax(logits.float() / 0.7, 0)
+        tokens = [*tokens, int(torch.multinomial(likely, 1, generator=draws))]
+    return tokens
+
+
+def main():
+    args = parse_arguments()
+    run, decay = (report.SGDRun.read(path, "steps") for path in (args.dir, args.decay_dir))
+    twa = read_json(args.out / "twa.json")
+    for path, found in ((args.dir, run.end), (args.decay_dir, decay.end), (args.out, twa)):
+        if not found:
+            raise UserError(f"{path}: holds no results; the run is not finished")
+    solutions = twa["results"]
+    best, window = solutions.pop("TWA"), list(twa["averaging_weights"])
+    spent = {key: solutions["last"][key] for key in ("steps", "seconds")}
+    name = f"decay, {decay.arguments['decay']}"
+    further = {key: decay.end[key] for key in spent}
+    solutions |= {name: decay.end | report.more(spent, **further), "TWA": best}
+    write_json({"results": solutions}, args.out / "lm.json")
+    report.figure(
+        args.out / "lm.png",
+        f"{run.arguments['arch']} on text",
+        curves=run.curves,
+        points={key: (values["steps"], values["loss"]) for key, values in solutions.items()},
+        averaging_weights=twa["averaging_weights"],
+        loss=True,
+    )
+    print(report.table(solutions))
+
+    counts = {"last": 1, "SWA": len(window)}
+    counts |= {key: int(key.split()[-1]) for key in solutions if key.startswith("mean of last")}
+    folder, decayed = args.dir / "checkpoints", Path(decay.arguments["save_dir"])
+    checkpoints = {
+        key: [folder / file for file in window[-count:]] for key, count in counts.items()
+    }
+    number = len(decay.metrics) * decay.saves_per_epoch
+    checkpoints |= {name: [decayed / f"{number}.pt"], "TWA": [args.out / "twa.pt"]}
+    vocabulary = text.Vocabulary.read(run.arguments["tokenizer"])
+    context = run.arguments["context"]
+    layout = argparse.Namespace(amp=False, compile=False)
+    spec, cpu = text.Spec(vocabulary, context), torch.device("cpu")
+    model = build(run.arguments["arch"], spec, cpu, layout).eval()
+    prompt = vocabulary.encode(args.prompt.encode(), args.out).tolist()
+    for key, paths in checkpoints.items():
+        load_into(model, average(paths))
+        line = vocabulary.decode(write(model, prompt, args.tokens, context))
+        print(f"{key:>15}: {line!r}")
+    print(f"written: {args.out / 'lm.json'}, {args.out / 'lm.png'}")
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,254 @@
+"""The tables and figures of the language-model study, from its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from training.optimizers import SCHEDULES
+from training.report import COLOURS, spread
+
+Run = dict[str, dict]  # the entries of a seed, by name
+BEGIN, END = "<!-- python studies/language.py report -->", "<!-- end of the report -->"
+STEPS = 4000  # of the run
+BUDGETS = (10, 20, 40, 100, 200, 400)
+TWAS = ("TWA by model", "TWA by layer", "TWA by channel")
+UNTUNED = {  # the rivals at the run's own rate
+    "decay, linear, from the last": "decay, linear, from the last, rate x 1",
+    "decay, 1-sqrt, from the last": "decay, 1-sqrt, from the last, rate x 1",
+    "decay, linear, from the best mean": "decay, linear, from the mean, rate x 1",
+    "decay, 1-sqrt, from the best mean": "decay, 1-sqrt, from the mean, rate x 1",
+}
+TUNED = {
+    "decay from the last, rate and shape tuned": "from the last",
+    "decay from the best mean, rate and shape tuned": "from the mean",
+}
+
+
+def write(measurements: Path, page: Path, figures: Path) -> None:
+    """Writes the tables into `page`, between BEGIN and END, and the figures.
+
+    Args:
+        measurements: holds `seed1.json`, `seed2.json`, …
+    """
+    runs = [json.loads(path.read_text()) for path in sorted(measurements.glob("seed*.json"))]
+    drawn = {"Loss over the budget": loss_figure, "Coefficients and decays": coefficients_figure}
+    lines = [BEGIN, ""]
+    sections = {
+        "Without a step more": averages(runs),
+        "Steps more: test loss": budgets(runs),
+        "TWA less its rivals": differences(runs),
+        "Seconds": seconds(runs),
+        "Windows": variants(runs, "every"),
+        "Fewer directions, fewer bits": variants(runs, ("12 directions", "4 bits")),
+    }
+    for title, table in sections.items():
+        lines += [f"### {title}", "", *table, ""]
+    for title, draw in drawn.items():
+        path = figures / f"lm.{draw.__name__.partition('_')[0]}.png"
+        draw(runs, path)
+        lines += [f"![{title}]({os.path.relpath(path, page.parent)})", ""]
+    before, _, rest = page.read_text().partition(BEGIN)
+    page.write_text(before + "\n".join(lines) + END + rest.partition(END)[2])
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [f"| {' | '.join(row)} |" for row in (headings, *rows)]
+    return [lines[0], "| --- " * len(headings) + "|", *lines[1:]]
+
+
+def values(runs: Sequence[Run], name: str | None, key: str = "loss") -> list[float]:
+    """What the seeds that have the entry say."""
+    return [run[name][key] for run in runs if name in run]
+
+
+def told(runs: Sequence[Run], name: str | None) -> str:
+    """Mean ± deviation over the seeds; "–" of none, and the number of seeds if some lack it."""
+    found = values(runs, name)
+    few = f" ({len(found)} of {len(runs)} seeds)" if 0 < len(found) < len(runs) else ""
+    return (spread(found, ".4f") or "–") + few
+
+
+def chosen(runs: Sequence[Run], where: str, steps: int) -> str | None:
+    """The decay that the validation text of the first seed prefers, of those that start there."""
+    tried = {
+        name: entry["validation_loss"]
+        for name, entry in runs[0].items()
+        if name.startswith("decay") and where in name and name.endswith(f"| {steps}")
+    }
+    return min(tried, key=tried.get) if tried else None
+
+
+def averages(runs: Sequence[Run]) -> list[str]:
+    names = [name for name in runs[0] if not runs[0][name]["steps"]]
+    best = "its start: the best mean by training loss"
+    rows = [(name.replace("mean | ", "mean of the last "), told(runs, name)) for name in names]
+    starts = ", ".join(start_of(run) for run in runs)
+    return [*markdown(("solution", "test loss"), rows), "", f"TWA takes as {best}: {starts}."]
+
+
+def start_of(run: Run) -> str:
+    entry = next(entry for name, entry in run.items() if name.startswith("TWA by model |"))
+    return f"that of {min(entry['starts'], key=entry['starts'].get)}"
+
+
+def names_at(runs: Sequence[Run], steps: int) -> dict[str, str | None]:
+    """The rows of the table of budgets, and the entry of each."""
+    names = {title: f"{name} | {steps}" for title, name in UNTUNED.items()}
+    names |= {title: chosen(runs, where, steps) for title, where in TUNED.items()}
+    return names | {name: f"{name} | {steps}" for name in TWAS}
+
+
+def budgets(runs: Sequence[Run]) -> list[str]:
+    headings = ("method", *(f"{steps} ({steps / STEPS:.2%})" for steps in BUDGETS))
+    columns = [names_at(runs, steps) for steps in BUDGETS]
+    rows = [(title, *(told(runs, names[title]) for names in columns)) for title in columns[0]]
+    return markdown(headings, rows)
+
+
+def paired(runs: Sequence[Run], one: str, other: str) -> tuple[float, float, int]:
+    """The mean of the differences over the seeds, its standard error, and how many they are."""
+    found = [run[one]["loss"] - run[other]["loss"] for run in runs if one in run and other in run]
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return statistics.mean(found), error, len(found)
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """TWA less the best of its rivals, by the mean over the seeds: negative where TWA is ahead."""
+    rows = []
+    for steps in BUDGETS:
+        names = names_at(runs, steps)
+        for twa in ("TWA by model", "TWA by channel"):
+            cells = []
+            for rivals in (UNTUNED, TUNED):
+                known = [names[r] for r in rivals if values(runs, names[r])]
+                if not known or not values(runs, names[twa]):
+                    cells.append("–")
+                    continue
+                best = min(known, key=lambda name: statistics.mean(values(runs, name)))
+                mean, error, count = paired(runs, names[twa], best)
+                rival = best.partition(" |")[0]
+                cells.append(f"{mean:+.4f} ± {error:.4f} ({count}; {rival})")
+            rows.append((str(steps), twa, *cells))
+    headings = ("steps", "method", "less the best untuned", "less the best tuned")
+    return markdown(headings, rows)
+
+
+def seconds(runs: Sequence[Run]) -> list[str]:
+    """Seconds of the processor on one thread, the mean over the seeds."""
+    rows = []
+    for name in (*UNTUNED.values(), *TWAS):
+        cells = []
+        for steps in BUDGETS:
+            parts = values(runs, f"{name} | {steps}", "seconds")
+            shown = [
+                f"{statistics.mean(part[kind] for part in parts):.0f}"
+                for kind in ("choosing", "building", "training")
+                if parts and kind in parts[0]
+            ]
+            cells.append(" + ".join(shown) or "–")
+        rows.append((name.replace(", rate x 1", ""), *cells))
+    note = "Choosing start and end, building the basis, training:"
+    return [note, "", *markdown(("method", *map(str, BUDGETS)), rows)]
+
+
+def variants(runs: Sequence[Run], words: str | Sequence[str]) -> list[str]:
+    words = (words,) if isinstance(words, str) else words
+    names = dict.fromkeys(
+        name
+        for run in runs
+        for name in run
+        if name.startswith("TWA") and any(word in name for word in words)
+    )
+    rows = []
+    for name in names:
+        method, _, steps = name.partition(" | ")
+        usual = f"{method.partition(',')[0]} | {steps}"
+        rows.append((method, steps, told(runs, name), told(runs, usual)))
+    return markdown(("method", "steps", "test loss", "as usual"), rows)
+
+
+def loss_figure(runs: Sequence[Run], path: Path) -> None:
+    fig = Figure(figsize=(7, 4.5))
+    axes = fig.subplots()
+    colours = dict(zip((*UNTUNED, *TUNED), ("C7", "C7", "C0", "C0", "C2", "C1"), strict=True))
+    for title in names_at(runs, BUDGETS[0]):
+        points = [(s, values(runs, names_at(runs, s)[title])) for s in BUDGETS]
+        points = [(steps, statistics.mean(found)) for steps, found in points if found]
+        if points:
+            style = "--" if "1-sqrt" in title else "-"
+            colour = colours.get(title, COLOURS["TWA"])
+            mark = {"TWA by model": "o", "TWA by layer": "s", "TWA by channel": "*"}.get(title, "")
+            line = {"color": colour, "marker": mark, "linestyle": style}
+            axes.plot(*zip(*points, strict=True), **line, label=title)
+    best = min(statistics.mean(values(runs, n)) for n in runs[0] if n.startswith("mean"))
+    axes.axhline(best, color="k", linewidth=0.8, linestyle=":", label="the best mean, no step more")
+    axes.set(xscale="log", xlabel="steps after the run", ylabel="test loss (nats a byte)")
+    axes.set_xticks(BUDGETS, [str(steps) for steps in BUDGETS])
+    axes.set_xticks([], minor=True)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    _save(fig, path)
+
+
+def coefficients_figure(runs: Sequence[Run], path: Path) -> None:
+    """α over the window, and the decay of the rate that it stands for, of the first seed."""
+    fig = Figure(figsize=(11, 4))
+    left, right = fig.subplots(1, 2)
+    for i, steps in enumerate(BUDGETS):
+        alpha = runs[0].get(f"TWA by model | {steps}", {}).get("averaging_weights")
+        if alpha:
+            ages = [50 * (j - len(alpha) + 1) for j in range(len(alpha))]
+            shade = {"color": COLOURS["TWA"], "alpha": 0.25 + 0.75 * i / len(BUDGETS)}
+            left.plot(ages, alpha, **shade, label=f"TWA, {steps} steps")
+            right.step(ages[:-1], as_decay(alpha), where="post", **shade)
+    shares = [50 * (j - 59) for j in range(59)]
+    for shape, style in (("linear", "--"), ("1-sqrt", ":")):
+        decay = as_decay(of_decay(shape, 60))
+        right.step(shares, decay, style, where="post", color="k", label=f"{shape}, all 60")
+    left.axhline(0, color="k", linewidth=0.5)
+    left.set(xlabel="checkpoint, steps before the end", ylabel="α", title="coefficients")
+    factor = "factor of the rate"
+    right.set(xlabel="steps before the end", ylabel=factor, title="the decay they stand for")
+    for axes in (left, right):
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    _save(fig, path)
+
+
+def _save(fig: Figure, path: Path) -> None:
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+
+
+def ema(rate: float, count: int) -> list[float]:
+    """The coefficients of an exponential moving average over `count` checkpoints, oldest first."""
+    powers = [rate**age for age in reversed(range(count))]
+    return [powers[0], *((1 - rate) * power for power in powers[1:])]
+
+
+def of_decay(shape: str, count: int) -> list[float]:
+    """The coefficients of checkpoints that stand for a decay of the rate over them, oldest first.
+
+    WSM (Tian et al., 2025): the mean `Σ c_j w_j` is the first checkpoint plus the steps after it,
+    those between checkpoint i and i + 1 weighted by `Σ_{j>i} c_j`, as if the rate had been so much
+    lower there. Of the linear decay all coefficients are equal.
+    """
+    rates = [*(SCHEDULES[shape](i / count) for i in range(count)), 0.0]
+    return [rates[i] - rates[i + 1] for i in range(count)]
+
+
+def as_decay(coefficients: Sequence[float]) -> list[float]:
+    """The decay that coefficients stand for: `of_decay` read backwards.
+
+    Returns:
+        The factor of the rate between checkpoint i and i + 1, one fewer than there are checkpoints.
+    """
+    return [sum(coefficients[i:]) for i in range(1, len(coefficients))]

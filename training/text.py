@@ -1,0 +1,346 @@
+"""Text as a data set: files split by a hash of their names, tokens memory-mapped, random windows.
+
+Tokens are bytes, or those of a file of the package `tokenizers`. They are written once to a folder
+below `$XDG_CACHE_HOME/twa` (`~/.cache/twa` if unset), which may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training import data
+from training.flags import number
+from twa.checkpoints import replacing
+from utils import UserError, make_directory
+
+NAME = "Text"
+CONTEXT = 128  # tokens that a model sees at once
+# The parts, and up to which share of the files, in the order of their hashes, each one reaches.
+PARTS = {"test": 0.025, "validation": 0.05, "train": 1.0}
+_NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script that takes text."""
+    add = parser.add_argument_group("text").add_argument
+    tokenizer_help = "file of the package tokenizers (tokenizer.json); left out, tokens are bytes"
+    add("--tokenizer", metavar="FILE", help=tokenizer_help)
+    add("--context", type=number(int, 1), default=CONTEXT, help="tokens that the model sees")
+
+
+def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Fills in the vocabulary's name, and no folder where the default of other data sets stands."""
+    if args.data_dir == parser.get_default("data_dir"):
+        args.data_dir = None
+    args.vocabulary = Vocabulary.read(args.tokenizer).name
+
+
+def check_run(arguments: Mapping, args: argparse.Namespace) -> None:
+    """Raises a `UserError` if the run that left the checkpoints had another vocabulary.
+
+    Args:
+        arguments: of that run; {} if nothing is known of it.
+    """
+    trained_on = arguments.get("vocabulary", args.vocabulary)
+    if trained_on != args.vocabulary:
+        given = f"--tokenizer {args.tokenizer}" if args.tokenizer else "no --tokenizer"
+        wanted = arguments.get("tokenizer") or "none, for bytes"
+        raise UserError(
+            f"{given}: the checkpoints' run had another vocabulary; give its own: {wanted}"
+        )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What text is cut into: bytes, or the tokens of a tokenizer.
+
+    Attributes:
+        size: how many tokens there are.
+        name: tells vocabularies apart: "bytes", or the hash of the tokenizer's file.
+        tokenizer: of the package `tokenizers`; None for bytes.
+    """
+
+    size: int = 256
+    name: str = "bytes"
+    tokenizer: object = None
+
+    @classmethod
+    def read(cls, path: str | Path | None) -> Vocabulary:
+        """The vocabulary of the tokenizer's file `path`; bytes if None.
+
+        Raises:
+            UserError: the file is no tokenizer, or the package is not installed.
+        """
+        if path is None:
+            return cls()
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError("--tokenizer: the package is missing; pip install tokenizers") from None
+        try:
+            content = Path(path).read_bytes()
+            tokenizer = Tokenizer.from_buffer(content)
+        except OSError as error:
+            raise UserError(f"--tokenizer {path}: cannot be read ({error.strerror})") from None
+        except Exception as error:  # the package has no type of its own
+            reason = " ".join(str(error).split())
+            raise UserError(f"--tokenizer {path}: is no tokenizer's file ({reason})") from None
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        return cls(tokenizer.get_vocab_size(with_added_tokens=True), digest, tokenizer)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smallest that holds every token."""
+        return np.min_scalar_type(self.size - 1).type
+
+    def encode(self, content: bytes, path: Path) -> np.ndarray:
+        """The tokens of a file's content; a `UserError` if a tokenizer meets what is not UTF-8."""
+        if self.tokenizer is None:
+            return np.frombuffer(content, np.uint8)
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: is not text in UTF-8 (byte {error.start}); remove it, or leave out "
+                "--tokenizer: bytes take anything"
+            ) from None
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, self.dtype)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of these tokens; bytes that are no UTF-8 become replacement characters."""
+        if self.tokenizer is None:
+            return bytes(tokens).decode("utf-8", errors="replace")
+        return self.tokenizer.decode(tokens)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The constants of a text data set."""
+
+    vocabulary: Vocabulary
+    context: int = CONTEXT
+    name: str = NAME
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a text: for training, validation or testing.
+
+    Attributes:
+        tokens: unsigned integers [N], memory-mapped.
+        size: bytes of the text that they stand for.
+        held_out: the validation part; of the training part alone.
+    """
+
+    tokens: np.ndarray
+    size: int
+    spec: Spec
+    held_out: Split | None = None
+
+    def __len__(self) -> int:
+        """The number of whole windows that follow each other without overlap."""
+        return (len(self.tokens) - 1) // self.spec.context
+
+    def hold_out(self, percent: float, seed: int) -> tuple[Split, Split]:
+        """(This part, the validation part): which files these are, their names alone decide."""
+        return self, self.held_out
+
+    def part(self, windows: slice) -> Split:
+        """The part itself, of which all windows are taken; a `UserError` for fewer."""
+        if windows != slice(None):
+            raise UserError(f"--images: not with --datasets {NAME}; give --steps")
+        return self
+
+
+def load(data_dir: str | Path | None, vocabulary: Vocabulary, context: int) -> tuple[Split, Split]:
+    """The training part of a text, with the validation part within it, and the test part.
+
+    Of a folder, every file goes into one of them by a hash of its name: into the test part with
+    probability 0.025, into the validation part with 0.025. A single file is cut into them, in the
+    reverse order.
+
+    Args:
+        data_dir: a file, or a folder whose files, at any depth, are the text, but for hidden ones;
+            None: the modules of Python's standard library.
+        context: tokens that a model sees at once.
+
+    Raises:
+        UserError: the text is not there, empty, too short for one context in each part, or it is
+            not UTF-8 where a tokenizer is given.
+    """
+    spec = Spec(vocabulary, context)
+    root, files = _files(data_dir)
+    folder = _prepared(root, files, vocabulary)
+    splits = {}
+    for part in PARTS:
+        size = int((folder / f"{part}.size").read_text())
+        path = folder / f"{part}.tokens"
+        count = path.stat().st_size // np.dtype(vocabulary.dtype).itemsize
+        if count <= context:
+            raise UserError(
+                f"{root}: its {part} part has {count} tokens ({len(files)} files, by a hash of "
+                f"their names), and one context has {context} + 1; give more text"
+                + (", or one file, which is cut into parts" if len(files) > 1 else "")
+            )
+        tokens = np.memmap(path, vocabulary.dtype, "r", shape=(count,))
+        splits[part] = Split(tokens, size, spec, splits.get("validation"))
+    return splits["train"], splits["test"]
+
+
+def _files(data_dir: str | Path | None) -> tuple[Path, list[Path]]:
+    """The root of the text, and its files in the order of their names."""
+    library = data_dir is None
+    root = Path(sysconfig.get_path("stdlib") if library else data_dir).expanduser()
+    if root.is_file():
+        return root, [root]
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such file or folder")
+
+    def belongs(path: Path) -> bool:
+        folders = path.relative_to(root).parts
+        unwanted = _NOT_THE_LIBRARY if library else ()
+        return path.is_file() and not any(f.startswith(".") or f in unwanted for f in folders)
+
+    files = sorted(filter(belongs, root.rglob("*.py" if library else "*")))
+    if not files:
+        raise UserError(f"--data-dir {root}: holds no files")
+    return root, files
+
+
+def _prepared(root: Path, files: list[Path], vocabulary: Vocabulary) -> Path:
+    """The folder with the tokens of each part, written now unless they were before."""
+    stats = [(str(path.relative_to(root)), path.stat()) for path in files]
+    key = [str(root.resolve()), vocabulary.name, PARTS]
+    key += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twa"
+    folder = cache / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    if (folder / "complete").exists():
+        return folder
+    make_directory(folder)
+    if len(files) == 1:
+        content = files[0].read_bytes()
+        if not content:
+            raise UserError(f"{root}: is empty")
+        edges = [round(len(content) * (1 - share)) for share in (0, *PARTS.values())]
+        # A cut in the middle of a character would make text of it that is none.
+        edges = [_start_of_character(content, edge) for edge in edges]
+        pieces = {
+            part: [(files[0], content[low:high])]
+            for part, high, low in zip(PARTS, edges, edges[1:], strict=False)
+        }
+    else:
+        pieces = {part: [] for part in PARTS}
+        for path in files:
+            pieces[part_of(path.relative_to(root).as_posix())].append((path, None))
+    for part, contents in pieces.items():
+        size = 0
+        with replacing(folder / f"{part}.tokens") as temporary, open(temporary, "wb") as out:
+            for path, content in contents:
+                content = path.read_bytes() if content is None else content
+                out.write(vocabulary.encode(content, path).tobytes())
+                size += len(content)
+        with replacing(folder / f"{part}.size") as temporary:
+            temporary.write_text(str(size))
+    with replacing(folder / "complete") as temporary:
+        temporary.write_text(str(root))
+    return folder
+
+
+def _start_of_character(content: bytes, edge: int) -> int:
+    """`edge`, or the place before it where its UTF-8 character begins."""
+    while 0 < edge < len(content) and content[edge] & 0xC0 == 0x80:
+        edge -= 1
+    return edge
+
+
+def part_of(name: str) -> str:
+    """The part that a file of this name, relative to the text's folder, belongs to."""
+    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return next(part for part, end in PARTS.items() if share < end)
+
+
+class Loader(data.Loader):
+    """Iterates over a text in batches: (tokens int64 [B, T], the next tokens int64 [B · T]).
+
+    For training, T + 1 tokens from a random place on are one window; otherwise the windows follow
+    each other, and a rest that fills none is left out. Batch k of an epoch depends on the seed, the
+    epoch and k alone. With several ranks, each gets its own part of every batch.
+
+    Args:
+        split: the text.
+        batch_size: windows in a batch, on all ranks together.
+        train: whether windows are drawn at random.
+        steps: batches of an epoch, if `train`; None: so many that they have the text's length.
+        device: where the batches go.
+        seed, rank, world: as of `data.Loader`.
+    """
+
+    sample = 256  # windows have many labels each
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        train: bool,
+        device: torch.device,
+        steps: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.split, self.batch_size, self.train, self.seed = split, batch_size, train, seed
+        self.device, self.rank, self.world, self.epoch = device, rank, world, 0
+        self.windows = len(split)
+        if train:
+            self.windows = (steps or math.ceil(self.windows / batch_size)) * batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(self.windows / self.batch_size)
+
+    def images_in(self, batch: int) -> int:
+        return min(self.batch_size, self.windows - batch * self.batch_size)
+
+    def labels_in(self, batch: int) -> int:
+        return self.images_in(batch) * self.split.spec.context
+
+    @cached_property
+    def bits(self) -> float:
+        """Bits a byte for each nat a token."""
+        return len(self.split.tokens) / self.split.size / math.log(2)
+
+    def measures(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What is told of a text: loss in nats a token, bits a byte, perplexity."""
+        loss = metrics["loss"]
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"loss": loss, "bits_a_byte": loss * self.bits, "perplexity": perplexity}
+
+    def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        context = self.split.spec.context
+        starts = self._starts()
+        for part in parts:
+            places = starts[part, None] + np.arange(context + 1)
+            windows = torch.from_numpy(self.split.tokens[places].astype(np.int64))
+            windows = windows.to(self.device, non_blocking=True)
+            yield windows[:, :-1], windows[:, 1:].flatten()
+
+    def _starts(self) -> np.ndarray:
+        """The place at which each window of the epoch begins, int64 [windows]."""
+        context = self.split.spec.context
+        if not self.train:
+            return np.arange(self.windows) * context
+        draws = data.generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
+        last = len(self.split.tokens) - context
+        return torch.randint(last, (self.windows,), generator=draws).numpy()
