@@ -81,7 +81,7 @@ def main():
     accelerator.wait_for_everyone()
 
     # TWA takes the model before `prepare` does, and on its device. It starts from the mean.
-    checkpoints = [folder / f"{epoch}" / "model.safetensors" for epoch in range(4, HEAD_EPOCHS)]
+    checkpoints = [folder / f"{epoch}" for epoch in range(4, HEAD_EPOCHS)]
     accelerator.free_memory()
     plain = NextByte().to(accelerator.device)
     optimizer = TWA(plain, checkpoints)
@@ -91,7 +91,7 @@ def main():
     )
     model, optimizer, scheduler = accelerator.prepare(plain, optimizer, scheduler)
     before = evaluate(accelerator, model, held_out)
-    for epoch in range(TWA_EPOCHS):
+    for _ in range(TWA_EPOCHS):
         train_epoch(accelerator, model, train_loader, optimizer, scheduler)
         accelerator.save_state(folder / "state")  # `load_state` goes on from here.
     after = evaluate(accelerator, model, held_out)

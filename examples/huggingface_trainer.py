@@ -23,7 +23,8 @@ from transformers import (
 
 from twa import TWA, best_start
 
-HEAD_STEPS, TWA_STEPS, BATCH, WORDS, VOCABULARY = 400, 60, 32, 32, 1000
+HEAD_STEPS, SAVE_STEPS, TWA_STEPS = 400, 25, 60
+BATCH, WORDS, VOCABULARY = 32, 32, 1000
 PACKAGES = ("asyncio", "email", "importlib", "logging", "multiprocessing", "unittest")
 
 
@@ -82,8 +83,8 @@ def main():
             str(folder / name),
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=4 * BATCH,
-            save_steps=25,
-            logging_steps=25,
+            save_steps=SAVE_STEPS,
+            logging_steps=SAVE_STEPS,
             report_to=report_to,
             disable_tqdm=True,
             **others,
@@ -93,10 +94,9 @@ def main():
     constant = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     head = arguments("head", max_steps=HEAD_STEPS, **constant)
     Trainer(model, head, train_dataset=train).train()
-    checkpoints = sorted(
-        (folder / "head").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
-    )
-    checkpoints = [path / "model.safetensors" for path in checkpoints[4:]]
+    checkpoints = [
+        folder / "head" / f"checkpoint-{i}" for i in range(200, HEAD_STEPS + 1, SAVE_STEPS)
+    ]
 
     # The Trainer makes the optimizer and hands it the model. Its rate falls linearly by default.
     options = {"model": model, "checkpoints": checkpoints}
@@ -111,10 +111,7 @@ def main():
         optimizer_cls_and_kwargs=(TWA, options),
         callbacks=[LogAveragingWeights()],
     )
-    start, losses = best_start(
-        model, checkpoints, lambda: trainer.evaluate(validation)["eval_loss"]
-    )
-    print(losses)
+    start, _ = best_start(model, checkpoints, lambda: trainer.evaluate(validation)["eval_loss"])
     options["start"] = start
     model.load_state_dict(start)
     before = trainer.evaluate()

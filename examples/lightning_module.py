@@ -76,14 +76,13 @@ def main():
     # An ordinary run leaves the window of checkpoints. Its rate stays constant.
     trainer(folder / "head", HEAD_EPOCHS).fit(Digits(), train_loader)
     checkpoints = sorted((folder / "head").glob("*.ckpt"))[1:]
-    checkpoints = [torch.load(path)["state_dict"] for path in checkpoints]
 
     def evaluate(model: Digits) -> dict[str, float]:
         update_bn(train_loader, model.cpu())  # the statistics belong to the data
         return trainer(folder, 1).validate(model, held_out, verbose=False)[0]
 
     model = Digits()
-    model.load_state_dict(average(checkpoints))
+    model.load_state_dict(average(checkpoints, model))
     before = evaluate(model)
     # The gradient of the model is clipped, before TWA projects it. After two epochs the run stops,
     # and is resumed: the Trainer restores the model and TWA's coefficients.

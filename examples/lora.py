@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from twa import TWA, best_start
 
 BASE_STEPS, ADAPTER_STEPS, TWA_STEPS, BATCH, LENGTH = 150, 60, 40, 16, 64
-RATES = (5e-3, 1e-2, 2e-2)
+RATES = (5e-3, 1e-2, 1e-2, 2e-2, 2e-2)
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=48,
@@ -36,14 +35,6 @@ def passages(name: str) -> torch.Tensor:
     text = (Path(tempfile.__file__).parent / name).read_bytes()
     text = torch.tensor(list(text[: len(text) // LENGTH * LENGTH])).view(-1, LENGTH)
     return text[torch.randperm(len(text))]
-
-
-def adapter(model, folder) -> dict:
-    found = load_file(folder / "adapter_model.safetensors")
-    found = {
-        k.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): v for k, v in found.items()
-    }
-    return model.state_dict() | found
 
 
 def loss_of(model, text):
@@ -92,7 +83,7 @@ def main():
 
     # One more is trained: their average. TWA starts from the best of the simple ones.
     model = adapted()
-    checkpoints = [adapter(model, folder / f"{i}") for i in range(len(RATES))]
+    checkpoints = [folder / f"{i}" for i in range(len(RATES))]
     start, _ = best_start(model, checkpoints, lambda: evaluate(model, validation))
     optimizer = TWA(model, checkpoints, start=start)
     before = evaluate(model, test)

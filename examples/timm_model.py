@@ -13,7 +13,6 @@ import timm
 import torch
 from sklearn.datasets import load_digits
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from timm.utils import CheckpointSaver, accuracy
 from torch.nn.functional import cross_entropy, interpolate
 from torch.optim.swa_utils import update_bn
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from twa import TWA
 
-HEAD_EPOCHS, TWA_EPOCHS, SIZE = 8, 2, 32
+HEAD_EPOCHS, TWA_EPOCHS, SIZE = 6, 2, 32
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -64,17 +63,12 @@ def main():
     for epoch in range(HEAD_EPOCHS):
         train_epoch(model, train_loader, sgd)
         saver.save_checkpoint(epoch)
-        print(evaluate(model, held_out))
 
     # TWA starts from the mean of the window. Batch norm's statistics are re-estimated for it.
-    checkpoints = [folder / f"checkpoint-{epoch}.pth.tar" for epoch in range(3, HEAD_EPOCHS)]
-    checkpoints = [torch.load(path)["state_dict"] for path in checkpoints]
+    checkpoints = [folder / f"checkpoint-{epoch}.pth.tar" for epoch in range(2, HEAD_EPOCHS)]
     optimizer = TWA(model, checkpoints)
     update_bn(train_loader, model, device)
     before = evaluate(model, held_out)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, TWA_EPOCHS * len(train_loader)
-    )
     for _ in range(TWA_EPOCHS):
         train_epoch(model, train_loader, optimizer)
     update_bn(train_loader, model, device)
