@@ -16,7 +16,6 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -49,14 +48,14 @@ def passages() -> list[dict]:
     return [data[i] for i in torch.randperm(len(data))]
 
 
-class LogAveragingWeights(TrainerCallback):
-    """Logs how much of each checkpoint the model holds to whatever `report_to` names."""
+class TWATrainer(Trainer):
+    """Logs, to whatever `report_to` names, how much of each checkpoint the model holds."""
 
-    def on_log(self, args, state, control, logs, optimizer=None, **kwargs):
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if isinstance(optimizer, TWA):
-            alpha = optimizer.averaging_weights().tolist()
-            logs.update({f"alpha/{i}": weight for i, weight in enumerate(alpha)})
+    def log(self, logs, *arguments):
+        if self.optimizer is not None:
+            alpha = self.optimizer.optimizer.averaging_weights()  # accelerate wraps the optimizer
+            logs = logs | {f"alpha/{i}": weight for i, weight in enumerate(alpha.tolist())}
+        super().log(logs, *arguments)
 
 
 def main():
@@ -100,7 +99,7 @@ def main():
 
     # The Trainer makes the optimizer and hands it the model. Its rate falls linearly by default.
     options = {"model": model, "checkpoints": checkpoints}
-    trainer = Trainer(
+    trainer = TWATrainer(
         model,
         arguments("twa", max_steps=TWA_STEPS, learning_rate=0.02),
         train_dataset=validation,
@@ -109,7 +108,6 @@ def main():
             "accuracy": (found.predictions.argmax(1) == found.label_ids).mean()
         },
         optimizer_cls_and_kwargs=(TWA, options),
-        callbacks=[LogAveragingWeights()],
     )
     start, _ = best_start(model, checkpoints, lambda: trainer.evaluate(validation)["eval_loss"])
     options["start"] = start

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from twa import TWA, best_start
 
-BASE_STEPS, ADAPTER_STEPS, TWA_STEPS, BATCH, LENGTH = 150, 60, 40, 16, 64
-RATES = (5e-3, 1e-2, 1e-2, 2e-2, 2e-2)
+BASE_STEPS, ADAPTER_STEPS, TWA_STEPS, BATCH, LENGTH = 150, 80, 40, 16, 64
+RATES = (1e-2, 2e-2, 2e-2, 4e-2)
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=48,
@@ -42,15 +42,15 @@ def loss_of(model, text):
     return model(input_ids=text, labels=text).loss
 
 
-def train(model, text, optimizer, steps):
+def train(model, text, optimizer, steps, scheduler=None):
     """The same for AdamW and for TWA."""
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     model.train()
     for _ in range(steps):
         loss_of(model, text[torch.randint(len(text), (BATCH,))]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
+        if scheduler:
+            scheduler.step()
 
 
 @torch.no_grad()
@@ -79,15 +79,18 @@ def main():
         torch.manual_seed(i)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
         train(model, prose, optimizer, ADAPTER_STEPS)
+        print(evaluate(model, test))
         model.save_pretrained(folder / f"{i}")
 
     # One more is trained: their average. TWA starts from the best of the simple ones.
     model = adapted()
     checkpoints = [folder / f"{i}" for i in range(len(RATES))]
     start, _ = best_start(model, checkpoints, lambda: evaluate(model, validation))
+    print(_)
     optimizer = TWA(model, checkpoints, start=start)
     before = evaluate(model, test)
-    train(model, validation, optimizer, TWA_STEPS)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, TWA_STEPS)
+    train(model, validation, optimizer, TWA_STEPS, scheduler)
     after = evaluate(model, test)
     model.save_pretrained(folder / "twa")  # an adapter like the others
 
