@@ -2,9 +2,9 @@
 
     python examples/lora.py
 
-A small Llama, from its config, learns to write the code of Python's standard library; adapters,
-each trained at a rate and with a seed of its own, fit it to the prose of its documentation. Then
-TWA trains their average on held-out text. Averaged are the factors A and B, not the products BA.
+A small Llama, from its config, learns the code of Python's standard library; several adapters, each
+trained at a rate of its own from a common start, fit it to the prose of the documentation. Then TWA
+trains their average on validation text. Averaged are the factors A and B, not the products BA.
 """
 
 import copy
@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from twa import TWA, best_start
 
-BASE_STEPS, ADAPTER_STEPS, TWA_STEPS, BATCH, LENGTH = 150, 80, 40, 16, 64
-RATES = (1e-2, 2e-2, 2e-2, 4e-2)
+BASE_STEPS, ADAPTER_STEPS, TWA_STEPS, BATCH, LENGTH = 150, 60, 40, 8, 64
+RATES = (5e-3, 7e-3, 1e-2, 1.4e-2)
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=48,
@@ -66,27 +66,28 @@ def main():
     prose = passages("pydoc_data/topics.py")
     test, validation, prose = prose[:500], prose[500:1000], prose[1000:]
 
-    def adapted():
+    def fitted(folder, rate: float, start: dict | None = None):
+        """An adapter trained at `rate` and saved in `folder`."""
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-        return get_peft_model(copy.deepcopy(base), config)
+        model = get_peft_model(copy.deepcopy(base), config)
+        if start is not None:
+            model.load_state_dict(start)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        train(model, prose, torch.optim.AdamW(trainable, lr=rate), ADAPTER_STEPS)
+        model.save_pretrained(folder)
+        return model
 
-    # Several fine-tunings of one base model, from one start: adapters only.
+    # Several fine-tunings from one start leave adapters. Their rates stay constant.
     folder = Path(tempfile.mkdtemp())
-    first = copy.deepcopy(adapted().state_dict())
+    model = fitted(folder / "start", RATES[-1])
+    start = copy.deepcopy(model.state_dict())
     for i, rate in enumerate(RATES):
-        model = adapted()
-        model.load_state_dict(first)
-        torch.manual_seed(i)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-        train(model, prose, optimizer, ADAPTER_STEPS)
-        print(evaluate(model, test))
-        model.save_pretrained(folder / f"{i}")
+        alone = evaluate(fitted(folder / f"{i}", rate, start), test)
+        print(f"adapter {i}: held out {alone:.4f}")
 
     # One more is trained: their average. TWA starts from the best of the simple ones.
-    model = adapted()
     checkpoints = [folder / f"{i}" for i in range(len(RATES))]
     start, _ = best_start(model, checkpoints, lambda: evaluate(model, validation))
-    print(_)
     optimizer = TWA(model, checkpoints, start=start)
     before = evaluate(model, test)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, TWA_STEPS)
