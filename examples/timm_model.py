@@ -32,13 +32,16 @@ def loaders() -> tuple[DataLoader, DataLoader]:
     return DataLoader(train, 32, shuffle=True, drop_last=True), DataLoader(held_out, 1024)
 
 
-def train_epoch(model, loader, optimizer):
+def train_epoch(model, loader, optimizer, scheduler=None):
+    """The same for SGD and for TWA."""
     model.train()
     for images, labels in loader:
         loss = cross_entropy(model(images.to(device)), labels.to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
 
 
 @torch.no_grad()
@@ -69,8 +72,10 @@ def main():
     optimizer = TWA(model, checkpoints)
     update_bn(train_loader, model, device)
     before = evaluate(model, held_out)
+    steps = TWA_EPOCHS * len(train_loader)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for _ in range(TWA_EPOCHS):
-        train_epoch(model, train_loader, optimizer)
+        train_epoch(model, train_loader, optimizer, scheduler)
     update_bn(train_loader, model, device)
     after = evaluate(model, held_out)
     print(
