@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests:     bash test.sh [--slow] [pytest's arguments]
+# The tests:     bash test.sh [--slow | --examples] [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh

@@ -9,10 +9,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from evidence_report import spread
 from matplotlib.figure import Figure
 
 from training.optimizers import SCHEDULES
-from training.report import COLOURS, spread
+from training.report import COLOURS
 
 Run = dict[str, dict]  # the entries of a seed, by name
 BEGIN, END = "<!-- python studies/language.py report -->", "<!-- end of the report -->"

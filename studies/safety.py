@@ -22,11 +22,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from curvature import curvature
 from torch import Tensor
 from torch.nn import functional as F
 
 import utils
-from studies.curvature import curvature
 from training import data
 from training.coefficients import RATES, LateMean, keep_best
 from training.logs import write_json

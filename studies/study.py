@@ -17,11 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from curvature import curvature
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import utils
-from studies.curvature import curvature
 from training import data, logs
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from curvature import curvature
 from torch import Tensor, nn
 
-from studies.curvature import curvature
 from twa import TWA
 
 INPUTS = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from language_report import as_decay, ema, of_decay
 from test_parallel import succeed as succeed_under_torchrun
 from test_scripts import (
     assert_equal,
@@ -25,7 +26,6 @@ from torch.nn import functional as F
 
 import models
 from models.gpt import GPT, rotate
-from studies.language_report import as_decay, ema, of_decay
 from training import text
 from training.loop import evaluate
 from twa.checkpoints import average, load, load_into, load_state_dict, save

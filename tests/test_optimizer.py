@@ -1048,15 +1048,18 @@ def test_the_start_may_be_the_model_as_it_stands():
     )
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_its_state_goes_through_distributed_checkpoint(flat):
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+@pytest.mark.parametrize("option", ["flatten_optimizer_state_dict", "full_state_dict"])
+@pytest.mark.parametrize("value", [False, True])
+def test_its_state_goes_through_distributed_checkpoint(option, value):
+    options = StateDictOptions(**{option: value})
     model = Small()
     optimizer = TWA(model, small_run())
     train(model, optimizer, range(5))
     state = get_optimizer_state_dict(model, optimizer, options=options)
     resumed = Small()
     second = TWA(resumed, small_run())
+    second.load_state_dict(second.state_dict())  # as accelerate does
+    assert not second.state
     resumed.load_state_dict(state_of(model))
     set_optimizer_state_dict(resumed, second, copy.deepcopy(state), options=options)
     assert_equal(resumed.state_dict(), model.state_dict())

@@ -206,8 +206,12 @@ class TWA(torch.optim.Optimizer):
 
         The basis is not in it: it is built from the checkpoints again.
         """
+        begun = bool(self.state)
         self._share_state()
-        return super().state_dict()
+        state = super().state_dict()
+        if not begun:  # Until the first step it has none, by which torch.distributed.checkpoint
+            self.state.clear()  # sees that it has to make one before it asks for its form.
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores the coefficients, the state of `base` and the trainable parameters.
@@ -241,7 +245,8 @@ class TWA(torch.optim.Optimizer):
                         tensor.copy_(before)
             self._overwritten = []
         self.set_coefficients(own["coefficients"])
-        self._share_state()
+        if state:
+            self._share_state()
 
     def _share_state(self) -> None:
         """Gives frameworks the state where they look for it: under a parameter of the model."""
