@@ -1034,6 +1034,15 @@ def test_a_state_from_before_the_first_step_leaves_the_start_point():
     assert_equal(model.state_dict(), average(small_run()))
 
 
+def test_a_model_that_was_moved_since_is_refused():
+    model = Small()
+    optimizer = TWA(model, small_run())
+    model.to("meta")
+    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="on meta, and was on cpu"):
+        optimizer.step()
+
+
 def test_the_start_may_be_the_model_as_it_stands():
     model = Small()
     before = state_of(model)

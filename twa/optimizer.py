@@ -285,6 +285,11 @@ class TWA(torch.optim.Optimizer):
     def _follow_parameters(self) -> None:
         """Builds the basis again where a framework has sharded the model since."""
         parameters = self.param_groups[0]["params"]
+        if parameters[0].device != self.coefficients.device:
+            raise RuntimeError(
+                f"the model is on {parameters[0].device}, and was on {self.coefficients.device} "
+                "when TWA was made: move it before"
+            )
         if any(a is not b for a, b in zip(parameters, self.subspace.parameters, strict=True)):
             if self._checkpoints is None:
                 raise RuntimeError("the model was sharded after the first step of TWA")
