@@ -26,6 +26,7 @@ UNTUNED = {  # the rivals at the run's own rate
     "decay, linear, from the best mean": "decay, linear, from the mean, rate x 1",
     "decay, 1-sqrt, from the best mean": "decay, 1-sqrt, from the mean, rate x 1",
 }
+AVERAGES = ("mean | 10", "EMA | 0.9", "WSM, 1-sqrt | 32")  # rivals that need no step
 TUNED = {
     "decay from the last, rate and shape tuned": "from the last",
     "decay from the best mean, rate and shape tuned": "from the mean",
@@ -50,7 +51,8 @@ def write(measurements: Path, page: Path, figures: Path) -> None:
         "Fewer directions, fewer bits": variants(runs, ("12 directions", "4 bits")),
     }
     for title, table in sections.items():
-        lines += [f"### {title}", "", *table, ""]
+        if table:
+            lines += [f"### {title}", "", *table, ""]
     for title, draw in drawn.items():
         path = figures / f"lm.{draw.__name__.partition('_')[0]}.png"
         draw(runs, path)
@@ -90,9 +92,13 @@ def chosen(runs: Sequence[Run], where: str, steps: int) -> str | None:
 def averages(runs: Sequence[Run]) -> list[str]:
     names = [name for name in runs[0] if not runs[0][name]["steps"]]
     best = "its start: the best mean by training loss"
-    rows = [(name.replace("mean | ", "mean of the last "), told(runs, name)) for name in names]
+    rows = [(titled(name), told(runs, name)) for name in names]
     starts = ", ".join(start_of(run) for run in runs)
     return [*markdown(("solution", "test loss"), rows), "", f"TWA takes as {best}: {starts}."]
+
+
+def titled(name: str) -> str:
+    return name.replace("mean | ", "mean of the last ").replace(" | ", ", ")
 
 
 def start_of(run: Run) -> str:
@@ -128,14 +134,15 @@ def differences(runs: Sequence[Run]) -> list[str]:
         names = names_at(runs, steps)
         for twa in ("TWA by model", "TWA by channel"):
             cells = []
-            for rivals in (UNTUNED, TUNED):
-                known = [names[r] for r in rivals if values(runs, names[r])]
+            untuned = [*AVERAGES, *(names[rival] for rival in UNTUNED)]
+            for rivals in (untuned, [names[rival] for rival in TUNED]):
+                known = [name for name in rivals if values(runs, name)]
                 if not known or not values(runs, names[twa]):
                     cells.append("–")
                     continue
                 best = min(known, key=lambda name: statistics.mean(values(runs, name)))
                 mean, error, count = paired(runs, names[twa], best)
-                rival = best.partition(" |")[0]
+                rival = titled(best.removesuffix(f" | {steps}"))
                 cells.append(f"{mean:+.4f} ± {error:.4f} ({count}; {rival})")
             rows.append((str(steps), twa, *cells))
     headings = ("steps", "method", "less the best untuned", "less the best tuned")
@@ -173,7 +180,7 @@ def variants(runs: Sequence[Run], words: str | Sequence[str]) -> list[str]:
         method, _, steps = name.partition(" | ")
         usual = f"{method.partition(',')[0]} | {steps}"
         rows.append((method, steps, told(runs, name), told(runs, usual)))
-    return markdown(("method", "steps", "test loss", "as usual"), rows)
+    return markdown(("method", "steps", "test loss", "as usual"), rows) if rows else []
 
 
 def loss_figure(runs: Sequence[Run], path: Path) -> None:

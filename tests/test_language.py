@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import language_report
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from training import text
 from training.loop import evaluate
 from twa.checkpoints import average, load, load_into, load_state_dict, save
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAIN, TWA = "lm/train.py", "train_twa.py"
 CONTEXT, BATCH = 16, 4
 CPU = torch.device("cpu")
@@ -549,3 +551,35 @@ def test_ema_is_its_recursion():
         mean = 0.9 * mean + 0.1 * value
     assert sum(c * v for c, v in zip(ema(0.9, 4), values, strict=True)) == pytest.approx(mean)
     assert sum(ema(0.9, 4)) == pytest.approx(1)
+
+
+def test_the_page_is_that_of_the_measurements(tmp_path):
+    page = tmp_path / "lm/README.md"
+    page.parent.mkdir()
+    shutil.copy(ROOT / "lm/README.md", page)
+    (tmp_path / "studies/figures").mkdir(parents=True)
+    language_report.write(ROOT / "studies/lm", page, tmp_path / "studies/figures")
+    assert page.read_text() == (ROOT / "lm/README.md").read_text()
+
+
+def entry(loss: float, **more) -> dict:
+    return {"steps": 10, "loss": loss, "validation_loss": loss, **more}
+
+
+def test_differences_are_paired_by_seed_and_rates_are_chosen_by_the_first_seeds_validation():
+    decays = {
+        "decay, linear, from the mean, rate x 1 | 10": entry(1.5),
+        "decay, linear, from the mean, rate x 0.1 | 10": entry(1.25, validation_loss=9.0),
+        "decay, 1-sqrt, from the mean, rate x 0.1 | 10": entry(1.375, validation_loss=1.0),
+    }
+    runs = [
+        decays | {"TWA by model | 10": entry(1.25)},
+        {name: entry(2.0) for name in decays} | {"TWA by model | 10": entry(2.25)},
+    ]
+    tuned = language_report.chosen(runs, "from the mean", 10)
+    assert tuned == "decay, 1-sqrt, from the mean, rate x 0.1 | 10"
+    mean, error, count = language_report.paired(runs, "TWA by model | 10", tuned)
+    assert (mean, error, count) == (0.0625, pytest.approx(0.1875), 2)
+    told = "\n".join(language_report.differences(runs))
+    assert "+0.0625 ± 0.1875 (2; decay, 1-sqrt, from the mean, rate x 0.1)" in told
+    assert "+0.0000 ± 0.2500 (2; decay, linear, from the mean, rate x 1)" in told
