@@ -738,7 +738,7 @@ PAPER = (
 def papers() -> list[str]:
     """What the paper's runs would cost: counted operations, nothing that was run."""
     note = (
-        "Not run here. The commands are in [README.md](../README.md#the-head-stage) and "
+        "Not run here. The commands are in [head-stage.md](head-stage.md) and "
         "[imagenet.md](imagenet.md); this is what they take, with operations counted by PyTorch on "
         "the model, and hours for a GPU that sustains 20 TFLOP/s."
     )
