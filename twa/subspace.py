@@ -13,6 +13,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import psutil
 import torch
@@ -166,7 +167,7 @@ class Subspace:
             if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
                 spread[batch.numbers] = of_batch.float()
         if many:
-            names = (f"checkpoint {os.path.basename(name)}" for name in window.names)
+            names = (f"checkpoint {Path(name).name}" for name in window.names)
             hashes = self._ranks.sum(window.hashes).tolist()
             self._replicas.check(dict(zip(names, hashes, strict=True)))
         self._number_coefficients(spread)
