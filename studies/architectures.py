@@ -29,3 +29,15 @@ def cnn() -> nn.Module:
         *(*stage(1, 16), *stage(16, 32), *stage(32, 64)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
     )
+
+
+def vgg() -> nn.Module:
+    """VGG16 with batch norm at half its width and with one linear layer, 3.7 M weights."""
+    layers: list[nn.Module] = []
+    inputs = 1
+    for width, convolutions in zip((32, 64, 128, 256, 256), (2, 2, 3, 3, 3), strict=True):
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            inputs = width
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, 10))

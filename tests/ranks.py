@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -104,10 +104,10 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def prepared(model: nn.Module) -> nn.Module:
+def prepared(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     """The model as it is in one process, sharded in two groups where there are ranks."""
     if dist.is_initialized():
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
         block = model[3] if isinstance(model, nn.Sequential) else model.layer3
         fully_shard(block, mesh=mesh, reshard_after_forward=False)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -106,7 +106,9 @@ def gather(value: object) -> list:
     return values
 
 
-def shard(model: nn.Module, device: torch.device, reshard: bool = False) -> nn.Module:
+def shard(
+    model: nn.Module, device: torch.device, reshard: bool = False, mesh: DeviceMesh | None = None
+) -> nn.Module:
     """`model` on `device`; where there are ranks, sharded among them by FSDP2.
 
     The elements of its lists of modules (residual blocks, transformer layers) are shard groups, and
@@ -115,10 +117,11 @@ def shard(model: nn.Module, device: torch.device, reshard: bool = False) -> nn.M
     Args:
         reshard: free the gathered weights of a block after its forward pass. Backward gathers them
             again, and no rank ever holds the whole model.
+        mesh: the ranks among which, in one dimension; all of them if None.
     """
     if not dist.is_initialized():
         return model.to(device)
-    mesh = init_device_mesh(device.type, (world(),))
+    mesh = mesh or init_device_mesh(device.type, (world(),))
     lists = [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
     for block in (child for modules in lists for child in modules):
         if any(True for _ in block.children()) and any(True for _ in block.parameters()):

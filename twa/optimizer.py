@@ -6,15 +6,21 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from twa.checkpoints import Checkpoint, average, listed, load_into
+from twa.replicas import Replicas, hash_of
 from twa.sharding import local
 from twa.subspace import Subspace
 
 # The rate of AdamW on coefficients in units of the spread: it suits every model, granularity and
 # budget that was tried.
 RATE = 0.02
+
+# Steps after which the ranks of a process group compare their coefficients again.
+COMPARE_EVERY = 100
 
 # What a state holds besides that of the base optimizer.
 OWN = {"coefficients", "start_coefficients", "probe", "fingerprint"}
@@ -44,6 +50,15 @@ class TWA(torch.optim.Optimizer):
     The optimizer's one group holds the model's trainable parameters and the hyper-parameters of
     `base`, so that schedules, `GradScaler`, clipping and frameworks work as with any optimizer.
     They see the gradient of the model: it is unscaled, or clipped, before it is projected.
+
+    Many ranks train together for the price of n floats a step, with `process_group`: each has the
+    whole model, not wrapped in DistributedDataParallel, and calls `backward` on its own share of
+    the batch; `step` all-reduces the gradient of the coefficients, and all ranks take the same
+    step, so that their weights stay equal to the bit. Start point, basis and coefficients are
+    compared by hash at the beginning, the coefficients after every 100 steps again. What every
+    rank does at once: making the optimizer, and `step`. With a `GradScaler`, all ranks skip a step
+    that overflows on one. Buffers remain each rank's own.
+
     To resume, load `state_dict()` into an optimizer that was made with the same arguments, before
     or after the model's own is loaded.
 
@@ -63,13 +78,24 @@ class TWA(torch.optim.Optimizer):
             large cannot take the model arbitrarily far from the checkpoints. From the mean, the
             checkpoints are at about 1; ordinary training stays below 3. `math.inf` for no limit.
             For "PCA" only: the paper's coefficients have no such unit, and are not limited.
+        process_group: the ranks among which `step` takes the mean of the gradient, such as
+            `dist.group.WORLD`; None: this rank's is taken as it is. Where the model is sharded
+            within each machine (`fully_shard` with the one-dimensional mesh of its ranks), the
+            group of the ranks that hold the same shards: n floats then are all that goes from
+            machine to machine.
         **base_arguments: what `base` takes: `lr`, `momentum`, `weight_decay`, … Those left out are
             its own defaults, except that AdamW with "PCA" gets `lr=0.02` and `weight_decay=0`.
+
+    Attributes:
+        coefficients: z, float32 [n]; `origin`, the same, is the start point's.
+        subspace: the basis.
+        stop: whether this rank asks all ranks to stop; for the caller to set, and False at first.
+            The next step's sum carries it, and `stopping` then says so on all ranks.
 
     Raises:
         CheckpointError: a checkpoint cannot be read or does not fit the model.
         ValueError: an argument is out of its range; there are no checkpoints, or for "PCA" no two
-            that differ.
+            that differ. A rank of the process group, which is named, differs from the first.
         MemoryError: the basis does not fit into the memory that is free.
     """
 
@@ -85,6 +111,7 @@ class TWA(torch.optim.Optimizer):
         bits: int = 32,
         granularity: str = "model",
         radius: float = 10.0,
+        process_group: dist.ProcessGroup | None = None,
         **base_arguments,
     ):
         if extract == "PCA" and base is torch.optim.AdamW:
@@ -101,19 +128,36 @@ class TWA(torch.optim.Optimizer):
             "components": components,
             "bits": bits,
             "granularity": granularity,
+            "process_group": process_group,
         }
+        self._replicas = Replicas(process_group)
+        self.stop, self._stopping = False, torch.zeros(())
+        # A GradScaler then leaves the skipping to `step`, which all ranks have to call.
+        self._step_supports_amp_scaling = self._replicas.count > 1
         self._set_up()
         self.coefficients = nn.Parameter(self.origin.clone())
         self.base = base([self.coefficients], **base_arguments)
         super().__init__(self.subspace.parameters, defaults)
         _copy_hyperparameters(self.base, self)
+        self._steps = 0  # since the ranks were compared
 
     def _set_up(self) -> None:
         """Builds the basis of the model as it is now, and moves the model to the start point."""
         self.subspace = Subspace(self._model, self._checkpoints, **self._basis)
+        self._many = self.subspace.shards * self._replicas.count > 1
+        for parameter in self.subspace.parameters if self._replicas.count > 1 else ():
+            if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1:
+                raise ValueError(
+                    "with a process group, shard the model by the one-dimensional mesh of a "
+                    "machine's ranks, mesh['shard']: by a mesh of two dimensions FSDP2 sums the "
+                    "gradients between machines itself"
+                )
         self._overwritten = self._load_start()
         self._start = self.subspace.flatten(self.subspace.parameters)
-        self._start_coefficients = self.subspace.coordinates(self._start)
+        self._fingerprint = self.subspace.fingerprint(self._start)
+        self._replicas.check({"start point": self._fingerprint.item()})
+        coordinates = self.subspace.coordinates(self._start)
+        self._start_coefficients = self._replicas.take_first(coordinates)
         # The coefficients at which the model is the start point.
         self.origin = self._start_coefficients.clone()
         if self.subspace.spread is not None:
@@ -121,7 +165,6 @@ class TWA(torch.optim.Optimizer):
         self._flat = self.subspace.empty()  # For gradients and weights in turn.
         # Windows differ in this even where their starts and the start coefficients agree.
         self._probe = self.subspace.project(self._flat.fill_(1))
-        self._fingerprint = self.subspace.fingerprint(self._start)
 
     def _load_start(self) -> list[tuple[Tensor, Tensor, int]]:
         """Loads the start point.
@@ -134,8 +177,8 @@ class TWA(torch.optim.Optimizer):
             return []
         trained = {id(parameter) for parameter in self.subspace.parameters}
         state = self._model.state_dict(keep_vars=True)
-        others = [local(tensor) for tensor in state.values() if id(tensor) not in trained]
-        before = [tensor.clone() for tensor in others]
+        others = [tensor for tensor in state.values() if id(tensor) not in trained]
+        before = [local(tensor).clone() for tensor in others]
         start = self._start_point
         if start is None:
             start = average(self._checkpoints, self._model)
@@ -143,7 +186,7 @@ class TWA(torch.optim.Optimizer):
         return [
             (tensor, old, tensor._version)
             for tensor, old in zip(others, before, strict=True)
-            if not tensor.is_meta and not torch.equal(tensor, old)
+            if not tensor.is_meta and not torch.equal(local(tensor), old)
         ]
 
     def add_param_group(self, param_group: dict) -> None:
@@ -155,7 +198,9 @@ class TWA(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(
+        self, closure: Callable[[], Tensor] | None = None, *, weight: float = 1.0
+    ) -> Tensor | None:
         """One step of `base` on the coefficients, limited by `radius`; the weights follow.
 
         A parameter without a gradient counts as one whose gradient is zero.
@@ -163,11 +208,21 @@ class TWA(torch.optim.Optimizer):
         Args:
             closure: clears the gradients, computes the loss, calls `backward` and returns the
                 loss, as for any optimizer; those that evaluate it many times (`LBFGS`) need it.
+            weight: of this rank in the mean over the ranks of the process group. Where each rank's
+                loss is the mean over its share of a batch, and the shares differ: the number of
+                samples in the share, 0 for an empty one. (Within a machine that FSDP2 shards the
+                model over, FSDP2 takes the mean, and all ranks weigh the same.)
+
+        Returns:
+            the loss that `closure` returned first, the mean of all ranks.
         """
         self._follow_parameters()
+        self._compare_ranks()
         _copy_hyperparameters(self, self.base)
         if closure is None:
-            self._project_gradients()
+            _, skip = self._project_gradients(weight)
+            if skip:
+                return None
             loss = self.base.step()
         else:
             written = self.coefficients.detach().clone()
@@ -177,8 +232,7 @@ class TWA(torch.optim.Optimizer):
                     self._write_weights()
                     written.copy_(self.coefficients)
                 loss = closure()
-                self._project_gradients()
-                return loss
+                return self._project_gradients(weight, loss)[0]
 
             loss = self.base.step(closure_at_coefficients)
         _copy_hyperparameters(self.base, self)  # Some optimizers keep numbers in their group.
@@ -187,6 +241,11 @@ class TWA(torch.optim.Optimizer):
         self._write_weights()
         self._share_state()
         return loss
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a rank had set `stop` before the last step; the same on all ranks."""
+        return bool(self._stopping > 0) if self._many else self.stop
 
     def averaging_weights(self) -> Tensor:
         """α with `w = Σ α_i w_i`: how much of each checkpoint the model now holds.
@@ -242,11 +301,12 @@ class TWA(torch.optim.Optimizer):
             with torch.no_grad():
                 for tensor, before, version in self._overwritten:
                     if tensor._version == version:
-                        tensor.copy_(before)
+                        local(tensor).copy_(before)
             self._overwritten = []
         self.set_coefficients(own["coefficients"])
         if state:
             self._share_state()
+        self._steps = 0
 
     def _share_state(self) -> None:
         """Gives frameworks the state where they look for it: under a parameter of the model."""
@@ -301,14 +361,71 @@ class TWA(torch.optim.Optimizer):
             "a TWA optimizer, with its model and basis, is not copied: use state_dict()"
         )
 
-    def _project_gradients(self) -> None:
+    def _project_gradients(
+        self, weight: float, loss: Tensor | None = None
+    ) -> tuple[Tensor | None, bool]:
+        """Sets the gradient of the coefficients.
+
+        Returns:
+            `loss`, and whether the gradients of a rank overflowed; both of all ranks.
+        """
         gradients = self.subspace.flatten(
             (p.grad for p in self.subspace.parameters), out=self._flat
         )
-        self.coefficients.grad = self.subspace.project(gradients)
-        if self._checkpoints is not None and self.coefficients.grad.any():
+        skip = False
+        if self._many:
+            gradient, loss, skip = self._summed(gradients, weight, loss)
+        else:
+            gradient = self.subspace.project(gradients)
+        self.coefficients.grad = gradient
+        if self._checkpoints is not None and gradient.any():
             # From the first real step on, nothing of the constructor is needed any more.
             self._checkpoints, self._start_point, self._overwritten = None, None, []
+        return loss, skip
+
+    def _summed(
+        self, gradients: Tensor, weight: float, loss: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, bool]:
+        """The projected gradient and `loss`, means over all ranks, and whether one overflowed.
+
+        All of it in one sum over the shards and one over the replicas.
+        """
+        riders = gradients.new_tensor([weight, 0, self.stop, 0])
+        if loss is not None and weight:  # That of an empty share is NaN.
+            riders[1] = weight * loss.detach()
+        overflow = getattr(self, "found_inf", None)  # A scaler sets this, and `grad_scale`.
+        if overflow is not None:
+            riders[3] = overflow
+        gradient = self.subspace.project(gradients, riders)
+        if getattr(self, "grad_scale", None) is not None:
+            gradient = gradient / self.grad_scale
+        if self._replicas.count > 1:
+            # The gradient of an empty share may be NaN as well.
+            weighted = (riders[0] * gradient).where(riders[0] > 0, 0)
+            total = self._replicas.sum(torch.cat([weighted, riders]))
+            gradient, riders = total[:-4], total[-4:]
+            gradient = gradient / riders[0].clamp(min=torch.finfo(riders.dtype).tiny)
+        self._stopping = riders[2]
+        mean = None if loss is None else riders[1] / riders[0]
+        return gradient, mean, overflow is not None and bool(riders[3] > 0)
+
+    def _compare_ranks(self) -> None:
+        """Raises ValueError where a rank's coefficients have come to differ from the first's."""
+        if self._replicas.count > 1 and self._steps % COMPARE_EVERY == 0:
+            state = self.base.state.get(self.coefficients, {}).values()
+            like = self.coefficients.shape
+            vectors = [v for v in state if isinstance(v, Tensor) and v.shape == like]
+            group = self.param_groups[0]
+            self._replicas.check(
+                {
+                    "vector of coefficients": hash_of(self.coefficients).item(),
+                    "state of the optimizer": [
+                        hash_of(vector.float()).item() for vector in vectors
+                    ],
+                    **{key: str(group[key]) for key in group if key != "params"},
+                }
+            )
+        self._steps += 1
 
     @torch.no_grad()
     def set_coefficients(self, coefficients: Tensor) -> None:

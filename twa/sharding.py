@@ -105,11 +105,12 @@ class Ranks:
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
-    def share(self, free: int | None, device: torch.device) -> int | None:
+    def share(self, free: int | None, device: torch.device, replicas: int) -> int | None:
         """How much of `free` bytes on `device` each of the ranks on this machine can take."""
-        if free is None or device.type != "cpu" or self._group is None:
+        count = self.count * replicas
+        if free is None or device.type != "cpu" or count == 1:
             return free
-        return free // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
 def _sharded_by(tensor: DTensor) -> int:

@@ -13,14 +13,17 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from twa import extraction
 from twa.checkpoints import Checkpoint, listed
 from twa.columns import Blocks, Columns
+from twa.replicas import Replicas
 from twa.sharding import Ranks, first_row, local
 from twa.storage import PIECE, TILE, Storage
 from twa.window import Window
@@ -84,6 +87,9 @@ class Subspace:
             coefficients of its own. A layer is a module that owns parameters; one that owns only
             vectors, such as batch norm, joins the layer before it. A channel is an index of a
             weight's first dimension; the vectors of a layer form one block.
+        process_group: the ranks that hold the same model (or the same shards of it), if there are
+            several. They take over the first one's directions: those that another machine
+            computes may be others where the spread is the same in several.
 
     Attributes:
         parameters: the model's trainable parameters behind the columns, in order.
@@ -98,7 +104,8 @@ class Subspace:
         MemoryError: the basis does not fit into the memory that is free.
         ValueError: an argument is out of its range; there are no checkpoints, or for "PCA" no two
             that differ; the model has no trainable parameters, or some that are complex or not in
-            its `state_dict`.
+            its `state_dict`; a rank of `process_group` has other parameters, arguments or
+            checkpoints than the first.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Subspace:
         components: int | None = None,
         bits: int = 32,
         granularity: str = "model",
+        process_group: dist.ProcessGroup | None = None,
     ):
         checkpoints = listed(model, checkpoints)
         _check_arguments(checkpoints, extract, components, bits, granularity)
@@ -120,13 +128,22 @@ class Subspace:
         self._ranks = self._columns.ranks
         blocks, self._count = self._columns.blocks(granularity)
         n = len(checkpoints)
-        _check_memory(n, total, extract, bits, components, device, self._ranks)
+        self._replicas = Replicas(process_group)
+        self._replicas.check(
+            {
+                "model": [(*self._columns.names, *(p.shape for p in self.parameters))],
+                "number of checkpoints": n,
+                "basis": (extract, components, bits, granularity),
+            }
+        )
+        _check_memory(n, total, extract, bits, components, device, self._ranks, self._replicas)
 
         height = _height(n, extract, components)
         chunk = _chunk(n, blocks, device)
         in_place = _in_place(n, height, bits, device)
         width = total if in_place else _width(n, total, chunk)
-        window = Window(self._columns, checkpoints, width, chunk, _build_device(device))
+        many = self._replicas.count > 1
+        window = Window(self._columns, checkpoints, width, chunk, _build_device(device), many)
         # At 32 bits the directions of "PCA" leave the last row of the window free, for the mean.
         rows = (
             window.rows
@@ -149,6 +166,10 @@ class Subspace:
             used += kept
             if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
                 spread[batch.numbers] = of_batch.float()
+        if many:
+            names = (f"checkpoint {Path(name).name}" for name in window.names)
+            hashes = self._ranks.sum(window.hashes).tolist()
+            self._replicas.check(dict(zip(names, hashes, strict=True)))
         self._number_coefficients(spread)
         used = self._ranks.sum(used.to(device)).tolist()
         self.dropped = [name for name, use in zip(window.names, used, strict=True) if not use]
@@ -172,14 +193,18 @@ class Subspace:
         dtype, kept = torch.float64, torch.ones(1, len(window.rows), dtype=torch.bool)
         if self._extract == "PCA":
             transform, spread = extraction.principal_directions(products, height)
-            with_mean = torch.cat([transform, extraction.mean_row(transform)], dim=1)
         else:
             if self._extract == "SVD":
                 transform, _ = extraction.principal_directions(products, height - 1, mean=True)
             else:
                 single = _single_precision_is_exact(window.rows.device)
                 transform, kept, dtype = extraction.gram_schmidt(products, single)
-            spread, with_mean = (transform != 0).any(dim=2).double(), transform
+                kept = self._replicas.take_first(kept)
+            spread = (transform != 0).any(dim=2).double()
+        transform, spread = map(self._replicas.take_first, (transform, spread))
+        with_mean = transform
+        if self.mean is not None:
+            with_mean = torch.cat([transform, extraction.mean_row(transform)], dim=1)
         for start, differences in window.differences(batch, dtype):
             rows = with_mean.to(dtype) @ differences
             rows = rows.transpose(0, 1).flatten(1).float().to(self.parameters[0].device)
@@ -211,21 +236,34 @@ class Subspace:
         return self._length
 
     @property
+    def shards(self) -> int:
+        """The number of ranks that the model is sharded among, 1 if it is not."""
+        return self._ranks.count
+
+    @property
     def nbytes(self) -> int:
         """The memory of the stored basis in bytes, with scales and the mean; on this rank."""
         return self._storage.nbytes + (0 if self.mean is None else self.mean.nbytes)
 
     @_full_precision
-    def project(self, gradients: Tensor) -> Tensor:
+    def project(self, gradients: Tensor, riders: Tensor | None = None) -> Tensor:
         """`σ ∘ P g`: the gradient with respect to the coefficients.
 
         Args:
             gradients: float32 [D], in the order of the columns.
+            riders: a few numbers, float32, that are to be summed over the ranks that the model is
+                sharded among, in place; they go in the same all-reduce.
 
         Returns:
             float32 [len(self)], for the coefficients of all blocks one after the other.
         """
-        products = self._ranks.sum(self._storage.project(gradients)).flatten()
+        products = self._storage.project(gradients).flatten()
+        if riders is None:
+            self._ranks.sum(products)
+        else:
+            summed = self._ranks.sum(torch.cat([products, riders]))
+            products = summed[: len(products)]
+            riders.copy_(summed[len(products) :])
         products = products if self._index is None else products[self._index]
         return products if self.spread is None else products * self.spread
 
@@ -420,9 +458,10 @@ def _check_memory(
     components: int | None,
     device: torch.device,
     ranks: Ranks,
+    replicas: Replicas,
 ) -> None:
     """Raises `MemoryError` if too little memory is free to build the basis; says what would fit."""
-    free = ranks.share(_free_memory(device), device)
+    free = ranks.share(_free_memory(device), device, replicas.count)
 
     def size(n: int, bits: int) -> int:
         height = _height(n, extract, components)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from twa.checkpoints import Checkpoint, CheckpointError, name_of
 from twa.columns import Blocks, Columns
+from twa.replicas import hash_of
 
 
 class Window:
@@ -21,10 +22,12 @@ class Window:
         width: the number of columns in memory.
         chunk: the number of columns that are worked on at a time.
         device: the device of the rows; it has float64.
+        hashed: whether to hash what is read.
 
     Attributes:
         rows: the columns in memory, float32 [n, width].
         names: the names of the checkpoints in messages.
+        hashes: of what was read of each checkpoint, int64 [n].
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Window:
         width: int,
         chunk: int,
         device: torch.device,
+        hashed: bool,
     ):
         self.names = [name_of(checkpoint, i) for i, checkpoint in enumerate(checkpoints)]
         for checkpoint, name in zip(checkpoints, self.names, strict=True):
@@ -42,7 +46,9 @@ class Window:
         # For all chunks of differences: allocating each takes longer than computing it.
         self._buffer = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
         self._columns, self._checkpoints, self._chunk = columns, checkpoints, chunk
-        self._start = self._stop = 0
+        self._start = self._stop = self._new = 0  # columns in memory; the first one not hashed yet
+        self._hashed = hashed
+        self.hashes = torch.zeros(len(checkpoints), dtype=torch.int64, device=device)
 
     def differences(
         self, batch: Blocks, dtype: torch.dtype = torch.float64
@@ -103,3 +109,6 @@ class Window:
             named, desc="reading checkpoints", total=len(rows), leave=False, disable=None
         ):
             self._columns.read(checkpoint, name, start, row)
+        if self._hashed and self._stop > self._new:  # Columns may be read more than once.
+            self.hashes += hash_of(rows[:, max(self._new - start, 0) :])
+            self._new = self._stop

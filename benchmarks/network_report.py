@@ -1,0 +1,150 @@
+"""The table and the figure of `network.py`, from its JSON: no number is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+CURVE = "curve"
+FSDP, HYBRID = "TWA, FSDP2", "TWA, hybrid 2x2"  # have the curve of replicated TWA
+TWAS = ("TWA, replicated", "TWA, replicated, by layer", "TWA, replicated, by channel")
+RIVALS = ("SGD, DDP", "SGD, PowerSGD of rank 2", "local SGD, H = 10", "local SGD, H = 100")
+
+
+def write_report(results: dict, folder: Path) -> None:
+    """Writes `network.md` and `figures/network.png` into `folder`."""
+    archs = {name: ways for name, ways in results.items() if name != "settings"}
+    lines = []
+    for arch, ways in archs.items():
+        wires = [wire for wire in next(iter(ways.values())) if wire != CURVE]
+        lines += ["", f"{arch.rpartition(':')[2]}:", "", *seconds_table(ways, wires)]
+        curves = {way: cells for way, cells in ways.items() if CURVE in cells}
+        if "SGD, DDP" in curves:
+            lines += ["", *goals_table(curves, wires), "", *crossings_table(curves, wires)]
+    (folder / "network.md").write_text("\n".join(lines[1:]) + "\n")
+    (folder / "figures").mkdir(exist_ok=True)
+    draw(archs, folder / "figures/network.png")
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(head: list[str], rows: list[list]) -> list[str]:
+    return [row(*head), row(*["---"] * len(head)), *(row(*cells) for cells in rows)]
+
+
+def seconds_table(ways: dict, wires: list[str]) -> list[str]:
+    """The seconds of a step on each wire, the bytes in it, and where the training ends."""
+    rows = []
+    for way, cells in ways.items():
+        end = cells[CURVE][CURVE][-1] if CURVE in cells else None
+        told = [f"{end['accuracy']:.2f} %, {end['loss']:.4f}"] if end else [""]
+        measured = [cells.get(wire) for wire in wires]
+        size = min((cell["bytes"] for cell in measured if cell), default=0)
+        numbers = next((c["coefficients"] for c in measured if c and "coefficients" in c), "")
+        steps = [f"{cell['seconds']:.3f}" if cell else "" for cell in measured]
+        rows.append([way, numbers, in_bytes(size), *steps, *told])
+    head = ["way", "coefficients", "sent a rank and step"]
+    return table([*head, *(f"s a step, {wire}" for wire in wires), "test accuracy, loss"], rows)
+
+
+def in_bytes(size: float) -> str:
+    for unit in ("B", "kB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} MB"
+
+
+def points(cells: dict, wire: str) -> list[tuple[float, float, float]]:
+    """Seconds, accuracy and loss along a training on this wire."""
+    setup, step = cells[wire]["setup_seconds"], cells[wire]["seconds"]
+    return [
+        (setup + step * max(1, test["step"]), test["accuracy"], test["loss"])  # no 0 on a log scale
+        for test in cells[CURVE][CURVE]
+    ]
+
+
+def goals_table(curves: dict, wires: list[str]) -> list[str]:
+    """The seconds until a way has the accuracy, and the loss, at which SGD with DDP ends."""
+    _, accuracy, loss = points(curves["SGD, DDP"], wires[0])[-1]
+    rows = []
+    for way, cells in curves.items():
+        told = []
+        for wire in (wire for wire in wires if wire in cells):
+            way_points = points(cells, wire)
+            first = (
+                next((s for s, a, _ in way_points if a >= accuracy), None),
+                next((s for s, _, value in way_points if value <= loss), None),
+            )
+            told.append(", ".join("–" if s is None else f"{s:.0f}" for s in first))
+        rows.append([way, *told])
+    head = f"seconds to {accuracy:.2f} %, to {loss:.4f}"
+    return table([head, *wires], rows)
+
+
+def crossings_table(curves: dict, wires: list[str]) -> list[str]:
+    """The rate of the wire below which TWA's end is better than what a rival has by then."""
+    mine = [way for way in TWAS if way in curves]
+    rows = [
+        [rival, *(crossing(curves[rival], curves[way], wires[0]) for way in mine)]
+        for rival in RIVALS
+        if rival in curves
+    ]
+    return table(["has the loss at the end of", *mine], rows)
+
+
+def crossing(rival: dict, mine: dict, wire: str) -> str:
+    """The rate at which `rival` reaches the loss at the end of `mine` in the same seconds.
+
+    A step takes what it takes without a limit, and its bytes at the rate.
+    """
+    end = mine[CURVE][CURVE][-1]
+    tests = rival[CURVE][CURVE]
+    steps = next((test["step"] for test in tests if test["loss"] <= end["loss"]), None)
+    if steps is None:
+        return "never"
+    more_bytes = steps * rival[wire]["bytes"] - end["step"] * mine[wire]["bytes"]
+    seconds_left = end["step"] * mine[wire]["seconds"] - steps * rival[wire]["seconds"]
+    if seconds_left <= 0:
+        return "later at every rate" if more_bytes > 0 else "later above some rate"
+    if more_bytes <= 0:
+        return "sooner at every rate"
+    return f"sooner above {8 * more_bytes / seconds_left / 1e6:.3g} Mbit/s"
+
+
+def draw(archs: dict, path: Path) -> None:
+    """Accuracy and loss against seconds, a column for each wire."""
+    wires = [w for w in next(iter(next(iter(archs.values())).values())) if w != CURVE]
+    figure = Figure(figsize=(3.2 * len(wires), 4.6 * len(archs)), layout="constrained")
+    axes = figure.subplots(2 * len(archs), len(wires), squeeze=False, sharey="row", sharex="col")
+    for i, (arch, ways) in enumerate(archs.items()):
+        shown = {way: cells for way, cells in ways.items() if CURVE in cells}
+        for j, wire in enumerate(wires):
+            for k, name in enumerate(("test accuracy (%)", "test loss")):
+                ax = axes[2 * i + k, j]
+                for way, cells in shown.items():
+                    if wire in cells:
+                        seconds, *values = zip(*points(cells, wire), strict=True)
+                        solid = "-" if way in TWAS else "--"
+                        ax.plot(seconds, values[k], solid, label=way, marker=".")
+                ax.set_xscale("log")
+                ax.grid(alpha=0.3)
+                if j == 0:
+                    ax.set_ylabel(f"{arch.rpartition(':')[2]}\n{name}")
+            axes[2 * i, j].set_title(wire)
+    for ax in axes[-1]:
+        ax.set_xlabel("seconds")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
+    folder = folder if folder.is_dir() else folder.parent
+    write_report(json.loads((folder / "network.json").read_text()), folder)
