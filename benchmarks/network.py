@@ -278,6 +278,7 @@ def launch(arch: str, way: str, wire: str) -> dict:
                 "LOCAL_RANK": str(rank % each),
                 "LOCAL_WORLD_SIZE": str(each),
                 "OMP_NUM_THREADS": "1",
+                "TORCH_CPP_LOG_LEVEL": "ERROR",  # Hosts without names are told of, again and again.
             }
             own = [sys.executable, *sys.argv, "--cell", arch, way, wire]
             process = subprocess.Popen(

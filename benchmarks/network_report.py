@@ -9,7 +9,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 CURVE = "curve"
-FSDP, HYBRID = "TWA, FSDP2", "TWA, hybrid 2x2"  # have the curve of replicated TWA
 TWAS = ("TWA, replicated", "TWA, replicated, by layer", "TWA, replicated, by channel")
 RIVALS = ("SGD, DDP", "SGD, PowerSGD of rank 2", "local SGD, H = 10", "local SGD, H = 100")
 

@@ -133,12 +133,14 @@ def long(folder: Path) -> dict:
     model, optimizer = replica(folder, granularity="layer")
     for number in range(LONG):
         step(optimizer, model, batches()[number % STEPS])
-    weights = whole(model)
-    if dist.get_rank() == dist.get_world_size() - 1:
-        with torch.no_grad():
-            optimizer.coefficients[0] += 1e-6
-    said = refusal(lambda: step(optimizer, model, batches()[0]))
-    return {"weights": weights, "said": said}
+    weights, followed = [whole(model)], []
+    for error in (1e-6, 0.1):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            with torch.no_grad():
+                optimizer.coefficients[0] += error
+        followed.append(refusal(lambda: [step(optimizer, model, batches()[0]) for _ in range(100)]))
+        weights.append(whole(model))
+    return {"weights": weights[:2], "said": followed}
 
 
 def with_scaler(folder: Path) -> dict:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from twa.checkpoints import Checkpoint, average, listed, load_into
-from twa.replicas import Replicas, hash_of
+from twa.replicas import Replicas
 from twa.sharding import local
 from twa.subspace import Subspace
 
@@ -54,10 +54,10 @@ class TWA(torch.optim.Optimizer):
     Many ranks train together for the price of n floats a step, with `process_group`: each has the
     whole model, not wrapped in DistributedDataParallel, and calls `backward` on its own share of
     the batch; `step` all-reduces the gradient of the coefficients, and all ranks take the same
-    step, so that their weights stay equal to the bit. Start point, basis and coefficients are
-    compared by hash at the beginning, the coefficients after every 100 steps again. What every
-    rank does at once: making the optimizer, and `step`. With a `GradScaler`, all ranks skip a step
-    that overflows on one. Buffers remain each rank's own.
+    step, so that their weights stay equal to the bit. Start point and checkpoints are compared by
+    hash at the beginning, coefficients and rates at the first step and after every 100 again. What
+    every rank does at once: making the optimizer, and `step`. With a `GradScaler`, all ranks skip a
+    step that overflows on one. Buffers remain each rank's own.
 
     To resume, load `state_dict()` into an optimizer that was made with the same arguments, before
     or after the model's own is loaded.
@@ -409,22 +409,29 @@ class TWA(torch.optim.Optimizer):
         mean = None if loss is None else riders[1] / riders[0]
         return gradient, mean, overflow is not None and bool(riders[3] > 0)
 
+    @torch.no_grad()
     def _compare_ranks(self) -> None:
-        """Raises ValueError where a rank's coefficients have come to differ from the first's."""
+        """Raises ValueError where a rank has come to differ from the first one of its group.
+
+        What differs by rounding, as on processors of another kind, becomes the first one's.
+        """
         if self._replicas.count > 1 and self._steps % COMPARE_EVERY == 0:
             state = self.base.state.get(self.coefficients, {}).values()
-            like = self.coefficients.shape
-            vectors = [v for v in state if isinstance(v, Tensor) and v.shape == like]
-            group = self.param_groups[0]
+            shape, group = self.coefficients.shape, self.param_groups[0]
+            vectors = [self.coefficients]
+            vectors += [v for v in state if isinstance(v, Tensor) and v.shape == shape]
+            arguments = {key: str(group[key]) for key in group if key != "params"}
+            self._replicas.check(arguments | {"state of the optimizer": len(vectors)})
+            firsts = self._replicas.take_first(torch.stack(vectors))
+            near = [
+                torch.allclose(vector, first, rtol=0, atol=1e-3 * float(first.abs().max()))
+                for vector, first in zip(vectors, firsts, strict=True)
+            ]
             self._replicas.check(
-                {
-                    "vector of coefficients": hash_of(self.coefficients).item(),
-                    "state of the optimizer": [
-                        hash_of(vector.float()).item() for vector in vectors
-                    ],
-                    **{key: str(group[key]) for key in group if key != "params"},
-                }
+                {"vector of coefficients": near[0], "state of the optimizer": near[1:]}
             )
+            for vector, first in zip(vectors, firsts, strict=True):
+                vector.copy_(first)
         self._steps += 1
 
     @torch.no_grad()
