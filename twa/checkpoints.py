@@ -181,6 +181,8 @@ class Fit:
             else:
                 continue
             raise CheckpointError(f"{name}: of another architecture: {key} is {differs}")
+        # Without values in the model, and not to be trained: nothing to load into.
+        found = {k: v for k, v in found.items() if k in self._needed or not self.tensors[k].is_meta}
         for first, *others in self._ties if name not in self._compared else ():
             for other in others if first in found else ():
                 if not torch.equal(tensor_of(found[first]), tensor_of(found[other])):

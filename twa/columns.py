@@ -7,14 +7,14 @@ which gets a basis of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
 from torch import Tensor, nn
 
-from twa.checkpoints import Checkpoint, Fit
-from twa.formats import tensor_of
+from twa.checkpoints import Fit
+from twa.formats import Stored, tensor_of
 from twa.sharding import Ranks, first_row, local, part
 
 
@@ -101,13 +101,8 @@ class Columns:
         for columns, parameter in zip(flat.split(self.widths), self.parameters, strict=True):
             yield columns.view(local(parameter).shape)
 
-    def read(self, checkpoint: Checkpoint, name: str, start: int, row: Tensor) -> None:
-        """Copies the columns of `checkpoint` from `start` on into `row` until it is full.
-
-        Raises:
-            CheckpointError: as `fit(checkpoint, name)`.
-        """
-        state = self.fit(checkpoint, name)
+    def read(self, state: Mapping[str, Tensor | Stored], start: int, row: Tensor) -> None:
+        """Copies the columns of `state`, which `fit` took, from `start` on until `row` is full."""
         begin = 0
         for key, parameter, width in zip(self.names, self.parameters, self.widths, strict=True):
             low, high = max(begin, start), min(begin + width, start + len(row))

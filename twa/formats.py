@@ -49,6 +49,11 @@ def tensor_of(value: Tensor | Stored) -> Tensor:
     return value.read() if isinstance(value, Stored) else value.detach()
 
 
+def mapped(value: Tensor | Stored) -> bool:
+    """Whether `value` takes no memory before it is used; it owns none, as far as torch knows."""
+    return isinstance(value, Stored) or not value.untyped_storage().resizable()
+
+
 def one_line(error: BaseException) -> str:
     """The first line of the message of `error`, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from twa.checkpoints import Checkpoint, CheckpointError, name_of
 from twa.columns import Blocks, Columns
+from twa.formats import mapped
 from twa.replicas import hash_of
 
 
@@ -40,8 +41,12 @@ class Window:
         hashed: bool,
     ):
         self.names = [name_of(checkpoint, i) for i, checkpoint in enumerate(checkpoints)]
+        # All of them have to fit before the first is read. Opening a file again takes longer than
+        # anything else here, so what takes no memory is kept for its first reading.
+        self._opened: list[dict | None] = []
         for checkpoint, name in zip(checkpoints, self.names, strict=True):
-            columns.fit(checkpoint, name)  # All of them, before the first is read.
+            state = columns.fit(checkpoint, name)
+            self._opened.append(state if all(map(mapped, state.values())) else None)
         self.rows = torch.empty(len(checkpoints), width, dtype=torch.float32, device=device)
         # For all chunks of differences: allocating each takes longer than computing it.
         self._buffer = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
@@ -104,11 +109,10 @@ class Window:
         self._start = start
         self._stop = min(start + self.rows.shape[1], self._columns.total)
         rows = self.rows[:, : self._stop - start]
-        named = zip(self._checkpoints, self.names, rows, strict=True)
-        for checkpoint, name, row in tqdm(
-            named, desc="reading checkpoints", total=len(rows), leave=False, disable=None
-        ):
-            self._columns.read(checkpoint, name, start, row)
+        for i in tqdm(range(len(rows)), desc="reading checkpoints", leave=False, disable=None):
+            state, self._opened[i] = self._opened[i], None
+            state = state or self._columns.fit(self._checkpoints[i], self.names[i])
+            self._columns.read(state, start, rows[i])
         if self._hashed and self._stop > self._new:  # Columns may be read more than once.
             self.hashes += hash_of(rows[:, max(self._new - start, 0) :])
             self._new = self._stop
