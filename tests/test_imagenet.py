@@ -340,7 +340,7 @@ def test_checkpoints_of_wrapped_models_load_as_they_are(resnet, folder, tmp_path
         torch.save({f"module.{k}": v for k, v in state.items()}, path)
     wrapped = succeed(call(TWA, *evaluate)).out
     assert wrapped == plain
-    assert "SWA" in wrapped and "top5_accuracy" in wrapped
+    assert "SWA" in wrapped and "top5 accuracy" in wrapped
 
 
 def test_evaluate_prints_both_accuracies_and_what_was_skipped(resnet, folder, copy):

@@ -118,7 +118,7 @@ def test_transformer_recipe_then_twa_on_held_out_data(tmp_path, capsys):
     call(train_sgd_cifar, *common, *recipe, "--epochs", 2)
     twa = ["--params_end", 3, "--opt", "AdamW", "--schedule", "cosine", "--epochs", 1]
     call(train_twa, *common, *twa)
-    assert "note:" not in capsys.readouterr().out
+    assert "held out" not in capsys.readouterr().out
     call(train_twa, *common, *twa, "--randomseed", 2, "--out", tmp_path / "other")
     assert "held out 20 % by seed 1" in capsys.readouterr().out
 
@@ -335,7 +335,7 @@ def test_a_model_of_the_users_own(folder, tmp_path, monkeypatch, capsys):
     line = error_of(capsys, soup, *arguments, "--model-factory", "torch.nn:Flatten")
     assert "torch.nn:Flatten" in line and "without parameters" in line
     line = error_of(capsys, soup, *arguments, "--model-factory", "torch.nn:PReLU")
-    assert "torch.nn:PReLU" in line and "10 classes" in line
+    assert "torch.nn:PReLU" in line and "the data set needs [2, 10]" in line
     assert "MODULE:FUNCTION" in error_of(capsys, soup, *arguments, "--model-factory", "mine.net")
 
 
