@@ -147,10 +147,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
                 best = min(known, key=lambda name: statistics.mean(values(runs, name)))
                 mean, error, count = paired(runs, names[twa], best)
                 rival = titled(best.removesuffix(f" | {steps}"))
-                known = f" ± {error:.4f}, {mean / error:+.1f} errors" if count > 1 else ""
-                cells.append(
-                    f"{mean:+.4f}{known} ({count} seeds; {rival})".replace("1 seeds", "1 seed")
-                )
+                apart = f" ± {error:.4f}" if count > 1 else ""
+                apart += f" = {mean / error:+.1f} errors" if count > 1 and error else ""
+                cells.append(f"{mean:+.4f}{apart} (seeds: {count}; {rival})")
             rows.append((str(steps), twa, *cells))
     headings = ("steps", "method", "less the best untuned", "less the best tuned")
     return markdown(headings, rows)
