@@ -80,13 +80,17 @@ def told(runs: Sequence[Run], name: str | None) -> str:
 
 
 def chosen(runs: Sequence[Run], where: str, steps: int) -> str | None:
-    """The decay that the validation text of the first seed prefers, of those that start there."""
+    """The decay that the validation text of the first seed prefers, of those that start there.
+
+    None where no rate but the run's own was tried.
+    """
     tried = {
         name: entry["validation_loss"]
         for name, entry in runs[0].items()
         if name.startswith("decay") and where in name and name.endswith(f"| {steps}")
     }
-    return min(tried, key=tried.get) if tried else None
+    own_rate_only = all(f"rate x 1 | {steps}" in name for name in tried)
+    return None if own_rate_only else min(tried, key=tried.get)
 
 
 def averages(runs: Sequence[Run]) -> list[str]:
@@ -143,7 +147,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
                 best = min(known, key=lambda name: statistics.mean(values(runs, name)))
                 mean, error, count = paired(runs, names[twa], best)
                 rival = titled(best.removesuffix(f" | {steps}"))
-                cells.append(f"{mean:+.4f} ± {error:.4f} ({count}; {rival})")
+                apart = f" ± {error:.4f}" if count > 1 else ""
+                apart += f" = {mean / error:+.1f} errors" if count > 1 and error else ""
+                cells.append(f"{mean:+.4f}{apart} (seeds: {count}; {rival})")
             rows.append((str(steps), twa, *cells))
     headings = ("steps", "method", "less the best untuned", "less the best tuned")
     return markdown(headings, rows)
