@@ -324,14 +324,11 @@ class TWA(torch.optim.Optimizer):
 
     def _check_origin(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError unless coefficients of `state` mean here what they meant there."""
-        # Between devices and numbers of ranks, sums are rounded differently.
-        near_start = 1e-5 * float(self._start_coefficients.norm())
-        near_probe = 1e-4 * float(self._probe.norm()) + 1e-2
-        if (spread := self.subspace.spread) is not None:
-            near_start, near_probe = (
-                near_start + 1e-3,
-                near_probe - 1e-2 + 1e-2 * float(spread.max()),
-            )
+        # Between devices and numbers of ranks, sums are rounded differently: so near are the same.
+        spread = self.subspace.spread
+        floor, unit = (0.0, 1.0) if spread is None else (1e-3, float(spread.max()))
+        near_start = 1e-5 * float(self._start_coefficients.norm()) + floor
+        near_probe = 1e-4 * float(self._probe.norm()) + 1e-2 * unit
         same = torch.equal(state["fingerprint"].cpu(), self._fingerprint)
         for key, own, near in (
             ("start_coefficients", self._start_coefficients, near_start),
