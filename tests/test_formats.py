@@ -1,22 +1,37 @@
 """The checkpoints that people have: containers, wrappers, folders, adapters; none runs code."""
 
+import codecs
+import contextlib
 import json
 import os
 import pickle
+import random
+import sys
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from processes import Child
 from safetensors.torch import load_file, save_file
 from test_checkpoints import Trap, refusal
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+import twa.checkpoints
 from twa import TWA, Subspace, best_start
-from twa.checkpoints import average, last_means, load_into, load_state_dict, verify
+from twa.checkpoints import (
+    CheckpointError,
+    average,
+    last_means,
+    load_into,
+    load_state_dict,
+    verify,
+)
 
 PREFIX = "base_model.model."  # PEFT's
 
@@ -268,6 +283,41 @@ def test_what_is_no_model_or_no_window_is_refused_in_words(tmp_path, method):
             method(net(), single)
     with pytest.raises(TypeError, match=r"checkpoints\[1\] is .*Net"):
         method(net(), [window[0], net()])
+
+
+def test_frozen_parameters_on_meta_are_checked_and_not_loaded():
+    model, window = net(), [state_of(1), state_of(2)]
+    model.frozen.to("meta")
+    for mean in (average(window, model), next(last_means(window, [2], model))):
+        assert set(window[0]) - set(mean) == {"frozen.weight", "frozen.bias"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TWA(model, window)
+        load_into(model, window[0])
+    assert torch.equal(model.head.weight, window[0]["head.weight"])
+    assert model.frozen.weight.is_meta
+    window[1]["frozen.bias"] = torch.ones(3)
+    assert "frozen.bias is [3] there and [2] in the model" in refusal(load_into, model, window[1])
+
+
+@pytest.mark.parametrize(
+    ("source", "times"), [("pt", 1), ("safetensors", 1), ("DCP", 1), ("old", 2)]
+)
+def test_a_checkpoint_is_opened_once_unless_it_would_take_memory(
+    tmp_path, monkeypatch, source, times
+):
+    """Those of torch < 1.6 cannot be mapped."""
+    window = [WRITERS[source](tmp_path / str(seed), state_of(seed)) for seed in (1, 2, 3)]
+    opened = Counter()
+    load = twa.checkpoints.load
+
+    def counting(path):
+        opened[path] += 1
+        return load(path)
+
+    monkeypatch.setattr("twa.checkpoints.load", counting)
+    Subspace(net(), window)
+    assert opened == dict.fromkeys(window, times)
 
 
 # --- folders ---
@@ -606,6 +656,177 @@ def test_the_extra_state_of_a_module_is_not_taken_from_a_checkpoint():
 
 
 # --- memory and damage at random ---
+
+
+FORMATS = {
+    **{k: WRITERS[k] for k in ("pt", "old", "safetensors", "folder of shards", "folder of bins")},
+    "DCP": write_dcp,
+    "adapter": in_folder(lambda p, s: write_safetensors(p, prefixed(PREFIX, s)), "adapter_model"),
+}
+# The formats with checksums over every value. (A DCP `.metadata` has none, over the names.)
+CHECKED = {"pt", "folder of bins"}
+# What Python's audit hooks call the things that no file may make it do.
+CODE = ("exec", "compile", "import", "pickle.find_class", "subprocess.", "os.sys", "os.posix_spawn")
+
+
+def flip_everywhere(kind: str, folder: Path, count: int) -> None:
+    """Flips `count` random bits in the files of a checkpoint, one at a time; prints what came."""
+    state, before, model = state_of(1), state_of(0), net(0)
+    path = FORMATS[kind](folder, state)
+    files = sorted(path.rglob("*")) or [path]
+    files = [file for file in files if file.name not in ("config.json", "optimizer.pt")]
+    draw, seen, reading = random.Random(0), Counter(), False
+    warnings.simplefilter("ignore")  # about keys whose names changed
+
+    def hook(event: str, arguments: tuple) -> None:
+        writes = event == "open" and arguments[1] not in ("r", "rb", None)
+        if reading and (writes or event.startswith(CODE)):
+            os.write(2, f"{event} {arguments}".encode())
+            os._exit(3)
+
+    load_into(model, path)
+    verify(path)
+    codecs.lookup("cp437")  # Imported now: zipfile reads names in it where a bit says so.
+    sys.addaudithook(hook)
+    for _ in range(count):
+        file = draw.choice(files)
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        file.unlink()
+        file.write_bytes(damaged)
+        model.load_state_dict(before)
+        reading = True
+        try:
+            load_into(model, path)
+            verify(path)
+            same = all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+            seen["read, the same" if same else "read, another value"] += 1
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            seen["refused"] += 1
+        reading = False
+        file.write_bytes(whole)
+    print(json.dumps(seen))
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_flipped_bit_is_refused_or_read_and_nothing_else(tmp_path, kind, count):
+    """In a process of its own, which an exception, a crash or code that runs would end."""
+    result = Child(tmp_path / "run", flip_everywhere, kind, tmp_path / "c", count).end(seconds=1800)
+    assert (result.status, result.err) == (0, "")
+    print(f"{kind}: {result.out.strip()}")
+    seen = json.loads(result.out)
+    assert sum(seen.values()) == count
+    assert seen["refused"] > 0.4 * count
+    if kind in CHECKED:
+        assert "read, another value" not in seen
+
+
+# A model of 6.7 billion weights, on no device but for one layer.
+LAYER = 4096
+
+
+def large() -> nn.Module:
+    how = {"device": "meta", "dtype": torch.bfloat16}
+    layers = [nn.TransformerEncoderLayer(LAYER, 32, 4 * LAYER, **how) for _ in range(32)]
+    ends = nn.Embedding(32_000, LAYER, **how), nn.Linear(LAYER, 32_000, **how)
+    model = nn.Sequential(ends[0], *layers, ends[1]).requires_grad_(False)
+    model[16].self_attn.out_proj = nn.Linear(LAYER, LAYER, bias=False)
+    return model
+
+
+def write_large(path: Path, seed: int) -> Tensor:
+    """A sparse file of all weights of `large()` in bfloat16; the only ones that are not 0."""
+    header, end = {}, 0
+    for key, value in large().state_dict().items():
+        begin, end = end, end + 2 * value.numel()
+        header[key] = {"dtype": "BF16", "shape": [*value.shape], "data_offsets": [begin, end]}
+        if not value.is_meta:
+            place = begin
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    torch.manual_seed(seed)
+    weights = torch.randn(LAYER, LAYER).bfloat16()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        file.seek(8 + len(text) + place)
+        file.write(weights.view(torch.uint8).numpy().tobytes())
+    return weights.float()
+
+
+# The basis in 4 bits, what it is built from (two rows and their mean), gradient and weights, in
+# bytes; and the trainable layer itself.
+STATED = LAYER**2 * (1 / 2 + 3 * 4 + 2 * 4) + LAYER**2 * 4
+
+
+def build_large(window: list[Path], group: Path | None) -> None:
+    """Builds the basis, then the optimizer; prints the α of the start and the spread."""
+    if group:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    print("begun")
+    basis = Subspace(large(), window, bits=4)
+    print(basis.spread.item())
+    del basis
+    model = large()
+    optimizer = TWA(model, window, bits=4)
+    print(*optimizer.averaging_weights().tolist(), model[16].self_attn.out_proj.weight.std().item())
+
+
+def memory_group(size: int) -> Path | None:
+    """A control group of Linux that gives its processes `size` bytes; None if there can be none."""
+    root = Path("/sys/fs/cgroup")
+    for folder, name in ((root / "memory", "memory.limit_in_bytes"), (root, "memory.max")):
+        group = folder / f"twa-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            try:
+                (group / name).write_text(str(size))
+                return group
+            except OSError:
+                group.rmdir()
+    return None
+
+
+def anonymous(pid: int) -> int:
+    """The memory of a process that is no file's, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0] or 0) * 1024
+
+
+@pytest.mark.slow
+def test_files_larger_than_the_memory_are_read_a_layer_at_a_time(tmp_path):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux, which tells how much memory of a process is no file's")
+    window = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    first, second = (write_large(path, seed) for seed, path in enumerate(window))
+    assert window[0].stat().st_size > 20 * STATED
+    spare = 64 * 2**20  # for Python itself
+    group = memory_group(int(STATED + 4 * spare))  # The rest is for what is mapped of files.
+    try:
+        child = Child(tmp_path / "run", build_large, window, group)
+        child.wait_for("begun")
+        before = peak = anonymous(child.process.pid)
+        while child.process.is_alive():
+            with contextlib.suppress(OSError, IndexError):
+                peak = max(peak, anonymous(child.process.pid))
+            time.sleep(0.002)
+        result = child.end()
+        if group:
+            for name in ("memory.max_usage_in_bytes", "memory.failcnt"):
+                print(name, (group / name).read_text())
+    finally:
+        if group:
+            group.rmdir()
+    print(f"{(peak - before) / 1e6:.0f} MB of {(STATED + spare) / 1e6:.0f} MB taken")
+    assert result.status == 0, result.err
+    assert peak - before < STATED + spare
+    _, spread, *alpha, deviation = map(float, result.out.replace("begun", "0").split())
+    assert spread == pytest.approx(float((second - first).double().norm()) / 2, rel=1e-4)
+    assert alpha == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert deviation == pytest.approx(float(((first + second) / 2).double().std()), rel=1e-3)
 
 
 def test_an_empty_folder_is_refused_with_what_is_looked_for(tmp_path):

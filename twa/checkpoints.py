@@ -66,8 +66,7 @@ def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
         CheckpointError: as `twa.formats.load`, or there is no `state_dict`.
     """
     state = _weights(checkpoint, name_of(checkpoint))
-    keys = _plain(state)
-    return {name: tensor_of(state[key]) for name, key in keys.items()}
+    return {name: tensor_of(state[key]) for name, key in _plain(state).items()}
 
 
 def _weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor | Stored]:
@@ -117,7 +116,8 @@ class Fit:
 
     Needed are the trainable parameters (of a model that has none: the parameters). Buffers and
     frozen parameters may be missing, and a weight that the model ties may have one of its names;
-    what is there has the model's shape. Other keys are ignored; one warning names them, except
+    what is there has the model's shape. Frozen ones that the model has on `meta` are checked, and
+    not taken. Other keys are ignored; one warning names them, except
     integers, such as the counter of `AveragedModel`. The names may have prefixes of wrappers, in
     the checkpoint and in the model, and lack the name of PEFT's adapter, as in the files that PEFT
     writes: of the readings that this allows, the one that finds most is taken.
@@ -169,19 +169,18 @@ class Fit:
         keys = self._keys(state)
         found = {own: state[keys[own]] for own in self.tensors if own in keys}
         for key, own in self.tensors.items():
-            if key not in found:
-                if key in self._needed:
-                    raise CheckpointError(f"{name}: of another architecture: {key} is missing")
-                continue
-            there = found[key]
-            if there.shape != own.shape:
+            there = found.get(key)
+            if there is None:
+                if key not in self._needed:
+                    continue
+                differs = "missing"
+            elif there.shape != own.shape:
                 differs = f"{list(there.shape)} there and {list(own.shape)} in the model"
             elif own.is_floating_point() and not there.dtype.is_floating_point:
                 differs = f"{there.dtype} there and {own.dtype} in the model"
             else:
                 continue
             raise CheckpointError(f"{name}: of another architecture: {key} is {differs}")
-        # Without values in the model, and not to be trained: nothing to load into.
         found = {k: v for k, v in found.items() if k in self._needed or not self.tensors[k].is_meta}
         for first, *others in self._ties if name not in self._compared else ():
             for other in others if first in found else ():

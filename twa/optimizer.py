@@ -68,7 +68,7 @@ class TWA(torch.optim.Optimizer):
             Batch norm's running statistics belong to the data, not to the average: re-estimate
             them (`torch.optim.swa_utils.update_bn`) before you evaluate. If it is sharded only
             later, as `accelerate` does, the basis is built again.
-        checkpoints: paths (`.pt`, `.safetensors`) or `state_dict`s, in the order of training.
+        checkpoints: paths or `state_dict`s, in the order of training; see `Subspace`.
         base: the class of the optimizer that steps on the coefficients, float32 of shape [n].
         start: the start point, a path or a `state_dict`, or `model` itself as it stands; the
             checkpoints' mean (SWA) if None.

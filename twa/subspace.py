@@ -74,10 +74,11 @@ class Subspace:
         model: its trainable parameters are the columns, and their device is the basis's. Where
             FSDP2 (`fully_shard`) has sharded them, the shards of a rank are its columns, and D
             below is their number; what is called here is then called on every rank.
-        checkpoints: n paths or `state_dict`s, in the order of training; buffers and frozen
-            parameters are ignored. They are read one at a time, and once where the basis is built
-            in place (32 bits and all directions); else in up to eight parts, and blocks larger than
-            a part once for each pass over them.
+        checkpoints: n paths (files or folders, see `twa.formats.load`) or `state_dict`s, alone or
+            in a container and under prefixes of wrappers, in the order of training; buffers and
+            frozen parameters are ignored. They are read one at a time, and once where the basis is
+            built in place (32 bits and all directions); else in up to eight parts, and blocks
+            larger than a part once for each pass over them.
         extract: "PCA", "Schmidt" or "SVD", as above.
         components: the number of leading principal directions to keep in each block (a block with
             fewer keeps these). None keeps all for "PCA"; "SVD" needs a number.
