@@ -81,11 +81,14 @@ def one_line(result: Result) -> str:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file below `folder`, hidden ones too, with the hash of its content."""
+    """Every file below `folder`, hidden ones too, with the hash of its content.
+
+    But for the bytecode that Python writes beside a module of the user's.
+    """
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.parent.name != "__pycache__"
     }
 
 
