@@ -140,7 +140,7 @@ class Subspace:
         _check_memory(n, total, extract, bits, components, device, self._ranks, self._replicas)
 
         height = _height(n, extract, components)
-        chunk = _chunk(n, blocks, device)
+        chunk = _chunk(n, blocks, device, extract)
         in_place = _in_place(n, height, bits, device)
         width = total if in_place else _width(n, total, chunk)
         many = self._replicas.count > 1
@@ -423,9 +423,11 @@ def _single_precision_is_exact(device: torch.device) -> bool:
         return False
 
 
-def _chunk(n: int, blocks: list[Blocks], device: torch.device) -> int:
+def _chunk(n: int, blocks: list[Blocks], device: torch.device, extract: str) -> int:
     """The number of columns worked on at a time: tiles, and any block that is not a single one."""
-    chunk = CHUNK["cuda"] // n if device.type == "cuda" else min(LONGEST, CHUNK["cpu"] // n)
+    chunk = CHUNK.get(device.type, CHUNK["cpu"]) // n
+    if device.type == "cpu" and extract == "Schmidt":  # the one that may try float32
+        chunk = min(chunk, LONGEST)
     narrow = [group.width for group in blocks if group.count > 1 and group.width < PIECE]
     return max([TILE, chunk // TILE * TILE, *narrow])
 
