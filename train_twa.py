@@ -115,13 +115,14 @@ def train_twa(args):
 
     started = time.perf_counter()
     start, checkpoint, compared = windows.start_of(window, args, model, loss)
-    optimizer = coefficients.optimizer_of(args, model, window, start=checkpoint)
+    steps = args.epochs * math.ceil(len(train) / args.accumulate)
+    optimizer = coefficients.optimizer_of(args, model, window, steps, start=checkpoint)
     build_seconds = time.perf_counter() - started
     if start not in solutions:  # the model is there now
         solutions[start] = measure() | spent
     factor = step_of_the_paper(args.epochs) if args.schedule == "step" else SCHEDULES[args.schedule]
     trainer = Trainer.of(args, model, train, test, optimizer, factor, top5=on_imagenet, name="TWA ")
-    late = coefficients.LateMean(optimizer, args.epochs * trainer.steps_an_epoch)
+    late = coefficients.LateMean(optimizer, steps)
     run = Run(
         *(args, trainer),
         state=out / "twa_state.pt",
@@ -173,7 +174,7 @@ def train_twa(args):
         "epochs": args.epochs,
         "seconds": seconds,
         "build_seconds": build_seconds,
-        "lr": args.lr,
+        "lr": optimizer.defaults["lr"],
         "start": start,
         "sample_losses": {"start": compared, "end": end},
         "sgd": sgd.end,

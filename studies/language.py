@@ -33,7 +33,7 @@ from studies import language_report, study
 from training import entry, flags, logs, text
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import build, evaluate, sample_loss
-from twa import TWA, best_start
+from twa import TWA, best_start, rate_of
 from twa.checkpoints import Checkpoint, average, load, load_into, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ SOME = (20, 100, 400)
 SPACING, WINDOW = 50, 60  # steps between the checkpoints of the usual window, and their number
 FACTORS = (1, 1 / 3.2, 1 / 10, 1 / 32)  # of the rival's rate
 SHAPES = ("linear", "1-sqrt")
-TESTED, TUNED_ON = 512, 256  # windows of text that solutions and rates are judged by
+TESTED, TUNED_ON = 1024, 512  # windows of text that solutions and rates are judged by
 
 
 class Evenly(text.Loader):
@@ -153,7 +153,7 @@ class Bench:
         def make() -> dict:
             start, starts, choosing = self.best(window)
             started = time.process_time()
-            optimizer = TWA(self.model, window, start=start, **arguments)
+            optimizer = TWA(self.model, window, start=start, lr=rate_of(steps), **arguments)
             building, late = time.process_time() - started, LateMean(optimizer, steps)
             self.fitted(optimizer, steps, "linear")
             training = time.process_time() - started - building

@@ -28,13 +28,14 @@ from torch.nn import functional as F
 
 import utils
 from training import data
-from training.coefficients import RATES, LateMean, keep_best
+from training.coefficients import LateMean, keep_best
 from training.logs import write_json
 from training.loop import autocast, build, predict, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from training.windows import name_of
 from twa import TWA, best_start
 from twa.checkpoints import average, last_means, load_into, save
+from twa.optimizer import RATE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "studies/safety.json"
@@ -216,7 +217,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How coefficients are trained: by default as `train_twa.py` does.
+    """How coefficients are trained: by default at 0.02, as `train_twa.py` does for a few steps.
 
     Attributes:
         weight_decay: towards the start point (z = 0).
@@ -224,7 +225,7 @@ class Recipe:
         worse: how much lower the sample's loss has to be than the start's, in relation to it.
     """
 
-    lr: float | Callable[[Setting], float] = RATES["adamw"]
+    lr: float | Callable[[Setting], float] = RATE
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     kept_out: float = 0.0
@@ -355,7 +356,7 @@ RECIPES = {
     # Remedies that were tried against over-fitting; `safety_remedies.json` has what they gave.
     "decay 5": Recipe(weight_decay=5.0),
     "kept out": Recipe(kept_out=0.2),
-    "half rate": Recipe(lr=RATES["adamw"] / 2),
+    "half rate": Recipe(lr=RATE / 2),
 }
 
 

@@ -45,9 +45,27 @@ def test_the_best_start_is_the_mean_with_the_lowest_loss():
     checkpoints = window(9, 1, 5, 2, 8, 4)  # means of the last: 4, 6 (2), 4.75 (4), 4.83 (6)
     model = model_of(0)
     start, losses = best_start(model, checkpoints, lambda: abs(model.weight[0].item() - 5))
-    assert losses == pytest.approx({1: 1, 2: 1, 4: 0.25, 6: 1 / 6}, abs=1e-5)
-    assert start["weight"].tolist() == pytest.approx([29 / 6] * 3)
+    uniform = {count: loss for count, loss in losses.items() if count >= 1}
+    assert uniform == pytest.approx({1: 1, 2: 1, 4: 0.25, 6: 1 / 6}, abs=1e-5)
     assert start["num_batches_tracked"] == 4
+    # The exponential ones, by an average written out.
+    for decay in (1 - 2 / 6, 1 - math.sqrt(2) / 6):
+        weights = [decay**age for age in (5, 4, 3, 2, 1, 0)]
+        pairs = zip(weights, (9, 1, 5, 2, 8, 4), strict=True)
+        mean = sum(weight * value for weight, value in pairs) / sum(weights)
+        assert losses.pop(decay) == pytest.approx(abs(mean - 5), abs=1e-5)
+        uniform[decay] = abs(mean - 5)
+    assert losses.keys() == {1, 2, 4, 6}
+    assert abs(start["weight"][0].item() - 5) == pytest.approx(min(uniform.values()), abs=1e-5)
+
+
+def test_an_exponential_start_wins_where_it_is_the_best():
+    checkpoints = window(16, 8, 4, 2)  # means: 2, 3 and 7.5; exponential: 4.27, 5.25
+    model = model_of(0)
+    start, losses = best_start(model, checkpoints, lambda: abs(model.weight[0].item() - 6))
+    expected = average(checkpoints, model, min(losses, key=losses.get))
+    assert min(losses, key=losses.get) == 1 - math.sqrt(2) / 4
+    assert torch.equal(start["weight"], expected["weight"])
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best():

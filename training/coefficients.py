@@ -11,12 +11,11 @@ from torch import nn
 from training import flags, optimizers
 from training.flags import number
 from training.optimizers import SCHEDULES
-from twa import TWA
+from twa import TWA, rate_of
 from utils import UserError
 
-# In units of the window's spread these hold for every model, granularity and budget that was tried
-# (docs/RESULTS.md).
-RATES = {"sgd": 0.1, "adam": 0.02, "adamw": 0.02}
+# In units of the window's spread it holds for every model and granularity that was tried.
+RATE_OF_SGD = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
@@ -41,39 +40,41 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
         help="optimizer of the coefficients",
     )
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    rates = "left out, with --extract PCA: 0.02, for SGD 0.1"
+    rates = "left out, with --extract PCA: 0.02 to 0.1, by the number of steps; for SGD 0.1"
     add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with the rate filled in; a `UserError` says which flags do not go together."""
+    """`args`; a `UserError` says which flags do not go together."""
     if args.extract == "SVD" and args.components is None:
         raise UserError("--extract SVD: needs --components")
     if args.extract == "Schmidt" and args.components is not None:
         raise UserError("--components: only with --extract PCA or SVD")
-    if args.lr is None:
-        if args.extract != "PCA":
-            raise UserError(f"--lr: needed with --extract {args.extract}, in units of the weights")
-        args.lr = RATES[args.opt.lower()]
+    if args.lr is None and args.extract != "PCA":
+        raise UserError(f"--lr: needed with --extract {args.extract}, in units of the weights")
     return args
 
 
 def optimizer_of(
-    args: argparse.Namespace, model: nn.Module, window: Sequence[Path], **arguments
+    args: argparse.Namespace, model: nn.Module, window: Sequence[Path], steps: int, **arguments
 ) -> TWA:
     """The optimizer that the flags ask for.
 
     Args:
         args: with the flags of `add_arguments`.
+        steps: of the whole training; the rate depends on them if `--lr` is left out.
         arguments: further ones of `TWA`, `start` above all.
 
     Raises:
         UserError: all checkpoints are the same.
         twa.CheckpointError: a file of the window cannot be used.
     """
-    base, settings = optimizers.chosen(args.opt.lower(), args.lr, args.weight_decay, args.momentum)
+    rate = args.lr
+    if rate is None:
+        rate = RATE_OF_SGD if args.opt == "SGD" else rate_of(steps)
+    base, settings = optimizers.chosen(args.opt.lower(), rate, args.weight_decay, args.momentum)
     names = ("extract", "components", "bits", "granularity")
     basis = {name: getattr(args, name) for name in names}
     try:

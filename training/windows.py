@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start",
         default="auto",
         choices=("auto", "last", "SWA"),
-        help="where TWA starts: auto takes the last checkpoint or the mean of the last 2, 4, 8, … "
-        "or all (SWA), whichever has the lowest loss on a sample of the images that it trains on",
+        help="where TWA starts: auto takes the last checkpoint, the mean of the last 2, 4, 8, … or "
+        "all (SWA), or an exponential mean (EMA), whichever has the lowest loss on a sample of the "
+        "images that it trains on",
     )
     start.add_argument(
         "--train_start",
@@ -110,13 +111,15 @@ def start_of(
     count = args.start_average or {"auto": None, "last": 1, "SWA": len(window)}[start]
     if count is None:
         checkpoint, losses = best_start(model, window, loss)
-        compared = {name_of(count, window): value for count, value in losses.items()}
+        compared = {name_of(key, window): value for key, value in losses.items()}
         return min(compared, key=compared.get), checkpoint, compared
     if count > len(window):
         raise UserError(f"--start-average: the window has only {len(window)} checkpoints")
     return name_of(count, window), average(window[-count:], model), {}
 
 
-def name_of(count: int, window: list[Path]) -> str:
-    """What the mean of the last `count` checkpoints of the window is called."""
-    return {len(window): "SWA", 1: "last"}.get(count, f"mean of last {count}")
+def name_of(average: float, window: list[Path]) -> str:
+    """What an average is called: of so many checkpoints, or with weights that fall by a factor."""
+    if average < 1:
+        return f"EMA {average:.2f}"
+    return {len(window): "SWA", 1: "last"}.get(average, f"mean of last {average}")

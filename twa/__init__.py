@@ -7,9 +7,9 @@
 """
 
 from twa.checkpoints import CheckpointError
-from twa.optimizer import TWA
+from twa.optimizer import TWA, rate_of
 from twa.starts import best_start
 from twa.subspace import Subspace
 
 __version__ = "0.2.0"
-__all__ = ["TWA", "CheckpointError", "Subspace", "best_start"]
+__all__ = ["TWA", "CheckpointError", "Subspace", "best_start", "rate_of"]

@@ -271,9 +271,11 @@ def load_verified(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def average(
-    checkpoints: Sequence[Checkpoint], like: nn.Module | Mapping[str, Tensor] | None = None
+    checkpoints: Sequence[Checkpoint],
+    like: nn.Module | Mapping[str, Tensor] | None = None,
+    decay: float = 1.0,
 ) -> dict[str, Tensor]:
-    """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018).
+    """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018), or an exponential one.
 
     Summed in float64, one checkpoint in memory at a time. Integers (the counters of batch norm)
     are those of the last. What one of them lacks, buffers or frozen parameters, is not in the mean.
@@ -284,11 +286,12 @@ def average(
         like: the model, or the `state_dict`, that each has to fit (`Fit`), and that gives the mean
             its names and dtypes; the last checkpoint if None. Where it is sharded, so is the mean,
             and each rank reads its own part.
+        decay: the weight of a checkpoint as a share of that of the next one, in (0, 1].
 
     Raises:
         CheckpointError: one of them cannot be read, does not fit, or holds NaN or infinity.
     """
-    (mean,) = last_means(checkpoints, [len(checkpoints)], like)
+    (mean,) = last_means(checkpoints, [len(checkpoints)], like, decay)
     return mean
 
 
@@ -296,6 +299,7 @@ def last_means(
     checkpoints: Sequence[Checkpoint],
     counts: Sequence[int],
     like: nn.Module | Mapping[str, Tensor] | None = None,
+    decay: float = 1.0,
 ) -> Iterator[dict[str, Tensor]]:
     """The means, as `average` takes them, of the last so many checkpoints, for each of `counts`.
 
@@ -303,7 +307,7 @@ def last_means(
 
     Args:
         counts: in rising order.
-        checkpoints, like: as for `average`.
+        checkpoints, like, decay: as for `average`.
 
     Raises:
         CheckpointError: as `average`.
@@ -321,15 +325,16 @@ def last_means(
                 exact = torch.float64 if value.is_floating_point() else value.dtype
                 total[key] = value.to(exact, copy=True)
             elif value.is_floating_point():
-                total[key] += value
+                total[key].add_(value, alpha=decay ** (count - 1))
         if count in counts:
             # At the end freed one by one: sum and mean are never both complete.
             take = total.pop if count == counts[-1] else total.get
+            weights = sum(decay**age for age in range(count))
             mean = {}
             for key in list(total):
                 own, value = fit.tensors[key], take(key)
                 if value.is_floating_point():
-                    value = value / count
+                    value = value / weights
                 mean[key] = sharding.shard(value.to(own.dtype), own)
             yield mean
 

@@ -15,8 +15,8 @@ from twa.replicas import Replicas
 from twa.sharding import local
 from twa.subspace import Subspace
 
-# The rate of AdamW on coefficients in units of the spread: it suits every model, granularity and
-# budget that was tried.
+# The rate of AdamW on coefficients in units of the spread: it suits every model and granularity
+# that was tried, for some tens of steps; `rate_of` is the rule for more.
 RATE = 0.02
 
 # Steps after which the ranks of a process group compare their coefficients again.
@@ -24,6 +24,15 @@ COMPARE_EVERY = 100
 
 # What a state holds besides that of the base optimizer.
 OWN = {"coefficients", "start_coefficients", "probe", "fingerprint"}
+
+
+def rate_of(steps: int) -> float:
+    """The rate for a training of so many steps, of AdamW on coefficients in units of the spread.
+
+    0.02 up to 25 steps, then growing by their square root up to 0.1, to fall linearly to 0: with
+    more steps there is time to go farther.
+    """
+    return min(max(RATE, RATE * math.sqrt(steps / 25)), 5 * RATE)
 
 
 class TWA(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""The start point: the simple average of the last checkpoints that has the lowest loss."""
+"""The start point: the average of the last checkpoints that has the lowest loss."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from twa.checkpoints import Checkpoint, last_means, listed, load_into
+from twa.checkpoints import Checkpoint, average, last_means, listed, load_into
 
 
 def best_start(
     model: torch.nn.Module, checkpoints: Iterable[Checkpoint], loss: Callable[[], float]
-) -> tuple[dict[str, Tensor], dict[int, float]]:
-    """The best of the last checkpoint and the means of the last 2, 4, 8, … and of all.
+) -> tuple[dict[str, Tensor], dict[float, float]]:
+    """The best average of the last checkpoints, uniform or exponential.
 
     How many to average is a matter of the run: of noisy checkpoints at a constant rate the mean of
     a few is far better than the last one, and better than the mean of many where the early ones
-    are far away.
+    are far away. Compared are the last checkpoint, the means of the last 2, 4, 8, … and of all;
+    then two exponential averages whose weights fall as fast as the best of these, k, suggests, by
+    1 − 2/k and 1 − √2/k from one checkpoint to the one before.
 
         start, losses = best_start(model, checkpoints, lambda: training_loss(model))
         optimizer = TWA(model, checkpoints, start=start)
@@ -26,27 +28,37 @@ def best_start(
     Args:
         model: takes the averages one after the other, whole or sharded; it holds the last of them
             afterwards.
-        checkpoints: paths or `state_dict`s, in the order of training; each is read once.
+        checkpoints: paths or `state_dict`s, in the order of training; each is read once for all
+            uniform means, and once more for each exponential one.
         loss: the loss of the model as it is, always on the same sample of training data (some
             hundred images do); re-estimates batch norm's statistics first, if there are any. On
             several ranks the same number on each.
 
     Returns:
-        The best start point, a `state_dict`, and the losses by how many checkpoints are averaged.
+        The best start point, a `state_dict`, and the losses: of the means by how many checkpoints
+        they average, from 1 on, and of the exponential ones by the factor, below 1.
 
     Raises:
         CheckpointError: as `twa.checkpoints.average`.
     """
     checkpoints = listed(model, checkpoints)
-    counts = [2**k for k in range(len(checkpoints).bit_length()) if 2**k < len(checkpoints)]
-    counts.append(len(checkpoints))
-    losses: dict[int, float] = {}
+    losses: dict[float, float] = {}
     best: dict[str, Tensor] = {}
-    for count, mean in zip(counts, last_means(checkpoints, counts, model), strict=True):
+
+    def compare(key: float, mean: dict[str, Tensor]) -> None:
+        nonlocal best
         load_into(model, mean)
         value = loss()
         value = value if math.isfinite(value) else math.inf
         if not losses or value < min(losses.values()):
             best = mean
-        losses[count] = value
+        losses[key] = value
+
+    counts = [2**k for k in range(len(checkpoints).bit_length()) if 2**k < len(checkpoints)]
+    counts.append(len(checkpoints))
+    for count, mean in zip(counts, last_means(checkpoints, counts, model), strict=True):
+        compare(count, mean)
+    count = min(losses, key=losses.get)
+    for decay in (1 - 2 / count, 1 - math.sqrt(2) / count) if count > 2 else ():
+        compare(decay, average(checkpoints, model, decay))
     return best, losses
