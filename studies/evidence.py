@@ -214,7 +214,7 @@ def settings(bench: Bench) -> None:
         for bits in (8, 4):
             measure(f"{bits} bits", Method(twa(bits=bits, **basis)))
         for components in (3, 12, 24):
-            method = Method(twa(extract="SVD", components=components, **basis))
+            method = Method(twa(extract="PCA", components=components, **basis))
             measure(f"{components} principal directions", method)
         for decay in (0.0, 1e-3, 1e-1):
             measure(f"weight decay {decay:g}", Method(twa(weight_decay=decay, **basis)))
@@ -293,7 +293,7 @@ def newton(bench: Bench, epochs: int, components: int = 12, steps: int = 2) -> d
     load_into(bench.model, bench.mean(10))
     optimizer = TWA(
         *(bench.model, bench.window(), NewtonStep),
-        **{"start": bench.mean(10), "extract": "SVD", "components": components},
+        **{"start": bench.mean(10), "components": components},
     )
     bench.model.train()
     passes = steps * (len(optimizer.subspace) + 1)

@@ -40,11 +40,7 @@ CASES = {
     "Schmidt": ("uneven", PAPER),
     "Schmidt by layer": ("uneven", PAPER | {"granularity": "layer"}),
     "Schmidt by channel": ("uneven", PAPER | {"granularity": "channel"}),
-    "SVD": ("uneven", PAPER | {"extract": "SVD", "components": 3}),
-    "SVD by layer": (
-        "uneven",
-        PAPER | {"extract": "SVD", "components": 2, "granularity": "layer"},
-    ),
+    "2 directions by layer": ("uneven", {"components": 2, "granularity": "layer"}),
     "Schmidt, 8 bits by layer, uneven": ("uneven", PAPER | {"bits": 8, "granularity": "layer"}),
     "Schmidt, 8 bits": ("preresnet", PAPER | {"bits": 8, "lr": 1e-3}),
     "Schmidt, 8 bits by layer": (

@@ -24,12 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
     add(
         "--extract",
         default="PCA",
-        choices=("PCA", "Schmidt", "SVD"),
+        choices=("PCA", "Schmidt"),
         help="the basis: the window's principal directions, coefficients in units of its spread "
-        "along each (PCA); as in the paper, Gram-Schmidt, or its --components principal "
-        "directions, coefficients in units of the weights (Schmidt, SVD)",
+        "along each (PCA), or as in the paper Gram-Schmidt, coefficients in units of the weights",
     )
-    add("--components", type=number(int, 1), help="directions to keep; left out, all (not of SVD)")
+    add("--components", type=number(int, 1), help="directions to keep, of PCA; left out, all")
     add("--bits", type=int, default=32, choices=(32, 8, 4), help="of a stored basis element")
     parts, parts_help = ("model", "layer", "channel"), "what has coefficients of its own"
     add("--granularity", default="model", choices=parts, help=parts_help)
@@ -48,10 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """`args`; a `UserError` says which flags do not go together."""
-    if args.extract == "SVD" and args.components is None:
-        raise UserError("--extract SVD: needs --components")
     if args.extract == "Schmidt" and args.components is not None:
-        raise UserError("--components: only with --extract PCA or SVD")
+        raise UserError("--components: only with --extract PCA")
     if args.lr is None and args.extract != "PCA":
         raise UserError(f"--lr: needed with --extract {args.extract}, in units of the weights")
     return args

@@ -66,9 +66,7 @@ def gram_schmidt(products: Products, single: bool = True) -> tuple[Tensor, Tenso
     return transform, kept, torch.float64
 
 
-def principal_directions(
-    products: Products, components: int, mean: bool = False
-) -> tuple[Tensor, Tensor]:
+def principal_directions(products: Products, components: int) -> tuple[Tensor, Tensor]:
     """The leading principal directions of the window centred on its mean, and its spread there.
 
     Directions along which the checkpoints spread by no more than rounding are left out. The sign
@@ -76,14 +74,11 @@ def principal_directions(
 
     Args:
         components: how many directions to keep, at most n; a block that has fewer keeps these.
-        mean: whether one row follows for the mean: what is left of it outside the span of the
-            directions, normalised.
 
     Returns:
-        T with `P = T X`, float64 [blocks, components, n], with the mean one row more; zero rows
-        where a block has no such direction. And the standard deviation of the checkpoints along
-        each direction (the root of their mean square, about the mean), float64 [blocks,
-        components]; 0 for zero rows.
+        T with `P = T X`, float64 [blocks, components, n], zero rows where a block has no such
+        direction. And the standard deviation of the checkpoints along each direction (the root of
+        their mean square, about the mean), float64 [blocks, components]; 0 for zero rows.
     """
     gram = products(None, torch.float64)
     n = gram.shape[1]
@@ -94,25 +89,12 @@ def principal_directions(
     floor = DEPENDENT**2 * torch.maximum(_norms(gram).amax(dim=1).square(), values[:, -1])
     values, vectors = values.flip(1)[:, :components], vectors.flip(2)[:, :, :components]
     values = values.where(values > floor[:, None], 0)
-    directions = (vectors * _signs(vectors)).mT @ centring * _rsqrt(values)[:, :, None]
-    rows, limit = directions, AMPLIFICATION
-    if mean:  # Whether it is dependent is told by a square as small as DEPENDENT².
-        row = mean_row(gram)
-        row = row * _rsqrt(row @ gram @ row.mT)
-        rows, limit = torch.cat([directions, row], dim=1), SMALL_AMPLIFICATION
-    if _amplifications(rows, gram).max() > limit:
-        gram = products(rows, torch.float64)
+    transform = (vectors * _signs(vectors)).mT @ centring * _rsqrt(values)[:, :, None]
+    if _amplifications(transform, gram).max() > AMPLIFICATION:
+        gram = products(transform, torch.float64)
     else:
-        gram = rows @ gram @ rows.mT
-    count = directions.shape[1]
-    correction = _orthonormalising(gram[:, :count, :count])
-    transform = directions = correction @ directions
-    if mean:
-        along = gram[:, count:, :count] @ correction.mT
-        square = gram[:, count:, count:] - along @ along.mT
-        square = square.where(square > DEPENDENT**2, 0)
-        transform = torch.cat([directions, (row - along @ directions) * _rsqrt(square)], dim=1)
-    return transform, (values / n).sqrt()
+        gram = transform @ gram @ transform.mT
+    return _orthonormalising(gram) @ transform, (values / n).sqrt()
 
 
 def mean_row(like: Tensor) -> Tensor:

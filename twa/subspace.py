@@ -28,7 +28,7 @@ from twa.sharding import Ranks, first_row, local
 from twa.storage import PIECE, TILE, Storage
 from twa.window import Window
 
-EXTRACTS = ("PCA", "Schmidt", "SVD")
+EXTRACTS = ("PCA", "Schmidt")
 BITS = (32, 8, 4)
 GRANULARITIES = ("model", "layer", "channel")
 
@@ -67,8 +67,6 @@ class Subspace:
       over the checkpoints, each coefficient has mean 0 and variance 1.
     - "Schmidt": the rows of P come from Gram–Schmidt in the order of the checkpoints (Section 3 of
       Li et al., ICLR 2023); σ = 1 and o = 0, so the unit is that of the weights.
-    - "SVD": the leading principal directions, then one direction more for what the mean has
-      outside their span; σ = 1 and o = 0.
 
     Args:
         model: its trainable parameters are the columns, and their device is the basis's. Where
@@ -79,9 +77,9 @@ class Subspace:
             frozen parameters are ignored. They are read one at a time, and once where the basis is
             built in place (32 bits and all directions); else in up to eight parts, and blocks
             larger than a part once for each pass over them.
-        extract: "PCA", "Schmidt" or "SVD", as above.
+        extract: "PCA" or "Schmidt", as above.
         components: the number of leading principal directions to keep in each block (a block with
-            fewer keeps these). None keeps all for "PCA"; "SVD" needs a number.
+            fewer keeps these); None keeps all. For "PCA" only.
         bits: of a stored element of P, 32, 8 or 4. Below 32 the rows are orthonormal up to the
             rounding of their elements, and `project` remains the exact adjoint of `expand`.
         granularity: "model", "layer" or "channel": the blocks, each of which has a basis and
@@ -94,8 +92,8 @@ class Subspace:
 
     Attributes:
         parameters: the model's trainable parameters behind the columns, in order.
-        spread: σ, float32 [len(self)]; None for "Schmidt" and "SVD".
-        mean: the mean of the checkpoints, float32 [D]; None for "Schmidt" and "SVD".
+        spread: σ, float32 [len(self)]; None for "Schmidt".
+        mean: the mean of the checkpoints, float32 [D]; None for "Schmidt".
         dropped: the checkpoints (path, or `checkpoints[3]`) that "Schmidt" left out because
             in every block they depend linearly on the ones before them.
 
@@ -195,12 +193,9 @@ class Subspace:
         if self._extract == "PCA":
             transform, spread = extraction.principal_directions(products, height)
         else:
-            if self._extract == "SVD":
-                transform, _ = extraction.principal_directions(products, height - 1, mean=True)
-            else:
-                single = _single_precision_is_exact(window.rows.device)
-                transform, kept, dtype = extraction.gram_schmidt(products, single)
-                kept = self._replicas.take_first(kept)
+            single = _single_precision_is_exact(window.rows.device)
+            transform, kept, dtype = extraction.gram_schmidt(products, single)
+            kept = self._replicas.take_first(kept)
             spread = (transform != 0).any(dim=2).double()
         transform, spread = map(self._replicas.take_first, (transform, spread))
         with_mean = transform
@@ -407,10 +402,8 @@ def _check_arguments(checkpoints, extract, components, bits, granularity) -> Non
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
     if len(checkpoints) == 1 and extract == "PCA":
         raise ValueError("extract 'PCA' takes two checkpoints or more: one has no spread")
-    if extract == "SVD" and components is None:
-        raise ValueError("extract 'SVD' needs components, 1 or more")
     if extract == "Schmidt" and components is not None:
-        raise ValueError("components belongs to extract 'PCA' and 'SVD', not to 'Schmidt'")
+        raise ValueError("components belongs to extract 'PCA', not to 'Schmidt'")
     if components is not None and components < 1:
         raise ValueError(f"components must be 1 or more, not {components!r}")
 
@@ -434,8 +427,9 @@ def _chunk(n: int, blocks: list[Blocks], device: torch.device, extract: str) -> 
 
 def _height(n: int, extract: str, components: int | None) -> int:
     """The most rows that a block of the basis has."""
-    directions = n - 1 if components is None else min(components, n - 1)
-    return directions if extract == "PCA" else directions + 1
+    if extract == "Schmidt":
+        return n
+    return n - 1 if components is None else min(components, n - 1)
 
 
 def _build_device(device: torch.device) -> torch.device:
