@@ -139,8 +139,10 @@ def head(runs: Runs, figure: Path) -> list[str]:
     accuracy, loss = scores(full(runs), "SGD")
     lines = [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
     lines += [*plain(runs), ""]
-    lines += ["Test accuracy (%) after so many epochs more, and from which on it is the full run's mean or"]
-    lines += ["how many points are missing:", ""]
+    lines += [
+        "Test accuracy (%) after so many epochs more; and from which on it is the full run's,"
+    ]
+    lines += ["or how many points are missing:", ""]
     lines += [*with_full_run(runs, rows, budgets), "", "Test loss:", ""]
     lines += [*table(runs, rows, budgets, "loss", ".4f"), ""]
     against = [(RECIPE, None, "the best rival, averages included")]
