@@ -199,9 +199,9 @@ def no_epochs_saved(studies: Studies, met: dict[str, list[bool]]) -> str:
     return (
         "**It saves no epochs that a decaying rate does not save.** Of the studies of the head, "
         f"the full run's accuracy after {EPOCHS} epochs is reached by plain SGD, decaying "
-        f"from the head's last checkpoint, {reach('SGD, decaying, from the last checkpoint')}; by TWA as it was at its best (“the "
-        f"recipe”) {reach(RECIPE)}; by TWA as it is {reach(BY_CHANNEL)}, up to "
-        f"{budgets_of(runs, BY_CHANNEL)[-1]} epochs."
+        f"from the head's last checkpoint, {reach('SGD, decaying, from the last checkpoint')}; "
+        f"by TWA as it was at its best (“the recipe”) {reach(RECIPE)}; by TWA as it is "
+        f"{reach(BY_CHANNEL)}, up to {budgets_of(runs, BY_CHANNEL)[-1]} epochs."
     )
 
 
