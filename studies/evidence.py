@@ -21,12 +21,12 @@ from itertools import islice
 from pathlib import Path
 
 import evidence_report
+import tables
 import torch
 from study import (
     DATA,
     EPOCHS,
     HEAD,
-    RESULTS,
     ROOT,
     SAVES,
     Bench,
@@ -64,14 +64,14 @@ def main():
     parser.add_argument("--data-dir", default=ROOT / "datasets", type=Path, help="of data sets")
     args = parser.parse_args()
     if args.part == "report":
-        evidence_report.write(RESULTS, ROOT / "docs/RESULTS.md", ROOT / "studies/figures")
+        evidence_report.write(ROOT)
     else:
         chooses = args.part in CHOOSING
         if chooses and DATA[args.data].images is None:
             parser.error(f"{args.part} needs images to choose by: give --data FashionMNIST-12k")
         bench = Bench(args.part, args.data, args.arch, args.seed, args.data_dir, chooses)
         if chooses:
-            bench.measure(evidence_report.START, lambda: bench.solution(bench.mean(10)))
+            bench.measure(tables.START, lambda: bench.solution(bench.mean(10)))
         PARTS[args.part](bench)
 
 
@@ -89,8 +89,8 @@ METHODS = {
     "TWA, the recipe": Method(twa(torch.optim.AdamW, **CHANNEL), partial(Bench.mean, count=5)),
 }
 IN_SPREAD = {
-    f"{evidence_report.SPREAD}, by model": in_spread(),
-    f"{evidence_report.SPREAD}, by channel": in_spread(**CHANNEL),
+    f"{tables.SPREAD}, by model": in_spread(),
+    f"{tables.SPREAD}, by channel": in_spread(**CHANNEL),
 }
 # Below one epoch: Adam's first steps are too long for the few that follow.
 BRIEF = {"TWA, the recipe": Method(twa(**CHANNEL), partial(Bench.mean, count=5))}
@@ -115,7 +115,7 @@ def spread(bench: Bench) -> None:
     for budget in BUDGETS:
         for name, method in IN_SPREAD.items():
             bench.measure(f"{name} | {budget:g}", partial(bench.trained, method, budget))
-        bench.measure(f"{evidence_report.TUNED} | {budget:g}", partial(tuned, bench, budget))
+        bench.measure(f"{tables.TUNED} | {budget:g}", partial(tuned, bench, budget))
 
 
 def curve(bench: Bench) -> dict:
@@ -133,7 +133,7 @@ def tuned(bench: Bench, budget: float) -> dict:
     rates = TUNED_RATES
     if bench.seed != 1:
         first = json.loads(bench.path.with_suffix("").with_suffix(".1.json").read_text())
-        rates = (first[f"{evidence_report.TUNED} | {budget:g}"]["lr"],)
+        rates = (first[f"{tables.TUNED} | {budget:g}"]["lr"],)
     losses = {}
     for lr in rates:
         method = Method(partial(sgd, lr=lr), lambda bench: bench.best[0])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from evidence_report import spread
 from matplotlib.figure import Figure
+from tables import between, error, markdown, spread
 
 from training.optimizers import SCHEDULES
 from training.report import COLOURS
@@ -39,9 +38,9 @@ def write(measurements: Path, page: Path, figures: Path) -> None:
     Args:
         measurements: holds `seed1.json`, `seed2.json`, …
     """
-    runs = [json.loads(path.read_text()) for path in sorted(measurements.glob("seed*.json"))]
+    runs = read(measurements)
     drawn = {"Loss over the budget": loss_figure, "Coefficients and decays": coefficients_figure}
-    lines = [BEGIN, ""]
+    lines = [""]
     sections = {
         "Without a step more": averages(runs),
         "Steps more: test loss": budgets(runs),
@@ -57,14 +56,11 @@ def write(measurements: Path, page: Path, figures: Path) -> None:
         path = figures / f"lm.{draw.__name__.partition('_')[0]}.png"
         draw(runs, path)
         lines += [f"![{title}]({os.path.relpath(path, page.parent)})", ""]
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(before + "\n".join(lines) + END + rest.partition(END)[2])
+    between(page, BEGIN, END, lines[:-1])
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [f"| {' | '.join(row)} |" for row in (headings, *rows)]
-    return [lines[0], "| --- " * len(headings) + "|", *lines[1:]]
+def read(measurements: Path) -> list[Run]:
+    return [json.loads(path.read_text()) for path in sorted(measurements.glob("seed*.json"))]
 
 
 def values(runs: Sequence[Run], name: str | None, key: str = "loss") -> list[float]:
@@ -93,8 +89,13 @@ def chosen(runs: Sequence[Run], where: str, steps: int) -> str | None:
     return None if own_rate_only else min(tried, key=tried.get)
 
 
+def untrained(runs: Sequence[Run]) -> list[str]:
+    """The entries that need no step: the last checkpoint and the averages."""
+    return [name for name in runs[0] if not runs[0][name]["steps"]]
+
+
 def averages(runs: Sequence[Run]) -> list[str]:
-    names = [name for name in runs[0] if not runs[0][name]["steps"]]
+    names = untrained(runs)
     best = "its start: the best mean by training loss"
     rows = [(titled(name), told(runs, name)) for name in names]
     starts = ", ".join(start_of(run) for run in runs)
@@ -127,29 +128,37 @@ def budgets(runs: Sequence[Run]) -> list[str]:
 def paired(runs: Sequence[Run], one: str, other: str) -> tuple[float, float, int]:
     """The mean of the differences over the seeds, its standard error, and how many they are."""
     found = [run[one]["loss"] - run[other]["loss"] for run in runs if one in run and other in run]
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return statistics.mean(found), error, len(found)
+    return statistics.mean(found), error(found), len(found)
+
+
+def best_of(runs: Sequence[Run], names: Iterable[str | None]) -> str | None:
+    """The entry with the lowest mean over the seeds; None if none was measured."""
+    known = [name for name in names if values(runs, name)]
+    return min(known, key=lambda name: statistics.mean(values(runs, name)), default=None)
+
+
+def rivals(runs: Sequence[Run], steps: int) -> tuple[str | None, str | None]:
+    """The best of the untuned rivals, averages included, and the best of the tuned."""
+    names = names_at(runs, steps)
+    untuned = best_of(runs, [*AVERAGES, *(names[title] for title in UNTUNED)])
+    return untuned, best_of(runs, [names[title] for title in TUNED])
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """TWA less the best of its rivals, by the mean over the seeds: negative where TWA is ahead."""
     rows = []
     for steps in BUDGETS:
-        names = names_at(runs, steps)
         for twa in ("TWA by model", "TWA by channel"):
-            cells = []
-            untuned = [*AVERAGES, *(names[rival] for rival in UNTUNED)]
-            for rivals in (untuned, [names[rival] for rival in TUNED]):
-                known = [name for name in rivals if values(runs, name)]
-                if not known or not values(runs, names[twa]):
+            cells, ours = [], f"{twa} | {steps}"
+            for best in rivals(runs, steps):
+                if not best or not values(runs, ours):
                     cells.append("–")
                     continue
-                best = min(known, key=lambda name: statistics.mean(values(runs, name)))
-                mean, error, count = paired(runs, names[twa], best)
+                mean, apart, count = paired(runs, ours, best)
                 rival = titled(best.removesuffix(f" | {steps}"))
-                apart = f" ± {error:.4f}" if count > 1 else ""
-                apart += f" = {mean / error:+.1f} errors" if count > 1 and error else ""
-                cells.append(f"{mean:+.4f}{apart} (seeds: {count}; {rival})")
+                scatter = f" ± {apart:.4f}" if count > 1 else ""
+                scatter += f" = {mean / apart:+.1f} errors" if count > 1 and apart else ""
+                cells.append(f"{mean:+.4f}{scatter} (seeds: {count}; {rival})")
             rows.append((str(steps), twa, *cells))
     headings = ("steps", "method", "less the best untuned", "less the best tuned")
     return markdown(headings, rows)

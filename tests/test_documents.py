@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,14 @@ def test_scripts_that_the_documents_run_are_there(name):
     document = ROOT / name
     for script in COMMAND.findall(document.read_text()):
         assert (ROOT / script).exists() or (document.parent / script).exists(), script
+
+
+def test_the_flags_are_those_of_the_parsers():
+    """`python docs/flags.py > docs/flags.md` writes them anew."""
+    script = [sys.executable, ROOT / "docs/flags.py"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "docs/flags.md").read_text()
+
+
+def test_the_readme_is_a_page():
+    assert len((ROOT / "README.md").read_text().split()) <= 900

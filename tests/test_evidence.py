@@ -1,6 +1,7 @@
 """The studies behind docs/RESULTS.md, on a small scale, and the page written from their results."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import evidence_report
 import numpy as np
 import pytest
 import study
+import tables
 import torch
 from test_data import idx
 from torch import nn
@@ -19,15 +21,26 @@ ROOT = Path(__file__).resolve().parents[1]
 CNN = "studies.architectures:cnn"
 
 
-def test_results_are_those_of_the_measurements(tmp_path):
-    written = tmp_path / "docs/RESULTS.md"
-    written.parent.mkdir()
-    evidence_report.write(study.RESULTS, written, tmp_path / "studies/figures")
-    text = (ROOT / "docs/RESULTS.md").read_text()
-    assert written.read_text() == text
+def test_the_pages_are_those_of_the_measurements(tmp_path):
+    for stage in ("swa", "soup"):
+        (tmp_path / stage).mkdir()
+        shutil.copy(ROOT / stage / "README.md", tmp_path / stage)
+    evidence_report.write(tmp_path)
+    pages = [*tmp_path.rglob("*.md")]
+    assert {page.name for page in pages} >= {"RESULTS.md", "head-stage.md", "README.md"}
+    for page in pages:
+        assert page.read_text() == (ROOT / page.relative_to(tmp_path)).read_text(), page.name
+    text = "".join(page.read_text() for page in pages)
     for figure in (tmp_path / "studies/figures").iterdir():
         assert (ROOT / "studies/figures" / figure.name).exists()
-        assert f"(../studies/figures/{figure.name})" in text
+        assert f"studies/figures/{figure.name})" in text
+
+
+def test_what_is_between_the_marks_of_a_page_is_replaced_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<begin>\nold\n<end>\nafter\n")
+    tables.between(page, "<begin>", "<end>", ["new", "lines"])
+    assert page.read_text() == "before\n<begin>\nnew\nlines\n<end>\nafter\n"
 
 
 def test_the_readme_shows_the_four_rows_of_the_results():
@@ -38,25 +51,10 @@ def test_the_readme_shows_the_four_rows_of_the_results():
 
 
 def test_mean_and_deviation():
-    assert evidence_report.spread([92.0, 93.0, 94.0], ".2f") == "93.00 ± 1.00"
-    assert evidence_report.spread([0.1, 0.3], "+.1f") == "+0.2 ± 0.1"
-    assert evidence_report.spread([92.0], ".2f") == "92.00"
-    assert evidence_report.spread([], ".2f") == ""
-
-
-def test_a_lead_is_told_from_the_scatter_of_the_seeds():
-    def run(*ahead: float) -> dict:  # of the rival by so many points, at budgets 1, 2 and 5
-        ours = {
-            f"{evidence_report.RECIPE} | {b}": 80 + a for b, a in zip("125", ahead, strict=True)
-        }
-        rival = {f"SGD | {budget}": 80.0 for budget in "125"}
-        return {name: {"accuracy": value} for name, value in (ours | rival).items()}
-
-    runs = [run(0.2, 0.1, -0.1), run(0.3, 0.9, -0.2), run(0.4, -0.4, -0.3)]
-    told = evidence_report.leads(runs, ["1", "2", "5"], "accuracy")
-    assert told == "1, 2 (by more than two standard errors at 1)"
-    assert evidence_report.leads(runs[:1], ["1", "2", "5"], "accuracy") == "1, 2"
-    assert evidence_report.leads(runs, ["5"], "accuracy") == "none"
+    assert tables.spread([92.0, 93.0, 94.0], ".2f") == "93.00 ± 1.00"
+    assert tables.spread([0.1, 0.3], "+.1f") == "+0.2 ± 0.1"
+    assert tables.spread([92.0], ".2f") == "92.00"
+    assert tables.spread([], ".2f") == ""
 
 
 def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_path):
@@ -66,25 +64,26 @@ def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_pat
     seed = {
         "mean of all": entry(80.0, 0.5),
         "SGD | 1": entry(82.0, 0.6),
-        f"{evidence_report.RECIPE} | 1": entry(81.5, 0.375),
+        f"{tables.RECIPE} | 1": entry(81.5, 0.375),
     }
     (tmp_path / "head.D.A.1.json").write_text(json.dumps(seed))
     (tmp_path / "head.D.A.2.json").write_text(json.dumps({"SGD | 1": entry(0.0, 9.0)}))
-    runs = evidence_report.read(tmp_path)["head"]["A on D"]
+    runs = tables.read(tmp_path)["head"]["A on D"]
     assert runs == [seed]
-    assert evidence_report.gains(runs, evidence_report.RECIPE, "1") == [-0.5]
-    assert evidence_report.gains(runs, evidence_report.RECIPE, "1", "loss") == [0.125]
+    assert tables.gains(runs, tables.RECIPE, "1") == [-0.5]
+    assert tables.gains(runs, tables.RECIPE, "1", "loss") == [0.125]
 
-    seed |= {f"{evidence_report.TUNED} | 1": entry(81.0, 0.25)}
-    seed |= {f"{evidence_report.BY_CHANNEL} | 1": entry(81.5, 0.375)}
+    seed |= {f"{tables.TUNED} | 1": entry(81.0, 0.25)}
+    seed |= {f"{tables.BY_CHANNEL} | 1": entry(81.5, 0.375)}
     runs = [seed]
-    assert evidence_report.rival(runs, "1", "loss") == f"{evidence_report.TUNED} | 1"
-    assert evidence_report.rival(runs, "1", "loss", tuned=False) == "mean of all"
-    by_accuracy, by_loss = (" ".join(line.split()) for line in evidence_report.goals(runs))
-    assert "tuned rate at 1 (goal: half of them: met)" in by_accuracy
-    assert "at its usual rate, up to one epoch, at 1 (goal: none: not met)" in by_accuracy
-    assert "tuned rate at none (goal: half of them: not met)" in by_loss
-    assert "behind it at 1 (goal: not by more than one standard error: no verdict" in by_loss
+    assert tables.rival(runs, "1", "loss") == f"{tables.TUNED} | 1"
+    assert tables.rival(runs, "1", "loss", tuned=False) == "mean of all"
+    half, nowhere, usual = evidence_report.GOALS
+    goals = evidence_report.goals(runs)
+    assert goals[half, "accuracy"] == ("ahead at 1", True)
+    assert goals[usual, "accuracy"] == ("not ahead at 1", False)
+    assert goals[half, "loss"] == ("ahead at none", False)
+    assert goals[nowhere, "loss"] == ("behind at none", None)  # one seed gives no verdict
 
     rates = {f"AdamW | {f}": entry(a, 1.0) for f, a in (("0.1", 70.0), ("1", 71.0), ("10", 71.5))}
     assert evidence_report.best_rate([rates], "AdamW") == ("10", 0.5)
@@ -123,8 +122,8 @@ def test_what_is_measured_is_not_measured_again(small, capfd):
     written = json.loads(bench.path.read_text())
     assert written == bench.records
     names = {name.partition(" | ")[0] for name in written}
-    assert evidence_report.RECIPE in evidence.METHODS
-    assert evidence_report.BY_CHANNEL in evidence.IN_SPREAD
+    assert tables.RECIPE in evidence.METHODS
+    assert tables.BY_CHANNEL in evidence.IN_SPREAD
     assert names >= {
         *evidence.METHODS,
         "SGD",
@@ -154,11 +153,11 @@ def test_a_method_gives_the_same_result_twice(small):
 def test_the_rate_of_the_rival_is_chosen_by_validation_images_on_the_first_seed(small):
     bench = small("spread", "tiny")
     evidence.spread(bench)
-    ours = bench.records[f"{evidence_report.BY_CHANNEL} | 1"]
+    ours = bench.records[f"{tables.BY_CHANNEL} | 1"]
     assert ours["lr"] == 0.02
     assert ours["seconds"] > ours["start_seconds"] > 0
     assert ours["starts"].keys() == {"1", "2", "3"}
-    entry = bench.records[f"{evidence_report.TUNED} | 1"]
+    entry = bench.records[f"{tables.TUNED} | 1"]
     losses = entry["validation_losses"]
     assert str(entry["lr"]) == min(losses, key=losses.get)
     assert losses.keys() == {*map(str, evidence.TUNED_RATES)}

@@ -31,7 +31,27 @@ def test_installed_it_is_imported_from_anywhere(tmp_path):
     (metadata,) = target.glob("twa-*.dist-info/METADATA")
     assert f"\nVersion: {twa.__version__}\n" in metadata.read_text()
     assert f"## {twa.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
-    code = "from twa import TWA, Subspace; import twa; print(twa.__file__)"
+    text = metadata.read_text()
+    for line in (
+        "License-Expression: MIT",
+        "Requires-Python: >=3.10",
+        "Classifier: Typing :: Typed",
+    ):
+        assert f"\n{line}\n" in text
+    assert "file://" not in text and "localhost" not in text
+    code = """
+import torch, twa
+model = torch.nn.Linear(3, 2)
+window = [torch.nn.Linear(3, 2).state_dict() for _ in range(3)]
+optimizer = twa.TWA(model, window)
+before = model.weight.clone()
+for _ in range(2):
+    model(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert not torch.equal(model.weight, before)
+print(twa.__file__)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -1,0 +1,375 @@
+"""The text of docs/RESULTS.md: conclusions, two tables, and where the rest is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import language_report as language
+import stages
+from study import EPOCHS, HEAD, ROOT
+from tables import (
+    BY_CHANNEL,
+    RECIPE,
+    SPREAD,
+    START,
+    TUNED,
+    Runs,
+    Studies,
+    averages,
+    best,
+    bullet,
+    full,
+    gains,
+    listed,
+    markdown,
+    mean,
+    paragraph,
+    scores,
+    seeds,
+    split,
+    told,
+    trained,
+    values,
+)
+
+SHOWN = ("0.5", "2")  # epochs after the head, in the tables
+SHOWN_STEPS = (20, 100, 400)  # of language models
+
+
+def text(studies: Studies, met: dict[str, list[bool]]) -> str:
+    """The page.
+
+    Args:
+        met: by study of the head stage, which of the goals set for the defaults are met.
+    """
+    name, runs = shown(studies)
+    lines = ["# Results", "", paragraph(INTRODUCTION), "", "## Conclusions", ""]
+    for conclusion in CONCLUSIONS:
+        lines += bullet(conclusion(studies, met))
+    lines += ["", f"The head stage in four rows ({name}, {seeds(runs)}):", "", *four_rows(runs)]
+    lines += ["", "Every stage in a row, by test loss:", "", *stage_rows(runs)]
+    lines += ["", "## Language models", "", paragraph(LANGUAGE), "", FIGURE]
+    lines += ["", "## Many machines", "", paragraph(MACHINES)]
+    lines += ["", "## By study", "", STUDIES, "", "## How it was measured", "", paragraph(METHOD)]
+    return "\n".join(lines) + "\n"
+
+
+def shown(studies: Studies) -> tuple[str, Runs]:
+    """The study of the defaults in the head stage with the most seeds."""
+    with_defaults = {
+        name: runs
+        for name, runs in studies["head"].items()
+        if all(values(runs, f"{row} | {b}") for row in (BY_CHANNEL, TUNED) for b in SHOWN)
+    }
+    name = max(
+        with_defaults, key=lambda name: len(values(with_defaults[name], f"{BY_CHANNEL} | 2"))
+    )
+    return name, with_defaults[name]
+
+
+def four_rows(runs: Runs) -> list[str]:
+    """A mean, the defaults, the rival at a tuned rate, the full run."""
+    spent = str(HEAD + int(SHOWN[-1]))
+    rows = [
+        ("mean of the head's last 5 checkpoints", str(HEAD), *scores(runs, "mean of the last 5")),
+        (BY_CHANNEL, spent, *scores(runs, f"{BY_CHANNEL} | {SHOWN[-1]}")),
+        (TUNED, spent, *scores(runs, f"{TUNED} | {SHOWN[-1]}")),
+        ("SGD, the full run", str(EPOCHS), *scores(full(runs), "SGD")),
+    ]
+    return markdown(("solution", "epochs", "test accuracy (%)", "test loss"), rows)
+
+
+def stage_rows(runs: Runs) -> list[str]:
+    """TWA, the best average and the best rival that trains all weights, in each stage."""
+
+    def cell(of: Runs, name: str, called: str = "") -> str:
+        row = (called or name).partition(" | ")[0]
+        return f"{told(of, name, 'loss', '.4f')} ({row})"
+
+    rows = []
+    for budget in SHOWN:
+        mean_of = best(runs, averages(runs))
+        rival = best(runs, trained(runs, budget))
+        ours = cell(runs, f"{BY_CHANNEL} | {budget}", "by channel")
+        stage = f"[head](results/head-stage.md), {budget} epochs"
+        rows.append((stage, ours, cell(runs, mean_of), cell(runs, rival)))
+    tail = stages.tail()
+    swa, twa = tail["swa0.05"], tail.get("swa0.05.spread") or tail["swa0.05.paper"]
+    how = "in units of the spread" if "swa0.05.spread" in tail else "the paper's"
+    rows.append(
+        (
+            "[tail](../swa/README.md), one epoch",
+            cell(twa, "TWA", how),
+            cell(swa, "SWA"),
+            cell(tail["sgd"], "SGD", "SGD, decaying, no epoch more"),
+        )
+    )
+    soups = stages.soups()
+    average = best(soups, ("uniform", "greedy"))
+    rows.append(
+        (
+            "[soups](../soup/README.md)",
+            cell(soups, "TWA-v", "held-out images"),
+            cell(soups, average, f"{average} soup"),
+            cell(soups, "best single model"),
+        )
+    )
+    runs = language.read(ROOT / "studies/lm")
+    for steps in SHOWN_STEPS:
+        ours, decays = f"TWA by model | {steps}", decays_at(runs, steps)
+        if decays and values(runs, ours, "loss"):
+            stage = f"[language model](../lm/README.md), {steps} steps"
+            average, rival = best(runs, language.untrained(runs)), best(runs, decays)
+            titles = [language.titled(n.removesuffix(f" | {steps}")) for n in (average, rival)]
+            cells = [cell(runs, n, t) for n, t in zip((average, rival), titles, strict=True)]
+            rows.append((stage, cell(runs, ours, "by model"), *cells))
+    headings = ("stage", "TWA", "the best average", "the best that trains all weights")
+    return markdown(headings, rows)
+
+
+def decays_at(runs: Runs, steps: int) -> list[str]:
+    """The decays that were measured with so many steps; tuned ones as validation text chose."""
+    names = language.names_at(runs, steps)
+    wanted = (names[title] for title in (*language.UNTUNED, *language.TUNED))
+    return [name for name in wanted if name and values(runs, name, "loss")]
+
+
+# --- the conclusions, each a sentence or two ---
+
+
+def head_against_tuned(studies: Studies, met: dict[str, list[bool]]) -> str:
+    name, runs = shown(studies)
+    gain = {
+        key: {b: statistics.mean(gains(runs, BY_CHANNEL, b, key, f"{TUNED} | {b}")) for b in there}
+        for there in [budgets_of(runs, BY_CHANNEL, TUNED)]
+        for key in ("accuracy", "loss")
+    }
+    short = [b for b in gain["loss"] if float(b) <= 1]
+    worst = {key: max(0.0, -min(by[b] for b in short)) for key, by in gain.items()}
+    lower = listed(b for b in gain["loss"] if gain["loss"][b] > 0)
+    last, count = [*gain["loss"]][-1], sum(met[name])
+    return (
+        f"**Head stage: level with a tuned decay up to one epoch, behind it after.** {name}, "
+        f"{seeds(runs)}, nothing tuned, by channel: at {listed(short)} epochs TWA is at most "
+        f"{worst['accuracy']:.2f} points and {worst['loss']:.4f} of loss behind SGD on all weights "
+        f"at the best of four rates, and lower in loss at {lower}; at {last} epochs the difference "
+        f"is {gain['accuracy'][last]:+.2f} points and {-gain['loss'][last]:+.4f} of loss. Of the "
+        f"{len(met[name])} goals set for it, {count or 'none'} {'is' if count < 2 else 'are'} met "
+        "([which](results/head-stage.md))."
+    )
+
+
+def budgets_of(runs: Runs, *rows: str) -> list[str]:
+    """The budgets at which all these rows were measured."""
+    return [b for b in split(runs)[1] if all(values(runs, f"{row} | {b}") for row in rows)]
+
+
+def head_against_averages(studies: Studies, met: dict[str, list[bool]]) -> str:
+    _, runs = shown(studies)
+    ahead = {}
+    for key in ("accuracy", "loss"):
+        average = best(runs, averages(runs), key)
+        ahead[key] = [
+            b
+            for b in budgets_of(runs, BY_CHANNEL)
+            if statistics.mean(gains(runs, BY_CHANNEL, b, key, average)) > 0
+        ]
+    return (
+        "**Ahead of the averages, which cost nothing**: there, TWA by channel is better in the "
+        f"mean than the best of them by loss at {listed(ahead['loss'])} epochs, by accuracy at "
+        f"{listed(ahead['accuracy'])}."
+    )
+
+
+def no_epochs_saved(studies: Studies, met: dict[str, list[bool]]) -> str:
+    def reach(row: str) -> str:
+        """In how many of the studies that have the row it is as good as the full run, and when."""
+        there, first = 0, []
+        for runs in studies["head"].values():
+            budgets = budgets_of(runs, row)
+            there += bool(budgets)
+            goal = mean(full(runs), "SGD", "accuracy")
+            good = [b for b in budgets if mean(runs, f"{row} | {b}", "accuracy") >= goal]
+            first += good[:1]
+        when = f", {listed(dict.fromkeys(first))} epochs after the head" if first else ""
+        return f"in {len(first)} of {there}{when}"
+
+    _, runs = shown(studies)
+    return (
+        "**It saves no epochs that a decaying rate does not save.** Of the studies of the head, "
+        f"the full run's accuracy after {EPOCHS} epochs is reached by plain SGD, decaying "
+        f"from the head's last checkpoint, {reach('SGD, decaying, from the last checkpoint')}; "
+        f"by TWA as it was at its best (“the recipe”) {reach(RECIPE)}; by TWA as it is "
+        f"{reach(BY_CHANNEL)}, up to {budgets_of(runs, BY_CHANNEL)[-1]} epochs."
+    )
+
+
+def tail(studies: Studies, met: dict[str, list[bool]]) -> str:
+    runs = stages.tail()
+    gain = [
+        mean(runs[f"swa{rate}"], "SWA") - mean(runs[f"swa{rate}.{how}"], "TWA")
+        for rate in ("0.05", "0.1")
+        for how in ("paper", "mean", "spread")
+        if f"swa{rate}.{how}" in runs
+    ]
+    lowest = min(mean(r, "TWA") for r in runs.values() if "TWA" in r[0])
+    return (
+        f"**Tail stage**: one epoch of TWA on top of SWA lowers the loss by {min(gain):.4f} to "
+        f"{max(gain):.4f}, at both rates of the tail; yet SGD whose rate falls ends at "
+        f"{mean(runs['sgd'], 'SGD'):.4f}, TWA at {lowest:.4f} at best."
+    )
+
+
+def soups(studies: Studies, met: dict[str, list[bool]]) -> str:
+    runs = stages.soups()
+    by_layer, whole = (
+        statistics.mean(v["accuracy"] for v in values(runs, name, "validation"))
+        for name in ("TWA-v layer", "TWA-v")
+    )
+    return (
+        f"**Soups**: TWA-v ends at a loss of {mean(runs, 'TWA-v'):.4f} after "
+        f"{mean(runs, 'TWA-v', 'seconds'):.0f} seconds, the greedy soup at "
+        f"{mean(runs, 'greedy'):.4f} after {mean(runs, 'greedy', 'seconds'):.0f}; in accuracy "
+        f"({told(runs, 'TWA-v')} and {told(runs, 'greedy')} %) they are not told apart. By layer, "
+        f"{by_layer - whole:+.2f} points on the held-out images are "
+        f"{mean(runs, 'TWA-v layer', 'accuracy') - mean(runs, 'TWA-v', 'accuracy'):+.2f} on test "
+        "images."
+    )
+
+
+def language_models(studies: Studies, met: dict[str, list[bool]]) -> str:
+    runs = language.read(ROOT / "studies/lm")
+    found: dict[str, dict[int, tuple[float, float, int]]] = {"average": {}, "decay": {}}
+    for steps in language.BUDGETS:
+        ours, decays = f"TWA by model | {steps}", decays_at(runs, steps)
+        if decays and values(runs, ours, "loss"):
+            average = best(runs, language.untrained(runs))
+            found["average"][steps] = language.paired(runs, ours, average)
+            found["decay"][steps] = language.paired(runs, ours, best(runs, decays))
+    told = []
+    for rivals, differences in found.items():
+        ahead = {s: d for s, d in differences.items() if d[0] < 0}
+        least, most = (f(-d[0] for d in ahead.values()) for f in (min, max))
+        errors = [-d[0] / d[1] for d in ahead.values()]
+        told.append(
+            f"below every {rivals} by {least:.4f} to {most:.4f} nats at {listed(map(str, ahead))} "
+            f"steps ({min(errors):.1f} to {max(errors):.1f} standard errors)"
+        )
+    behind = {s: d[0] for s, d in found["decay"].items() if d[0] >= 0}
+    lost = listed(f"{d:.4f} at {s}" for s, d in behind.items())
+    return (
+        f"**Language models**: after a run of {language.STEPS:,} steps, TWA by model is "
+        f"{' and '.join(told)}; above the best decay by {lost}: with a tenth of the steps left, "
+        "let the rate fall."
+    )
+
+
+def few_images(studies: Studies, met: dict[str, list[bool]]) -> str:
+    runs = studies["little"]["PreResNet20 on FashionMNIST-12k-noisy"]
+    rows = [row for row in split(runs)[0] if row.startswith("TWA")]
+    ours, theirs = [], []
+    for images in ("200", "1000", "5000"):
+        ours.append(mean(runs, best(runs, [f"{row} | {images}" for row in rows])))
+        theirs.append(mean(runs, best(runs, trained(runs, images))))
+    twa, sgd = (listed(f"{loss:.4f}" for loss in losses) for losses in (ours, theirs))
+    return (
+        "**Few right labels beside many wrong ones** (one seed, as TWA was): trained on 200, 1,000 "
+        f"and 5,000 images with right labels, the best of TWA has a loss of {twa}, the best of SGD "
+        f"on all weights {sgd}; with 200 both lose accuracy ([few images](results/few-images.md))."
+    )
+
+
+def safety(studies: Studies, met: dict[str, list[bool]]) -> str:
+    runs = [
+        figures
+        for (how, _), found in stages.safety_rows().items()
+        for figures in found
+        if how == stages.TOLD["new"]
+    ]
+    ratio, _, beyond, _, accurate = zip(*runs, strict=True)
+    return (
+        f"**Safety**: of {len(runs)} small runs at the defaults {sum(beyond)} end with a held-out "
+        f"loss above their start's by more than its error, the worst {100 * (max(ratio) - 1):.0f} "
+        f"% above; {100 * sum(accurate) / len(runs):.0f} % have at least the accuracy of the best "
+        "simple average ([runs](results/safety.md)). Where training images are learned by heart, "
+        "no sample of them can choose."
+    )
+
+
+def settings(studies: Studies, met: dict[str, list[bool]]) -> str:
+    by_bits, starts = [], []
+    for runs in studies["settings"].values():
+        for granularity in split(runs)[1]:
+            usual, eight, four, all_sixty = (
+                mean(runs, f"{row} | {granularity}", "accuracy")
+                for row in (
+                    "as in the head stage",
+                    "8 bits",
+                    "4 bits",
+                    "from the mean of the last 60",
+                )
+            )
+            by_bits += [abs(eight - usual), abs(four - usual)]
+            starts.append(usual - all_sixty)
+    (second,) = studies["second-order"].values()
+    sgd, lbfgs, newton, start = (
+        mean(second, name, "accuracy") for name in ("SGD | 1", "L-BFGS | 1", "Newton | 1", START)
+    )
+    return (
+        "**Settings** (as TWA was): 8 and 4 bits change accuracy by at most "
+        f"{max(by_bits):.2f} points; to start from the mean of all 60 checkpoints costs "
+        f"{min(starts):.1f} to {max(starts):.1f}. In an epoch's worth of passes L-BFGS ends at "
+        f"{lbfgs:.2f} %, Newton steps at {newton:.2f}, SGD at {sgd:.2f}, from {start:.2f} "
+        "([settings](results/settings.md))."
+    )
+
+
+CONCLUSIONS: tuple[Callable[[Studies, dict[str, list[bool]]], str], ...] = (
+    head_against_tuned,
+    head_against_averages,
+    no_epochs_saved,
+    tail,
+    soups,
+    language_models,
+    few_images,
+    safety,
+    settings,
+)
+INTRODUCTION = (
+    "Does Trainable Weight Averaging save epochs, does it beat the simple averages, and which "
+    "settings are safe? Mean ± standard deviation over the seeds; test data chose nothing. "
+    "`bash studies/evidence.sh` makes the runs; `python studies/evidence.py report` writes this "
+    "page and those behind it from the JSON in `studies/`."
+)
+LANGUAGE = (
+    "A GPT of 0.86 M weights on the source of Python's standard library; tables, rivals and what "
+    "was not measured: [lm/README.md](../lm/README.md)."
+)
+FIGURE = "![Test loss over the steps that follow the run](../studies/figures/lm.loss.png)"
+MACHINES = (
+    "What a step sends, for each way of training: [many machines](many-machines.md) and "
+    "[benchmarks](../benchmarks/README.md#many-ranks). Two hosts on a slow wire have not been "
+    "measured in full yet."
+)
+STUDIES = """\
+- [Head stage](results/head-stage.md): three studies, six budgets, all rivals, the goals.
+- [Tail stage](../swa/README.md#what-it-gives-fashionmnist): SWA, and TWA on top of it.
+- [Soups](../soup/README.md#fashionmnist-three-seeds): twelve fine-tuned models.
+- [Language models](../lm/README.md#what-it-gives): decays, averages and TWA.
+- [Settings](results/settings.md): start, bits, windows, rates, second-order steps.
+- [Few images, and wrong labels](results/few-images.md).
+- [Safety](results/safety.md): many small runs, and how often the end is worse than the start.
+- [Cost](results/cost.md): a step, the basis, and what the paper's runs would take."""
+METHOD = (
+    f"Two CPU cores, bf16 autocast, batches of 128. The full run is SGD for {EPOCHS} epochs at "
+    "rate 0.1, a tenth of it from the middle on and a hundredth from three quarters on. The *head* "
+    f"is its first {HEAD} epochs, all at rate 0.1. “{SPREAD}” is what `TWA(model, checkpoints)` "
+    "does: principal directions, AdamW at 0.02 falling linearly to 0, from the best mean of the "
+    "last checkpoints; of start, end and the mean of the last half of training the best is kept, "
+    "by loss on 1,024 training images. The training sets are FashionMNIST's 60,000 images or the "
+    "first 12,000 of them (12k). The cnn and the vit of `studies/architectures.py` have no batch "
+    "norm; where there is one, it is re-estimated for every solution. “Epochs” count what is "
+    "trained on; comparing start points and ends takes forward passes beside them, on 2,048 images "
+    "for each of ten points, which is about half an epoch's work."
+)

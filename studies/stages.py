@@ -1,0 +1,143 @@
+"""Tail stage, soups and safety: what their own JSON says, and their tables."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+from study import ROOT
+from tables import Runs, bullet, markdown, scores, spread, values
+
+TOLD = {"new": "the defaults", "before": "as it was"}  # recipes of the safety study
+SOUPS = {  # the names of soup.py, as the table has them
+    "ensemble": "ensemble (twelve times the work for each image)",
+    "uniform": "uniform soup",
+    "greedy": "greedy soup",
+    "TWA-v layer": "TWA-v, a set of coefficients for each layer",
+    "TWA-v layer 4 bits": "the same with a basis of 4 bits",
+}
+
+
+def tail() -> dict[str, Runs]:
+    """SGD, SWA and TWA, from `swa/results/NAME.SEED.json`, by NAME."""
+    runs: dict[str, Runs] = {}
+    for path in sorted((ROOT / "studies/swa/results").glob("*.json")):
+        name = path.stem.rpartition(".")[0]
+        runs.setdefault(name, []).append(json.loads(path.read_text())["results"])
+    return runs
+
+
+def tail_table() -> list[str]:
+    runs = tail()
+    names = [("SGD, rate to 0.01 · lr_init", "sgd", "SGD")]
+    for rate in ("0.05", "0.1"):
+        names += [
+            (f"SGD in the tail (last checkpoint), swa_lr {rate}", f"swa{rate}", "SGD"),
+            (f"SWA, swa_lr {rate}", f"swa{rate}", "SWA"),
+            (f"TWA from the last checkpoint, swa_lr {rate}", f"swa{rate}.paper", "TWA"),
+            (f"TWA from the mean, swa_lr {rate}", f"swa{rate}.mean", "TWA"),
+            (f"TWA, in units of the spread, swa_lr {rate}", f"swa{rate}.spread", "TWA"),
+        ]
+    rows = [
+        (title, *scores(runs[name], solution), f"{runs[name][0][solution]['epochs']:.4g}")
+        for title, name, solution in names
+        if name in runs
+    ]
+    return markdown(("solution", "test accuracy (%)", "test loss", "epochs"), rows)
+
+
+def soups() -> Runs:
+    """Soups and what they are made of, from `soup/results/SEED.jsonl`."""
+    runs: Runs = []
+    for path in sorted((ROOT / "studies/soup/results").glob("*.jsonl")):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        runs.append({r["name"]: r | r["test"] for r in records if "models" in r})
+    return runs
+
+
+def soup_table() -> list[str]:
+    runs, rows = soups(), []
+    for name in dict.fromkeys(name for run in runs for name in run):
+        validation = [scored["accuracy"] for scored in values(runs, name, "validation")]
+        seconds = statistics.mean(values(runs, name, "seconds"))
+        cells = (spread(validation, ".2f"), *scores(runs, name), f"{seconds:.0f}")
+        rows.append((SOUPS.get(name, name), *cells))
+    headings = ("validation accuracy", "test accuracy", "test loss", "seconds")
+    return markdown(("solution", *headings), rows)
+
+
+def safety_records() -> tuple[dict[str, dict], dict[str, dict]]:
+    """The runs at the defaults and as it was, and those with the remedies that were tried."""
+    records, tried = (
+        json.loads((ROOT / f"studies/{name}.json").read_text())
+        for name in ("safety", "safety_remedies")
+    )
+    return records, tried
+
+
+def safety_rows() -> dict[tuple[str, str], list[tuple[float, ...]]]:
+    """Figures of each run, by what was run and on which SGD runs.
+
+    They are: the loss at the end over that at the start, whether it is above 1.05, whether the
+    loss rose by more than its error, the worst epoch over the start, whether the accuracy is at
+    least that of the simple averages.
+    """
+    records, tried = safety_records()
+    chosen = {key.rpartition(": ")[0] for key in tried if key.count(": ") == 2}
+    rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    for key, entry in (records | tried).items():
+        run, _, recipe = key.rpartition(": ")
+        if "held out" not in entry:
+            continue
+        start, end, error = (entry["held out"][k] for k in ("start", "end", "error"))
+        case, _, setting = run.partition(": ")
+        averages = records[f"{case}: {setting.split()[0]}"].values()
+        figures = (
+            end / start,
+            end > 1.05 * start,
+            end - start > error > 0,
+            max(entry["after"]) / start,
+            entry["held out"]["accuracy"] >= max(averages) - 1e-4,
+        )
+        if recipe in TOLD:
+            rows.setdefault((TOLD[recipe], case.rpartition(" ")[0]), []).append(figures)
+        if run in chosen and recipe != "before":
+            name = f"remedies: {TOLD.get(recipe, recipe)}"
+            rows.setdefault((name, "some on Digits"), []).append(figures)
+    return rows
+
+
+def safety_table() -> list[str]:
+    """Whether TWA leaves a model worse than it found it: defaults, as it was, and remedies."""
+    rows = safety_rows()
+    names = [*TOLD.values(), *sorted({how for how, _ in rows} - {*TOLD.values()})]
+    rank = {name: place for place, name in enumerate(names)}
+    table = []
+    for (how, case), runs in sorted(rows.items(), key=lambda row: rank[row[0][0]]):
+        ratio, over, beyond, worst, accurate = zip(*runs, strict=True)
+        table.append(
+            (
+                *(how, case, str(len(runs)), f"{statistics.median(ratio):.3f}"),
+                *(f"{max(ratio):.3f}", str(sum(over)), str(sum(beyond))),
+                *(f"{max(worst):.2f}", f"{100 * sum(accurate) / len(runs):.0f} %"),
+            )
+        )
+    heads = ("TWA", "SGD run", "runs", "end / start, median", "largest", "above 1.05")
+    heads += ("above by more than its error", "worst epoch / start", "accuracy")
+    return [*markdown(heads, table), "", *against_before()]
+
+
+def against_before() -> list[str]:
+    """How much higher the final loss was at the same settings, by architecture."""
+    records, _ = safety_records()
+    ratios: dict[str, list[float]] = {}
+    for key, entry in records.items():
+        now = records.get(f"{key.removesuffix(': before')}: new")
+        if key.endswith(": before") and now:
+            ratio = entry["held out"]["end"] / now["held out"]["end"]
+            ratios.setdefault(key.split()[1], []).append(ratio)
+    times = [f"{statistics.geometric_mean(r):.1f} ({arch})" for arch, r in ratios.items()]
+    return bullet(
+        "As it was, TWA hardly moves from its start, the window's mean, which is poor: at the same "
+        f"settings its final loss is {', '.join(times)} times that of the defaults."
+    )
