@@ -54,7 +54,8 @@ def events_of():
     reason = "needs tensorboard: pip install -r requirements-examples.txt"
     accumulator = "tensorboard.backend.event_processing.event_accumulator"
     module = pytest.importorskip(accumulator, reason=reason)
-    return lambda folder: module.EventAccumulator(str(folder)).Reload()
+    everything = {"histograms": 0, "scalars": 0}
+    return lambda folder: module.EventAccumulator(str(folder), everything).Reload()
 
 
 @pytest.mark.examples
