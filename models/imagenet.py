@@ -1,6 +1,7 @@
 """torchvision's classifiers, for image folders and, with resized images, for other data sets.
 
-Their `state_dict`s are torchvision's, except for the head, which has the data set's classes.
+Their `state_dict`s are torchvision's, except for the head, which has the data set's classes. For
+image folders also those of `models.clip`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model, list_models
 
+from models import clip
 from utils import UserError
 
 _SIZE = 224  # pixels, of the images that pretrained weights were trained on
@@ -29,20 +31,23 @@ CLASSIFIERS = tuple(list_models(torchvision.models, exclude=("googlenet", "incep
 
 
 def build(name: str, num_classes: int, image_size: int) -> nn.Module:
-    """A classifier of torchvision, freshly initialised, by a name of `CLASSIFIERS`.
+    """A classifier, freshly initialised, by a name of `CLASSIFIERS` or of `clip.NAMES`.
 
     It maps images, float [B, 3, image_size, image_size], to logits [B, num_classes].
 
     Raises:
-        UserError: torchvision has no classifier of this name, or it takes no images of this size.
+        UserError: there is no classifier of this name, or it takes no images of this size.
     """
-    if name not in CLASSIFIERS:
+    if name not in (*CLASSIFIERS, *clip.NAMES):
         raise UserError(
             f"unknown architecture {name!r}: choose from torchvision's {', '.join(CLASSIFIERS)}"
         )
     size = {"image_size": image_size} if name.startswith("vit_") else {}
     try:
-        model = get_model(name, weights=None, num_classes=num_classes, **size)
+        if name in clip.NAMES:
+            model = clip.build(name, num_classes, image_size)
+        else:
+            model = get_model(name, weights=None, num_classes=num_classes, **size)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import models
 import utils
-from training import coefficients, data, entry, flags, locks, logs, ranks, report
+from training import coefficients, data, entry, flags, image_folders, locks, logs, ranks, report
 from training.flags import number
 from training.loop import (
     Trainer,
@@ -41,6 +41,7 @@ from training.loop import (
     reestimate_bn,
     sample_loss,
     score,
+    skipped_images,
 )
 from training.optimizers import SCHEDULES
 from twa.checkpoints import Checkpoint, average, load_into, load_verified, save
@@ -51,8 +52,12 @@ PARTS = ("validation", "test")  # what every solution is evaluated on
 
 def parse_arguments():
     parser = flags.Parser("soups of fine-tuned models: uniform, greedy, TWA")
-    flags.add_soup_arguments(parser, models.ARCHITECTURES, data.DATASETS)
+    of_folders = (*models.imagenet.CLASSIFIERS, *models.clip.NAMES)
+    architectures = dict.fromkeys((*models.ARCHITECTURES, *of_folders))
+    flags.add_soup_arguments(parser, architectures, (*data.DATASETS, image_folders.NAME))
     add = parser.add_argument
+    add("--workers", "-j", type=number(int, 0), default=4, help=flags.WORKERS_HELP)
+    flags.add_image_arguments(parser, None)
     files_help = "state_dicts (.pt, .safetensors) of one architecture"
     add("--checkpoints", nargs="+", required=True, metavar="GLOB", help=files_help)
     add("--log-dir", required=True, help="where results, soups and the figure go")
@@ -65,7 +70,12 @@ def parse_arguments():
     epochs_help = "passes over as many images as are held out"
     add("--epochs", type=number(int, 1), default=5, help=epochs_help)
     coefficients.add_arguments(parser, schedule="linear")
-    return coefficients.check_arguments(parser.parse_args())
+    args = parser.parse_args()
+    if args.datasets == image_folders.NAME:
+        args.image_size = args.image_size or image_folders.SIZE
+    elif args.image_size or args.strict_images:
+        parser.error(f"--image-size and --strict-images: only with --datasets {image_folders.NAME}")
+    return coefficients.check_arguments(args)
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
@@ -103,6 +113,7 @@ def settings_of(paths: Sequence[Path], args) -> dict:
         "checkpoints": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
         "held_out": flags.held_out(args),
         **{key: getattr(args, key) for key in ("datasets", "batch_size", "bn_images", "amp")},
+        **({"image_size": args.image_size} if args.image_size else {}),
     }
 
 
@@ -118,19 +129,34 @@ class Evaluator:
 
     def __init__(self, args):
         self.args = args
-        training, test = data.load(args.datasets, args.data_dir, utils.choose_device(args.device))
+        device = utils.choose_device(args.device)
+        if args.datasets == image_folders.NAME:
+            training, test = image_folders.load(args.data_dir, args.image_size)
+            decoding = {"workers": args.workers, "strict": args.strict_images}
+            loader = partial(image_folders.Loader, device=device, **decoding)
+            batch_size = args.batch_size
+        else:
+            training, test = data.load(args.datasets, args.data_dir, device)
+            loader, batch_size = data.Loader, 1000
+        self._loader = partial(loader, channels_last=args.amp)
         self.training, self.held_out = training.hold_out(args.val_ratio, args.randomseed)
-        self.model = build(args.arch, training.spec, training.labels.device, args)
+        self.model = build(args.arch, training.spec, device, args)
         self.loaders = {
-            part: data.Loader(split, 1000, train=False, channels_last=args.amp)
+            part: self._loader(split, batch_size, train=False)
             for part, split in zip(PARTS, (self.held_out, test), strict=True)
         }
         self._train = self.training_loader(self.training)
-        self._logits: dict[Path, dict[str, Tensor]] = {}
+        self._summed: list[Path] = []  # the models whose logits are in the sum of the ensemble
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # by part: of logits, and the labels
 
     def training_loader(self, images: data.Split) -> data.Loader:
         batch_size, seed = self.args.batch_size, self.args.randomseed
-        return data.Loader(images, batch_size, train=True, seed=seed, channels_last=self.args.amp)
+        return self._loader(images, batch_size, train=True, seed=seed)
+
+    @property
+    def skipped(self) -> str | None:
+        """A line about the images that could not be read, or None."""
+        return skipped_images(self._train, *self.loaders.values())
 
     def load(self, weights: Checkpoint) -> None:
         load_into(self.model, weights)
@@ -140,24 +166,28 @@ class Evaluator:
         """Loss and accuracy of the weights in the model."""
         return evaluate(self.model, self.loaders[part], self.args.amp)
 
-    def evaluate_ensemble(self, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
-        """Loss and accuracy, by part, of the mean of the models' logits."""
+    def evaluate_single(self, path: Path) -> dict[str, dict[str, float]]:
+        """Loss and accuracy, by part, of one model, whose logits the ensemble keeps the sum of."""
+        self.load(path)
         scores = {}
         for part, loader in self.loaders.items():
-            mean = sum(self._logits_of(path)[part] / len(paths) for path in paths)
-            scores[part] = score([(mean, loader.split.labels)], mean.device)
+            batches = zip(*predict(self.model, loader, self.args.amp), strict=True)
+            logits, labels = map(torch.cat, batches)
+            scores[part] = score([(logits, labels)], logits.device)
+            self._sums[part] = self._sums.get(part, (0, None))[0] + logits, labels
+        self._summed.append(path)
         return scores
 
-    def _logits_of(self, path: Path) -> dict[str, Tensor]:
-        """Those of one model, by part; kept, since the ensemble needs all models'."""
-        amp = self.args.amp
-        if path not in self._logits:
-            self.load(path)
-            self._logits[path] = {
-                part: torch.cat([logits for logits, _ in predict(self.model, loader, amp)])
-                for part, loader in self.loaders.items()
-            }
-        return self._logits[path]
+    def evaluate_ensemble(self, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
+        """Loss and accuracy, by part, of the mean of the models' logits."""
+        if self._summed != paths:  # an earlier call has measured some of them
+            self._summed, self._sums = [], {}
+            for path in paths:
+                self.evaluate_single(path)
+        return {
+            part: score([(logits / len(paths), labels)], logits.device)
+            for part, (logits, labels) in self._sums.items()
+        }
 
 
 class Solutions:
@@ -265,7 +295,7 @@ def make_soups(args):
     solutions, settings = Solutions(log_dir, evaluator), settings_of(paths, args)
     started, names = time.perf_counter(), [str(path) for path in paths]
     for name, path in zip(names, paths, strict=True):
-        solutions.make(name, settings, partial(evaluator.evaluate_ensemble, [path]))
+        solutions.make(name, settings, partial(evaluator.evaluate_single, path))
     accuracies = [solutions.records[name]["validation"]["accuracy"] for name in names]
     best = names[accuracies.index(max(accuracies))]
 
@@ -304,6 +334,8 @@ def make_soups(args):
         soup = partial(train_coefficients, name, paths, images, start, evaluator)
         solutions.make(name, twa_settings, soup)
     show(solutions, names, settings, args)
+    if evaluator.skipped:
+        print(evaluator.skipped)
 
 
 def show(solutions: Solutions, names: Sequence[str], settings: dict, args) -> None:

@@ -741,7 +741,8 @@ def tiny(monkeypatch, finished, tmp_path) -> Path:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # takes seconds
     for figure in ("figure", "scatter"):
         monkeypatch.setattr(report, figure, lambda *_, **__: None)  # takes half a second
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    for package in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)  # relative folders are made here
     return tmp_path
 

@@ -759,16 +759,19 @@ def test_too_many_saves_are_refused_before_anything_is_replaced(run):
 
 
 @pytest.mark.parametrize("script", [SGD, TWA, SWA])
-def test_wandb_without_its_package_is_refused_before_anything_is_written(run, script, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_tracker_without_its_package_is_refused_before_anything_is_written(
+    run, script, package, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     flags = [*where(run), "--params_end", 5] if script == TWA else where(run)
     if script == SWA:
         flags = swa_flags(run)
-    line = refuse(run, script, *flags, "--epochs", 1, "--wandb")
-    assert "--wandb" in line
-    assert "pip install wandb" in line
+    line = refuse(run, script, *flags, "--epochs", 1, f"--{package}")
+    assert f"--{package}" in line
+    assert f"pip install {package}" in line
     if script != TWA:
-        refuse(run, script, *flags, "--epochs", 1, "--wandb", "--overwrite")
+        refuse(run, script, *flags, "--epochs", 1, f"--{package}", "--overwrite")
 
 
 @pytest.mark.parametrize("start, end", [(3, 3), (4, 2), (0, 0)])

@@ -20,6 +20,7 @@ SMOOTHING_HELP = "share of a label that is spread evenly over all classes"
 SCHEDULE_HELP = "learning rate schedule"
 WARMUP_HELP = "epochs of a linear rise of the rate; the schedule takes the rest"
 CLIP_HELP = "largest norm of the gradient, all parameters together; left out, any"
+TRACKERS_HELP = "send the metrics of each epoch, of TWA also the coefficients α,"
 OVERWRITE_HELP = "replace the checkpoints of an earlier run"
 
 
@@ -204,7 +205,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_compute_arguments(parser)
     add = parser.add_argument
     add("--log-name", default="log", help="name of the log file")
-    add("--wandb", action="store_true", help="send the metrics to Weights & Biases as well")
+    add("--wandb", action="store_true", help=f"{TRACKERS_HELP} to Weights & Biases as well")
+    add("--tensorboard", action="store_true", help=f"{TRACKERS_HELP} to TensorBoard as well")
     add("--EXP", default="TWA", help="name of the Weights & Biases run")
     add(
         "--resume",
@@ -221,7 +223,8 @@ MAY_CHANGE = {
     *("save_dir", "log_dir", "out", "log_name", "data_dir", "resume", "overwrite", "evaluate"),
     *("tokenizer", "initial"),  # the vocabulary counts; and what a run began with is in its state
     *("device", "compile", "workers", "reshard_after_forward", "strict_images"),
-    *("print_freq", "save_freq", "eval_freq", "wandb", "EXP", "pretrained", "start_epoch"),
+    *("print_freq", "save_freq", "eval_freq", "pretrained", "start_epoch"),
+    *("wandb", "tensorboard", "EXP"),
     *("gpu", "world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
     *("split", "val_ratio"),  # said by `held_out`
 }

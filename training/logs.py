@@ -6,12 +6,14 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from training import ranks
+from training.trackers import Trackers
 from twa.checkpoints import CheckpointError, replacing, unwritten
 from utils import UserError, make_directory
 
@@ -33,7 +35,7 @@ class RunLog:
     def __init__(self, args: argparse.Namespace, directory: Path, prefix: str = "", done: int = 0):
         self.epochs: list[dict] = []
         self._has_header = False
-        self._wandb = None
+        self._tracked = args.wandb or args.tensorboard
         self._writes = ranks.rank() == 0
         if not self._writes:
             return
@@ -44,20 +46,25 @@ class RunLog:
         self.epochs = [m for m in read_lines(self._metrics) if m["epoch"] <= done]
         write_lines(self.epochs, self._metrics)
         write_json({"arguments": vars(args), **provenance()}, directory / f"{prefix}run.json")
-        if args.wandb:
-            self._wandb = import_wandb().init(project="TWA", name=args.EXP, config=vars(args))
+        self._trackers = Trackers(args, directory / f"{prefix}tensorboard", done)
 
     def line(self, text: str) -> None:
         if self._writes:
             print(text, flush=True)
             append(self._log, text + "\n")
 
-    def epoch(self, metrics: dict[str, float | None]) -> None:
+    def epoch(
+        self, metrics: dict[str, float | None], alpha: Callable[[], Tensor] | None = None
+    ) -> None:
         """Adds the metrics of one epoch: a row of the log's table and a JSON object.
+
+        Called on every rank.
 
         Args:
             metrics: "epoch" and whatever else was measured, in the order of the columns; None
                 where something was not measured in this epoch.
+            alpha: computes the averaging coefficients for `--wandb` and `--tensorboard`; None where
+                nothing is averaged.
         """
         if not self._has_header:
             self.line("  ".join(f"{key.replace('_', ' '):>8}" for key in metrics))
@@ -66,8 +73,10 @@ class RunLog:
         self.epochs.append(metrics)
         if self._writes:
             append(self._metrics, json.dumps(metrics) + "\n")
-        if self._wandb:
-            self._wandb.log(metrics)
+        if self._tracked:  # α on every rank: each may hold a shard of what it comes from
+            alpha = alpha() if alpha else None
+            if self._writes:
+                self._trackers.epoch(metrics, alpha)
 
 
 # By the last word of a value's name; others: four digits.
@@ -148,12 +157,3 @@ def provenance() -> dict:
         "threads": torch.get_num_threads(),
         "commit": commit or None,
     }
-
-
-def import_wandb():
-    """The package that `--wandb` asks for."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb: the package is missing; pip install wandb") from None
-    return wandb

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import models
-from training import data, image_folders, ranks, text
-from training.logs import import_wandb, told
+from training import data, image_folders, ranks, text, trackers
+from training.logs import told
 from training.optimizers import schedule_of
 from twa.checkpoints import NotFiniteError
 from utils import UserError, choose_device
@@ -48,8 +48,7 @@ def set_up(
         UserError: the device, the data set or a package is not to be had, the architecture cannot
             take images of this size, or the batch does not divide among the ranks.
     """
-    if args.wandb:
-        import_wandb()  # what is missing is said before anything is written
+    trackers.check(args)  # what is missing is said before anything is written
     device = choose_device(args.device, ranks.local_rank() if ranks.launched() else None)
     ranks.start(device)
     among = {"rank": ranks.rank(), "world": ranks.world()}
