@@ -8,7 +8,8 @@ Reads `N.pt` from --save-dir and what is known of the run that left them from --
 chosen by the loss on training images; test data choose nothing. The paper's method, with its end
 as it comes: --opt SGD --extract Schmidt --schedule step --lr 2 --train_start -1.
 
-Under `torchrun` the ranks hold model and basis together, a shard each, and all else is the same.
+Under `torchrun` each rank holds model and basis, or a shard of them (--parallel), and all else is
+the same.
 """
 
 import math
@@ -17,7 +18,18 @@ from pathlib import Path
 
 import models
 import utils
-from training import coefficients, data, entry, flags, image_folders, ranks, report, text, windows
+from training import (
+    coefficients,
+    data,
+    entry,
+    flags,
+    image_folders,
+    parallel,
+    ranks,
+    report,
+    text,
+    windows,
+)
 from training.flags import number
 from training.locks import lock
 from training.logs import write_json
@@ -42,12 +54,7 @@ def parse_arguments():
     coefficients.add_arguments(parser, schedule="linear")
     flags.add_recipe_arguments(parser)
     add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches per projected step")
-    add(
-        "--reshard-after-forward",
-        action="store_true",
-        help="under torchrun, gather the weights of a block once more for its backward pass: for "
-        "models that one device cannot hold",
-    )
+    parallel.add_arguments(parser)
     flags.add_launch_arguments(parser)
     flags.add_image_arguments(parser, None)
     text.add_arguments(parser)
@@ -85,7 +92,8 @@ def main():
 def train_twa(args):
     utils.set_seed(args.randomseed)
     out = Path(args.out)
-    model, train, test = set_up(args, on_held_out=True, shard=True)
+    layout = parallel.Layout(args)
+    model, train, test = set_up(args, on_held_out=True, shard=layout.shard)
     on_imagenet, on_text = (args.datasets == name for name in (image_folders.NAME, text.NAME))
     unit, quality = ("steps", "loss") if on_text else ("epochs", "accuracy")
 
@@ -116,7 +124,8 @@ def train_twa(args):
     started = time.perf_counter()
     start, checkpoint, compared = windows.start_of(window, args, model, loss)
     steps = args.epochs * math.ceil(len(train) / args.accumulate)
-    optimizer = coefficients.optimizer_of(args, model, window, steps, start=checkpoint)
+    how = {"start": checkpoint, "process_group": layout.group}
+    optimizer = coefficients.optimizer_of(args, model, window, steps, **how)
     build_seconds = time.perf_counter() - started
     if start not in solutions:  # the model is there now
         solutions[start] = measure() | spent
@@ -137,6 +146,8 @@ def train_twa(args):
         f"{args.params_end - 1} from {start}: {coefficients.described(optimizer)} in "
         f"{build_seconds:.1f} s"
     )
+    if ranks.world() > 1:
+        run.log.line(layout.line(optimizer))
     if compared:
         run.log.line(f"start: {coefficients.comparison(compared)}")
     if args.split and sgd.held_out != flags.held_out(args):

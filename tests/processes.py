@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -121,42 +122,68 @@ def in_child(folder: Path, script: str, *args, **how) -> Result:
     return start(folder, script, *args, **how).end()
 
 
-def on_ranks(count: int, script: str, *args, run: Callable = run_script) -> Result:
+class Ranks:
     """A script on so many ranks, which meet as those of `torchrun` do; on 0, without any.
 
-    When one of them fails, the others are killed.
-
     Args:
+        folder: the outputs of the ranks go there.
         run: what a rank does with `script` and `args`.
+        hosts: so many machines, each with its part of the ranks.
+
+    Attributes:
+        status: of the first that failed.
+    """
+
+    def __init__(
+        self, folder: Path, count: int, script: str, *args, run: Callable = run_script, hosts=1
+    ):
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        local = count // hosts
+        variables = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(local),
+            "GROUP_WORLD_SIZE": str(hosts),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        self.children, self.status = [], 0
+        for rank in range(max(count, 1)):
+            number = {"RANK": str(rank), "LOCAL_RANK": str(rank % local if count else 0)}
+            how = {"environment": variables | number if count else {}}
+            self.children.append(Child(folder / str(rank), run, script, *map(str, args), **how))
+
+    def end(self) -> list[Result]:
+        """Waits for the end of all. As `torchrun` does, it ends the others when one has failed."""
+        running = {child.process.sentinel: child for child in self.children}
+        failed = False
+        while running:
+            ended = wait(list(running), timeout=30 if failed else 300)
+            if not ended:
+                for child in running.values():
+                    child.process.kill()
+                assert failed, "does not end"
+            for sentinel in ended:
+                child = running.pop(sentinel)
+                child.process.join()
+                if child.process.exitcode and not failed:
+                    self.status, failed = child.process.exitcode, True
+                    wait(list(running), timeout=0.1)  # torchrun looks ten times a second
+                    for other in running.values():
+                        other.send(signal.SIGTERM)
+        return [child.end() for child in self.children]
+
+
+def on_ranks(count: int, script: str, *args, **how) -> Result:
+    """A script on ranks; see `Ranks`.
 
     Returns:
         The status of the first that failed, and what all printed, one after the other.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    variables = {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
     with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(max(count, 1)):
-            number = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            how = {"environment": variables | number if count else {}}
-            children.append(Child(Path(folder) / str(rank), run, script, *map(str, args), **how))
-        running, status = {child.process.sentinel: child for child in children}, 0
-        while running:
-            ended = wait(list(running), timeout=300)
-            assert ended, "does not end"
-            for sentinel in ended:
-                child = running.pop(sentinel)
-                child.process.join()
-                status = status or child.process.exitcode
-                if child.process.exitcode:
-                    for other in running.values():
-                        other.process.kill()
-        results = [child.end() for child in children]
-    return Result(status, *("".join(getattr(r, name) for r in results) for name in ("out", "err")))
+        ranks = Ranks(Path(folder), count, script, *args, **how)
+        results = ranks.end()
+    return Result(
+        ranks.status, *("".join(getattr(r, name) for r in results) for name in ("out", "err"))
+    )

@@ -3,6 +3,7 @@
 A transformer has no batch norm, so that several ranks compute what one does; PreResNet20 has.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -11,15 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from processes import in_child, on_ranks
+from torch import nn
 
 import models
-from training import data
+from training import data, parallel
 from training.loop import evaluate
 from twa.checkpoints import load_into
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
@@ -115,20 +119,36 @@ def test_sgd_on_two_ranks_is_sgd_in_one_process(alone, tmp_path):
     assert done.stdout == (tmp_path / "log").read_text()  # once, by the first rank
 
 
+SENDS = "a step sends {} a rank"
+
+
+# The last batch has 58 images: shares of 19, 19 and 20, and of 29.
 @pytest.mark.parametrize(
-    ("ranks", "basis"),
+    ("ranks", "way", "basis", "told"),
     [
-        (3, ["--reshard-after-forward"]),
-        pytest.param(2, ["--granularity", "layer", "--bits", 8], marks=pytest.mark.slow),
+        (3, "shard", ["--reshard-after-forward"], "shard on 3 ranks (as asked for)"),
+        (3, "replicate", [], f"on 3 ranks (as asked for); {SENDS.format('37.3 B')}"),
+        (2, "auto", [], "replicate on 2 ranks (model and basis take"),
+        (4, "hybrid", [], "a rank within a machine, 28 B between machines"),
+        pytest.param(
+            *(2, "shard", ["--granularity", "layer", "--bits", 8], ""), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *(3, "replicate", ["--granularity", "layer", "--bits", 4, "-acc", 3], ""),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks, basis):
+def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks, way, basis, told):
     expected = alone
     if "--bits" in basis:
         expected = tmp_path_factory.mktemp("alone")
         shutil.copytree(copy, expected, dirs_exist_ok=True)
         succeed(0, TWA, *twa_flags(expected), *basis)
-    printed = succeed(ranks, TWA, *twa_flags(copy), *basis)
+    hosts = 2 if way == "hybrid" else 1
+    printed = succeed(ranks, TWA, *twa_flags(copy), *basis, "--parallel", way, hosts=hosts)
+    (line,) = [line for line in printed.splitlines() if line.startswith("parallel: ")]
+    assert told in line
     assert difference(copy / "twa/twa.pt", expected / "twa/twa.pt") < 1e-4
     for name, values in results(expected / "twa").items():
         for key in ("accuracy", "loss"):
@@ -187,6 +207,83 @@ def test_a_batch_that_does_not_divide_is_refused_in_a_line(tmp_path):
     assert message in done.err
     assert "UserError" not in done.err
     assert not list(tmp_path.iterdir())
+
+
+# --- the choice ---
+
+
+def layout(monkeypatch, *flags: str, ranks: int = 8, on_each: int | None = 4, free: float = 1e9):
+    """The layout that so many ranks choose for 10^6 weights and eleven checkpoints."""
+    parser = argparse.ArgumentParser()
+    parallel.add_arguments(parser)
+    args = parser.parse_args([*flags])
+    vars(args).update(clip_grad=None, extract="PCA", components=None, bits=32)
+    for name, value in (("launched", True), ("world", ranks), ("on_each_machine", on_each)):
+        monkeypatch.setattr(parallel.ranks, name, lambda value=value: value)
+    monkeypatch.setattr(parallel.ranks, "shard", lambda *_: None)
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *_, **__: MagicMock())
+    monkeypatch.setattr(parallel.windows, "listed", lambda _: range(11))
+    monkeypatch.setattr(parallel, "free_memory", lambda _: free)
+    return parallel.Layout(args)
+
+
+def choice(layout: parallel.Layout) -> bool:
+    """Whether the model is sharded."""
+    return layout.shard(nn.Linear(1000, 1000, bias=False), torch.device("cpu"))
+
+
+# The basis takes 44 MB, weights and what goes with them 16 MB; of a rank of 4, 15 MB, of 8, 7.5 MB.
+@pytest.mark.parametrize(
+    ("free", "machines", "way"),
+    [
+        (121e6, 2, "replicate"),
+        (119e6, 2, "hybrid"),
+        (31e6, 2, "hybrid"),
+        (29e6, 2, "shard"),
+        (1e6, 2, "shard"),
+        (119e6, 1, "shard"),
+    ],
+)
+def test_auto_takes_the_first_way_that_fits(monkeypatch, free, machines, way):
+    chosen = layout(monkeypatch, ranks=4 * machines, free=free)
+    assert choice(chosen) == (way != "replicate")
+    assert chosen.way == way
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "message"),
+    [
+        (["--parallel", "replicate", "--reshard-after-forward"], {}, "--reshard-after-forward is"),
+        (["--parallel", "hybrid"], {"ranks": 4}, "takes several machines"),
+        (["--parallel", "hybrid"], {"on_each": 1}, "takes several machines with several ranks"),
+        (["--parallel", "hybrid"], {"on_each": None}, "do not have equally many ranks"),
+    ],
+)
+def test_ways_that_do_not_go_are_refused(monkeypatch, flags, world, message):
+    with pytest.raises(UserError, match=f"^--parallel {flags[1]}: .*{message}"):
+        choice(layout(monkeypatch, *flags, **world))
+
+
+@pytest.mark.parametrize("flags", [["--reshard-after-forward"], ["--clip-grad"]])
+def test_auto_shards_where_another_flag_needs_it(monkeypatch, flags):
+    clip = "--clip-grad" in flags
+    chosen = layout(monkeypatch, *([] if clip else flags), ranks=4)
+    chosen._args.clip_grad = 1.0 if clip else None
+    assert choice(chosen)
+    assert (chosen.way, chosen.group) == ("shard", None)
+
+
+def test_bad_ways_end_in_a_line(copy, tmp_path):
+    flags = [*twa_flags(copy), "--parallel", "replicate"]
+    for count, more, said in (
+        (0, [], "error: --parallel replicate: only under torchrun"),
+        (2, ["--clip-grad", 1], "error: --parallel replicate: --clip-grad needs"),
+    ):
+        done = on_ranks(count, TWA, *flags, *more)
+        assert done.status == 2
+        assert said in done.err
+        assert "Traceback" not in done.err
+    assert not (copy / "twa").exists()
 
 
 @pytest.mark.parametrize(

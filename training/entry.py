@@ -1,5 +1,6 @@
 """How a script starts and ends: errors in one line on stderr, signals, exit status."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -13,23 +14,28 @@ def run(main: Callable[[], None]) -> None:
     """Calls `main`; an error that the user can mend ends in one line on stderr, exit status 2.
 
     A signal ends the script in one line too, with status 128 + its number, as in shells: 143 for
-    SIGTERM, 130 for SIGINT, 138 for SIGUSR1 (where that is signal 10, as on Linux).
+    SIGTERM, 130 for SIGINT, 138 for SIGUSR1 (where that is signal 10, as on Linux). Of many ranks
+    the first one says it for all.
     """
-    line, status = "", 0
+    line, status, together = "", 0, False
     try:
         with Signals():
             main()
             ranks.stop()
     except Stopped as stopped:
-        line, status = str(stopped), stopped.status
+        line, status = str(stopped) if ranks.first() else "", stopped.status
+        together = stopped.together
     except Exception as error:
         remedy = remedy_for(error)
         if remedy is None:
             raise
         line, status = f"error: {remedy}", 2
-    if status:
-        who = f"rank {ranks.rank()}: " if ranks.world() > 1 else ""
-        print(who + " ".join(line.splitlines()), file=sys.stderr)
+    if line:
+        who = f"rank {ranks.rank()}: " if ranks.world() > 1 and status == 2 else ""
+        print(who + " ".join(line.splitlines()), file=sys.stderr, flush=True)
+    if together:  # `torchrun` ends those that are left as soon as one is gone.
+        with contextlib.suppress(RuntimeError):  # where one is
+            ranks.stop()
     if ranks.launched():
         ranks.leave(status)
     if status:

@@ -222,7 +222,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 MAY_CHANGE = {
     *("save_dir", "log_dir", "out", "log_name", "data_dir", "resume", "overwrite", "evaluate"),
     *("tokenizer", "initial"),  # the vocabulary counts; and what a run began with is in its state
-    *("device", "compile", "workers", "reshard_after_forward", "strict_images"),
+    *("device", "compile", "workers", "parallel", "reshard_after_forward", "strict_images"),
     *("print_freq", "save_freq", "eval_freq", "pretrained", "start_epoch"),
     *("wandb", "tensorboard", "EXP"),
     *("gpu", "world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),

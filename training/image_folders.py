@@ -134,8 +134,11 @@ class _Batches(Dataset):
         return image, -100, _Unread(file, " ".join(reason.split()), opened)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer ends its workers
+def _ignore_signals(worker: int) -> None:
+    """Those of a terminal and of `torchrun` go to the trainer too, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # torchrun sends SIGTERM to the group of the trainer
+        os.setpgrp()
 
 
 class Loader(data.Loader):
@@ -182,7 +185,7 @@ class Loader(data.Loader):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type not in ("cpu", "mps"),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # not the run's
         )
 

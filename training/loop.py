@@ -19,6 +19,7 @@ import models
 from training import data, image_folders, ranks, text, trackers
 from training.logs import told
 from training.optimizers import schedule_of
+from twa import TWA
 from twa.checkpoints import NotFiniteError
 from utils import UserError, choose_device
 
@@ -33,7 +34,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def set_up(
-    args: argparse.Namespace, on_held_out: bool = False, shard: bool = False
+    args: argparse.Namespace,
+    on_held_out: bool = False,
+    shard: Callable[[nn.Module, torch.device], bool] | None = None,
 ) -> tuple[nn.Module, data.Loader, data.Loader]:
     """The model and the loaders of the training and the test set that the arguments ask for.
 
@@ -42,7 +45,8 @@ def set_up(
     Args:
         on_held_out: with `--split`, whether the training set is the part that is held out, and not
             the rest.
-        shard: whether the ranks hold the model together (`ranks.shard`) or each a whole one.
+        shard: shards the model among the ranks on the device, or does not, and says whether it
+            did; None: each rank has a whole one.
 
     Raises:
         UserError: the device, the data set or a package is not to be had, the architecture cannot
@@ -99,9 +103,12 @@ def build(
     spec: data.Spec | text.Spec,
     device: torch.device,
     args: argparse.Namespace,
-    shard: bool = False,
+    shard: Callable[[nn.Module, torch.device], bool] | None = None,
 ) -> nn.Module:
     """The model of this name for a data set, on `device`, laid out and compiled as asked for.
+
+    Args:
+        shard: as of `set_up`.
 
     Raises:
         UserError: as `models.build`.
@@ -112,9 +119,7 @@ def build(
         model = models.imagenet.build(name, spec.classes, spec.size)
     else:
         model = models.build(name, spec.classes, spec.channels, spec.size)
-    if shard and ranks.world() > 1:  # FSDP2 takes contiguous weights only.
-        ranks.shard(model, device, args.reshard_after_forward)
-    else:
+    if not (shard and shard(model, device)):  # FSDP2 takes contiguous weights only.
         model.to(device, memory_format=torch.channels_last if args.amp else torch.contiguous_format)
     if args.compile:
         model.compile()
@@ -161,7 +166,7 @@ class Progress:
         iteration: batches done; all that they gave is in the weights, after an optimizer step.
         rate: at the epoch's start.
         seconds: that they took.
-        sums: what `Totals` has summed, float32 [4].
+        sums: what `Totals` has summed on this rank, float32 [4].
     """
 
     iteration: int = 0
@@ -170,11 +175,21 @@ class Progress:
     sums: Tensor = field(default_factory=lambda: torch.zeros(4))
 
     def state_dict(self) -> dict:
-        return vars(self).copy()
+        """Called on every rank; the sums are those of all, float32 [ranks, 4]."""
+        return vars(self) | {"sums": torch.stack(ranks.gather(self.sums.cpu()))}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises a `KeyError` where something is missing."""
         vars(self).update({key: state[key] for key in vars(self)})
+        everyones = self.sums.view(-1, 4)
+        if len(everyones) == ranks.world():
+            self.sums = everyones[ranks.rank()].clone()
+        else:  # The first rank goes on with the sums of all.
+            self.sums = everyones.sum(0) if ranks.rank() == 0 else torch.zeros(4)
+
+    def reset(self) -> None:
+        """Sets out for another epoch."""
+        vars(self).update(vars(Progress()))
 
 
 class Diverged(UserError):
@@ -188,7 +203,7 @@ class Trainer:
     On several ranks the gradient is that of the whole batch, of which each computes its share.
 
     Args:
-        model: whole, and the same on all ranks, or sharded by `ranks.shard`.
+        model: whole, and the same on all ranks, or sharded by `ranks.shard` and its optimizer TWA.
         scheduler: stepped after each optimizer step.
         epochs: how many there are in all, for the log.
         line: takes the lines of the log.
@@ -245,7 +260,9 @@ class Trainer:
         return math.ceil(len(self.train) / self.accumulate)
 
     def __post_init__(self):
-        self._forward = ranks.replicate(self.model)
+        # TWA sums n floats in place of the gradient, where FSDP2 does not sum it.
+        together = isinstance(self.optimizer, TWA)
+        self._forward = self.model if together else ranks.replicate(self.model)
 
     def epoch(self, epoch: int, after_step: Callable[[int], None] | None = None) -> dict:
         """Trains epoch `epoch` (from 1 on) and tests; returns rate, losses, accuracies, seconds.
@@ -269,7 +286,7 @@ class Trainer:
         ranks.average_buffers(self.model)
         tested = evaluate(self.model, self.test, self.amp, self.top5)
         self._refuse_divergence(tested["loss"], f"{title}, test")
-        self.progress.load_state_dict(Progress().state_dict())
+        self.progress.reset()
         return {
             "epoch": epoch,
             "rate": rate,
@@ -281,8 +298,7 @@ class Trainer:
     def _train(self, title: str, after_step: Callable[[int], None] | None) -> dict[str, float]:
         self.model.train()
         device = device_of(self.model)
-        # The sums are those of all ranks, and are summed over them again.
-        totals = Totals(device, self.top5, self.progress.sums if ranks.rank() == 0 else None)
+        totals = Totals(device, self.top5, self.progress.sums)
         count, done = len(self.train), self.progress.iteration
         started = time.perf_counter() - self.progress.seconds
         watched = device.type == "cpu" and ranks.world() == 1

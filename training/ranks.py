@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from twa.checkpoints import check_finite, save
@@ -40,6 +40,17 @@ def first() -> bool:
 def local_rank() -> int:
     """The number of this process among those on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world() -> int:
+    """How many ranks there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def on_each_machine() -> int | None:
+    """How many ranks there are on each machine; None if they differ in that."""
+    counts = {*gather(local_world())}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def start(device: torch.device) -> None:
@@ -98,6 +109,17 @@ def refuse() -> None:
         raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
 
 
+def largest(number: int) -> int:
+    """The largest `number`, an int32, that a rank has."""
+    if not dist.is_initialized():
+        return number
+    on_cpu = dist.get_backend() == "gloo"
+    device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
+    tensor = torch.tensor(number, dtype=torch.int32, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def gather(value: object) -> list:
     """What each rank has as its `value`, in the order of the ranks, on all of them."""
     values = [value] * world()
@@ -132,22 +154,26 @@ def shard(
 def replicate(model: nn.Module) -> nn.Module:
     """What to call in place of `model` while training, so that gradients are the mean of all ranks.
 
-    A model that is sharded, or the only one there is, is called itself.
+    The only one there is is called itself.
     """
-    if world() == 1 or isinstance(model, FSDPModule):
+    if world() == 1:
         return model
     with warnings.catch_warnings():  # of the argument's new name, which older versions do not know
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 
+def buffers_of(model: nn.Module) -> list[Tensor]:
+    """The buffers that each rank has of its own: batch norm's running statistics."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
 def average_buffers(model: nn.Module) -> None:
     """Makes batch norm's running statistics the mean of those that the ranks gathered."""
     if dist.is_initialized():
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= world()
+        for buffer in buffers_of(model):
+            dist.all_reduce(buffer)
+            buffer /= world()
 
 
 def state_dict_of(model: nn.Module) -> dict[str, Tensor]:

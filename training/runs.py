@@ -2,24 +2,29 @@
 
 import argparse
 import contextlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 from training import flags, ranks
 from training.logs import RunLog
-from training.loop import Trainer
+from training.loop import Trainer, device_of
 from training.signals import Signals
 from training.states import load_state, read_state, save_state
 from twa.checkpoints import CheckpointError
 from utils import UserError, make_directory
+
+# Steps after which the ranks of accelerators look whether one of them is to stop.
+LOOK = 5
 
 
 class Run:
     """Epoch after epoch of a `Trainer`, with a log and a state to go on from.
 
     It goes on from a saved state under `--resume`, and where `torchrun` restarts the ranks. The
-    state is saved before the first step, after each epoch and, when a signal comes, after the step
-    in hand.
+    state is saved before the first step, after each epoch and, when a signal comes to any rank,
+    after the step in hand. TWA's sum tells the ranks of the signal; for other optimizers they ask
+    each other, in an all-reduce of one number.
 
     Args:
         args: the script's arguments; those of `flags.settings` must agree when a run is resumed
@@ -110,12 +115,20 @@ class Run:
             after_epoch: called after each epoch with its number and its metrics, which it may add
                 to, before these are logged and the state is saved.
         """
-        with Signals(held=True) as signals:
+        optimizer, steps = self._trainer.optimizer, itertools.count(1)
+        # To look makes an accelerator wait; a rank by itself looks at nothing.
+        every = 1 if ranks.world() == 1 or device_of(self._trainer.model).type == "cpu" else LOOK
+
+        def tell() -> None:
+            optimizer.stop = True
+
+        with Signals(held=True, told=tell) as signals:
 
             def step_done(iteration: int) -> None:
                 if after_step:
                     after_step(self.done + 1, iteration)
-                signals.check(self.save)
+                if next(steps) % every == 0 and getattr(optimizer, "stopping", True):
+                    signals.check(self.save)
 
             for epoch in range(self.done + 1, self._trainer.epochs + 1):
                 metrics = self._trainer.epoch(epoch, step_done)

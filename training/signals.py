@@ -7,40 +7,46 @@ from collections.abc import Callable
 
 from training import ranks
 
+REMEDY = "the same command goes on (with --resume, if it was training)"
+
 
 class Stopped(BaseException):
     """A signal asks the run to end, and what is to be kept is on the disk.
 
     Not an `Exception`, so that no handler of errors takes it for one.
+
+    Args:
+        together: whether all ranks are stopped at the same place.
     """
 
-    def __init__(self, number: int, remedy: str):
+    def __init__(self, number: int, remedy: str, together: bool = False):
         super().__init__(f"stopped by {signal.Signals(number).name}; {remedy}")
-        self.status = 128 + number
+        self.status, self.together = 128 + number, together
 
 
 class Signals:
     """Context in which SIGTERM, SIGINT and SIGUSR1 end the run in order; a second one, at once.
 
-    SIGUSR1 is what SLURM sends ahead of the time limit, if asked to. Under `torchrun` no signal is
-    caught: the ranks would have to agree on the step, and `torchrun` itself sends SIGTERM to those
-    that wait for a dead one.
+    SIGUSR1 is what SLURM sends ahead of the time limit, if asked to. Of many ranks one may get the
+    signal, or all: `torchrun` sends its own on to all of its ranks, and SIGTERM to those that are
+    left where one has died.
 
     Args:
-        held: raise `Stopped` only in `check` and at the end of the context, not at once.
+        held: raise `Stopped` only in `check` and at the end of the context, not at once. All ranks
+            call `check` and reach the end, and all are stopped there if one of them got a signal.
+        told: called when a signal comes.
     """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1
 
-    def __init__(self, held: bool = False):
-        self._held = held
-        self._caught: int | None = None
+    def __init__(self, held: bool = False, told: Callable[[], None] | None = None):
+        self._held, self._told = held, told
+        self._caught = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
-        if not ranks.launched():
-            for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
-                self._before[number] = signal.signal(number, self._catch)
+        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
+            self._before[number] = signal.signal(number, self._catch)
         return self
 
     def __exit__(self, exception_type, *_) -> None:
@@ -48,20 +54,27 @@ class Signals:
             signal.signal(number, handler)
         if exception_type is None:
             self.check()
+        elif self._caught and ranks.world() > 1 and issubclass(exception_type, RuntimeError):
+            # Of a sum that cannot be taken: the others have ended, at once or by a fault.
+            raise Stopped(self._caught, f"so were other ranks, or they failed; {REMEDY}") from None
 
     def _catch(self, number: int, _) -> None:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         self._caught = number
+        if self._told:
+            self._told()
         if not self._held:
-            remedy = "the same command goes on (with --resume, if it was training)"
-            raise Stopped(number, remedy)
+            raise Stopped(number, REMEDY)
 
     def check(self, save: Callable[[], None] | None = None) -> None:
-        """Raises `Stopped` if a signal came, after it has called `save`."""
-        if self._caught is None:
+        """Raises `Stopped` if a signal came to any of the ranks, after it has called `save`."""
+        number = ranks.largest(self._caught) if self._held else self._caught
+        if not number:
             return
         if save:
             save()
-        command = shlex.join(sys.argv if sys.argv[-1] == "--resume" else [*sys.argv, "--resume"])
-        raise Stopped(self._caught, f"the state is saved, go on with: python {command}")
+        words = sys.argv if sys.argv[-1] == "--resume" else [*sys.argv, "--resume"]
+        command = f"{'torchrun …' if ranks.launched() else 'python'} {shlex.join(words)}"
+        remedy = f"the state is saved, go on with: {command}"
+        raise Stopped(number, remedy, together=self._held)

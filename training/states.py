@@ -18,18 +18,24 @@ FORMAT = 6
 def save_state(path: Path, epoch: int, settings: dict, **parts) -> None:
     """Saves the state of a run after `epoch` epochs.
 
-    Called on every rank; the first one writes. Another number of ranks can go on from it.
+    Called on every rank; the first one writes. Another number of ranks can go on from it; the same
+    number does so to the bit, as it holds what is each rank's own, random states and buffers.
     Weights that hold NaN or infinity are not saved: a `NotFiniteError` names the first.
 
     Args:
         settings: plain values that must be the same when the run goes on.
         parts: "model", and what else has a `state_dict()`: optimizer, schedule, …
     """
+    own = {
+        "random": random_states(),
+        "buffers": [b.cpu() for b in ranks.buffers_of(parts["model"])],
+    }
     state = {
         "format": FORMAT,
         "epoch": epoch,
         "settings": settings,
-        "random": random_states(),
+        "random": own["random"],
+        "ranks": ranks.gather(own) if ranks.world() > 1 else [],
         **{name: part.state_dict() for name, part in parts.items() if name != "model"},
         "model": ranks.state_dict_of(parts["model"]),
     }
@@ -79,13 +85,21 @@ def load_state(path: Path, settings: dict, flag: str, **parts) -> int:
         UserError, CheckpointError: as `read_state`; or the state is that of other parts.
     """
     state = read_state(path, settings, flag)
-    load_into(parts.pop("model"), state["model"], name=str(path))
+    model = parts.pop("model")
+    load_into(model, state["model"], name=str(path))
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: the state of the {name} does not fit ({error})") from None
-    set_random_states(state["random"])
+    everyones = state.get("ranks", [])  # which earlier versions did not save
+    if len(everyones) != ranks.world():
+        set_random_states(state["random"])
+        return state["epoch"]
+    own = everyones[ranks.rank()]
+    set_random_states(own["random"])
+    for buffer, saved in zip(ranks.buffers_of(model), own["buffers"], strict=True):
+        buffer.copy_(saved)
     return state["epoch"]
 
 

@@ -44,14 +44,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def paths_of(args: argparse.Namespace) -> list[Path]:
     """The checkpoints of the window, whole, in order.
 
+    Each file is read once for that, by one of the ranks: shards are then read by those that own
+    them.
+
+    Raises:
+        UserError: as of `listed`.
+        CheckpointError: one of them is damaged.
+    """
+    window = listed(args)
+    start_point = []
+    if args.train_start not in (None, -1):
+        start_point = [Path(args.save_dir) / f"{args.train_start}.pt"]
+    for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
+        verify(path)
+    return window
+
+
+def listed(args: argparse.Namespace) -> list[Path]:
+    """The checkpoints of the window, in order; they are not opened.
+
     They are `N.pt`, or where there are none the folders `checkpoint-N` that transformers' `Trainer`
     leaves, of which the window takes those that there are.
 
-    Each file is read once for that, by one of the ranks: the others read their own columns only.
-
     Raises:
         UserError: the window is empty, or one of its checkpoints is missing.
-        CheckpointError: one of them is damaged.
     """
     save_dir, start, end = Path(args.save_dir), args.params_start, args.params_end
     if start >= end:
@@ -71,9 +87,6 @@ def paths_of(args: argparse.Namespace) -> list[Path]:
         raise UserError(f"{save_dir}: {missing}.pt is missing from [{start}, {end}); {holds}")
     else:
         window = [save_dir / f"{i}.pt" for i in range(start, end)]
-    start_point = [] if args.train_start in (None, -1) else [save_dir / f"{args.train_start}.pt"]
-    for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
-        verify(path)
     return window
 
 
