@@ -365,11 +365,11 @@ METHOD = (
     f"Two CPU cores, bf16 autocast, batches of 128. The full run is SGD for {EPOCHS} epochs at "
     "rate 0.1, a tenth of it from the middle on and a hundredth from three quarters on. The *head* "
     f"is its first {HEAD} epochs, all at rate 0.1. “{SPREAD}” is what `TWA(model, checkpoints)` "
-    "does: principal directions, AdamW at 0.02 falling linearly to 0, from the best mean of the "
+    "does: principal directions, AdamW at a rate by the steps (0.02 to 0.1) falling linearly to 0, from the best mean of the "
     "last checkpoints; of start, end and the mean of the last half of training the best is kept, "
     "by loss on 1,024 training images. The training sets are FashionMNIST's 60,000 images or the "
     "first 12,000 of them (12k). The cnn and the vit of `studies/architectures.py` have no batch "
     "norm; where there is one, it is re-estimated for every solution. “Epochs” count what is "
     "trained on; comparing start points and ends takes forward passes beside them, on 2,048 images "
-    "for each of ten points, which is about half an epoch's work."
+    "for each of twelve points, which is about half an epoch's work."
 )

@@ -93,7 +93,8 @@ class TWA(torch.optim.Optimizer):
             group of the ranks that hold the same shards: n floats then are all that goes from
             machine to machine.
         **base_arguments: what `base` takes: `lr`, `momentum`, `weight_decay`, … Those left out are
-            its own defaults, except that AdamW with "PCA" gets `lr=0.02` and `weight_decay=0`.
+            its own defaults, except that AdamW with "PCA" gets `lr=0.02` and `weight_decay=0`;
+            `lr=rate_of(steps)` where the number of steps is known.
 
     Attributes:
         coefficients: z, float32 [n]; `origin`, the same, is the start point's.
