@@ -4,9 +4,12 @@ Without `torchrun` there is one rank, and each function does what one process wo
 """
 
 import atexit
+import contextlib
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,7 +62,27 @@ def start(device: torch.device) -> None:
         return
     if device.type != "cpu":
         torch.get_device_module(device).set_device(device)
-    backend = dist.get_default_backend_for_device(device)
+    with uncaught_signals():
+        _meet(dist.get_default_backend_for_device(device))
+
+
+@contextlib.contextmanager
+def uncaught_signals() -> Iterator[None]:
+    """Context in which signals have their default action, where a wait would hold up handlers.
+
+    A rank that waits for one that has died is then ended by `torchrun`'s SIGTERM.
+    """
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _meet(backend: str) -> None:
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         dist.init_process_group(backend)  # The machines may count their restarts differently.
         return
