@@ -2,13 +2,16 @@
 
 import ast
 import importlib.util
+import inspect
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import twa
 
@@ -68,6 +71,30 @@ def test_the_package_needs_nothing_that_the_scripts_do_not():
     needed = re.findall(r'"([^"]+)"', re.search(r"dependencies = \[(.*?)\]", text, re.S)[1])
     assert needed
     assert set(needed) <= set((ROOT / "requirements.txt").read_text().split())
+
+
+@pytest.mark.parametrize("name", ["TWA", "best_start"])
+def test_the_examples_of_the_docstrings_run(name):
+    """The indented blocks, with a model, a window and data in place of the reader's."""
+    document = inspect.getdoc(getattr(twa, name))
+    (example,) = re.findall(r"\n\n((?: {4}\w+.*[(=].*\n(?: {4,}.*\n)*))", document)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    images, labels = torch.randn(8, 3), torch.randint(2, (8,))
+    criterion = torch.nn.CrossEntropyLoss()
+    names = {
+        **{"TWA": twa.TWA, "best_start": twa.best_start, "model": model, "criterion": criterion},
+        "checkpoints": [torch.nn.Linear(3, 2).state_dict() for _ in range(4)],
+        "loader": [(images, labels)] * 3,
+        "training_loss": lambda model: criterion(model(images), labels).item(),
+    }
+    exec(textwrap.dedent(example), names)
+    losses = names.get("losses", {})
+    assert isinstance(names["optimizer"], twa.TWA)
+    assert bool(names["optimizer"].coefficients.any()) == (
+        name == "TWA"
+    )  # the other trains nothing
+    assert trained or losses.keys() >= {1, 2, 4}
 
 
 def test_imports_point_down():
