@@ -91,9 +91,8 @@ def test_the_examples_of_the_docstrings_run(name):
     exec(textwrap.dedent(example), names)
     losses = names.get("losses", {})
     assert isinstance(names["optimizer"], twa.TWA)
-    assert bool(names["optimizer"].coefficients.any()) == (
-        name == "TWA"
-    )  # the other trains nothing
+    trained = name == "TWA"  # the other example does not step
+    assert bool(names["optimizer"].coefficients.any()) == trained
     assert trained or losses.keys() >= {1, 2, 4}
 
 
