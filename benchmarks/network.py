@@ -64,7 +64,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("PreResNet20", "studies.architectures:vgg")
 BATCH = 128  # images a step, of all ranks together
 SAVES = 5  # checkpoints an epoch of the head
-WARM_UP = 5  # steps that are not timed; PowerSGD compresses from the third on
+WARM_UP = 4  # steps that are not timed; PowerSGD compresses from the third on
 CURVE = "curve"  # in place of a wire's name: the cell of a whole training
 
 
@@ -399,7 +399,7 @@ def rate(args: argparse.Namespace, trained: Trained, train: data.Loader) -> dict
             action()
         last = torch.tensor(time.perf_counter() - started)
         dist.broadcast(last, 0)
-        count = min(100, max(3, int(args.seconds / last)))
+        count = min(100, max(2, int(args.seconds / last)))
         dist.barrier()
         before, started = sent(), time.perf_counter()
         for _ in range(count):
