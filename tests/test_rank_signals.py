@@ -196,6 +196,7 @@ def test_a_rank_that_is_asked_to_stop_when_another_is_dead_ends(whole, tmp_path)
     ranks.children[0].send(signal.SIGTERM)
     time.sleep(0.2)
     ranks.children[1].send(signal.SIGKILL)
+    ranks.children[0].end(30)  # without a second signal
     first, dead, last = ranks.end()
     assert dead.status == -signal.SIGKILL
     assert first.status == 143
