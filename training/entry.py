@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from training import ranks
-from training.signals import Signals, Stopped
+from training.signals import Signals, Stopped, ignore
 from twa.checkpoints import CheckpointError, one_line
 from utils import UserError
 
@@ -33,8 +33,10 @@ def run(main: Callable[[], None]) -> None:
     if line:
         who = f"rank {ranks.rank()}: " if ranks.world() > 1 and status == 2 else ""
         print(who + " ".join(line.splitlines()), file=sys.stderr, flush=True)
-    if together:  # `torchrun` ends those that are left as soon as one is gone.
-        with contextlib.suppress(RuntimeError):  # where one is
+    if together:
+        with contextlib.suppress(RuntimeError):  # where a rank is gone already
+            ranks.barrier()
+            ignore()  # `torchrun` ends those that are left as soon as one is gone.
             ranks.stop()
     if ranks.launched():
         ranks.leave(status)

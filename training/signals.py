@@ -45,7 +45,7 @@ class Signals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
+        for number in _numbers():
             self._before[number] = signal.signal(number, self._catch)
         return self
 
@@ -78,3 +78,13 @@ class Signals:
         command = f"{'torchrun …' if ranks.launched() else 'python'} {shlex.join(words)}"
         remedy = f"the state is saved, go on with: {command}"
         raise Stopped(number, remedy, together=self._held)
+
+
+def ignore() -> None:
+    """From now on these signals do nothing: this process is leaving, in order."""
+    for number in _numbers():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _numbers() -> list[int]:
+    return [getattr(signal, name) for name in Signals.NAMES if hasattr(signal, name)]
