@@ -19,6 +19,7 @@ import json
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -278,7 +279,7 @@ def train_coefficients(
 def main():
     args = parse_arguments()
     ranks.refuse()
-    with locks.lock(args.log_dir):
+    with locks.lock(args.log_dir), warnings.catch_warnings():
         make_soups(args)
 
 
@@ -289,6 +290,7 @@ def make_soups(args):
     evaluator = Evaluator(args)
     for path in paths:
         load_verified(evaluator.model, path)
+        warnings.filterwarnings("ignore", "ignored in the checkpoints")  # said of the first
 
     utils.make_directory(log_dir)
     logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
