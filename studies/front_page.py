@@ -349,8 +349,8 @@ LANGUAGE = (
 FIGURE = "![Test loss over the steps that follow the run](../studies/figures/lm.loss.png)"
 MACHINES = (
     "Two hosts on wires of five speeds: replicated TWA sends 1.7 kB a step, DDP 1.09 MB, and at "
-    "10 Mbit/s has the accuracy at which DDP's SGD ends after 6 seconds, DDP after 140; in loss SGD "
-    "ends lower. What else was measured: [many machines]"
+    "10 Mbit/s has the accuracy at which DDP's SGD ends after 6 seconds, DDP after 140; in loss "
+    "SGD ends lower. What else was measured: [many machines]"
     "(many-machines.md#two-hosts-on-a-slow-wire); larger models: "
     "[benchmarks](../benchmarks/README.md#many-ranks)."
 )
@@ -370,8 +370,8 @@ METHOD = (
     f"is its first {HEAD} epochs, all at rate 0.1. “{SPREAD}” is what `TWA(model, checkpoints)` "
     "does, but for two later changes, the rate's growth above 25 steps and starts that are "
     "exponential means: principal directions, AdamW at 0.02 falling linearly to 0, from the best "
-    "mean of the last checkpoints; of start, end and the mean of the last half of training the best "
-    "is kept, by loss on 1,024 training images. The training sets are "
+    "mean of the last checkpoints; of start, end and the mean of the last half of training the "
+    "best is kept, by loss on 1,024 training images. The training sets are "
     "FashionMNIST's 60,000 images or the first 12,000 of them (12k). The cnn and the vit of "
     "`studies/architectures.py` have no batch norm; where there is one, it is re-estimated for "
     "every solution. “Epochs” count what is trained on; comparing start points and ends takes "
