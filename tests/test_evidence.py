@@ -156,7 +156,7 @@ def test_the_rate_of_the_rival_is_chosen_by_validation_images_on_the_first_seed(
     ours = bench.records[f"{tables.BY_CHANNEL} | 1"]
     assert ours["lr"] == 0.02
     assert ours["seconds"] > ours["start_seconds"] > 0
-    assert ours["starts"].keys() == {"1", "2", "3"}
+    assert ours["starts"].keys() >= {"1", "2", "3"}
     entry = bench.records[f"{tables.TUNED} | 1"]
     losses = entry["validation_losses"]
     assert str(entry["lr"]) == min(losses, key=losses.get)

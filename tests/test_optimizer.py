@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
 import models
 from training import data
-from twa import TWA, CheckpointError, Subspace
+from twa import TWA, CheckpointError, Subspace, rate_of
 from twa.checkpoints import average
 from twa.columns import Columns
 
@@ -503,6 +503,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(base, arguments, g
     assert_equal(second[0].state_dict(), whole[0].state_dict())
     assert torch.equal(second[1].coefficients, whole[1].coefficients)
     assert not torch.equal(first[1].coefficients, whole[1].coefficients)
+
+
+def test_the_rate_grows_with_the_root_of_the_steps_within_limits():
+    rates = [rate_of(steps) for steps in (0, 1, 25, 100, 400, 625, 10**6)]
+    assert rates == pytest.approx([0.02, 0.02, 0.02, 0.04, 0.08, 0.1, 0.1])
 
 
 def test_a_state_brings_the_weights_along():
