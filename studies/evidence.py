@@ -269,7 +269,7 @@ class NewtonStep(torch.optim.Optimizer):
     def step(self, closure) -> torch.Tensor:
         (group,) = self.param_groups
         (coefficients,) = group["params"]
-        length = 1e-3 * coefficients.norm()
+        length = 0.01  # of the window's spread
         here = coefficients.clone()
 
         def gradient(at: torch.Tensor) -> torch.Tensor:
