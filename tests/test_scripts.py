@@ -26,7 +26,7 @@ from processes import ROOT, Result
 
 import models
 import utils
-from training import data, logs
+from training import coefficients, data, logs
 from training.loop import evaluate, reestimate_bn
 from training.states import load_state, save_state
 from twa.checkpoints import average, load_into, load_state_dict, save
@@ -370,14 +370,25 @@ def test_evaluate_prints_the_test_accuracy_and_writes_nothing(run):
     ids=["SGD", "AdamW", "layer", "accumulate", "Adam"],
 )
 def test_the_default_rate_trains(run, flags):
-    succeed(call(TWA, *where(run), "--params_start", 1, "--params_end", 5, "--epochs", 4, *flags))
+    succeed(call(TWA, *where(run), "--params_start", 1, "--params_end", 5, "--epochs", 3, *flags))
     summary = json.loads((run / "twa.json").read_text())
     start = summary["results"][summary["start"]]
     assert summary["results"]["TWA"]["loss"] < start["loss"]
     losses = [m["train_loss"] for m in read_lines(run / "twa_metrics.jsonl")]
     assert losses[-1] < losses[0]
-    # Of AdamW by the number of steps, eight an epoch.
-    assert summary["lr"] == pytest.approx(0.1 if "SGD" in flags else 0.02 * math.sqrt(32 / 25))
+    assert summary["lr"] == (0.1 if "SGD" in flags else 0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"), [("", 0.04), ("--opt Adam", 0.04), ("--opt SGD", 0.1), ("--lr 0.3", 0.3)]
+)
+def test_a_rate_that_is_left_out_is_that_for_the_number_of_steps(words, rate):
+    parser = argparse.ArgumentParser()
+    coefficients.add_arguments(parser, "linear")
+    args = coefficients.check_arguments(parser.parse_args(words.split()))
+    window = [torch.nn.Linear(3, 2).state_dict() for _ in range(3)]
+    optimizer = coefficients.optimizer_of(args, torch.nn.Linear(3, 2), window, steps=100)
+    assert optimizer.defaults["lr"] == optimizer.base.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_one_checkpoint_has_a_direction_in_the_papers_coordinates_alone(run):
