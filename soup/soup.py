@@ -258,12 +258,11 @@ def train_coefficients(
     utils.set_seed(args.randomseed)  # the same draws whatever was made before
     train = evaluator.training_loader(images)
     model, validation = evaluator.model, evaluator.loaders["validation"]
-    steps = args.epochs * len(train)
-    optimizer = coefficients.optimizer_of(args, model, paths, steps, start=start)
+    optimizer = coefficients.optimizer_of(args, model, paths, start=start)
     print(f"{name}: {coefficients.described(optimizer)}")
     factor = SCHEDULES[args.schedule]
     trainer = Trainer.of(args, model, train, validation, optimizer, factor, name=f"{name} ")
-    late = coefficients.LateMean(optimizer, steps)
+    late = coefficients.LateMean(optimizer, args.epochs * trainer.steps_an_epoch)
     for epoch in range(1, args.epochs + 1):
         trainer.epoch(epoch)
     losses = coefficients.keep_best(optimizer, late, lambda: sample_loss(model, train, args.amp))

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
         help="optimizer of the coefficients",
     )
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    rates = "left out, with --extract PCA: 0.02 to 0.1, by the number of steps; for SGD 0.1"
+    rates = "left out, with --extract PCA: 0.02 (in train_twa.py growing to 0.1 by the number of "
+    rates += "steps); for SGD 0.1"
     add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
@@ -55,13 +56,14 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def optimizer_of(
-    args: argparse.Namespace, model: nn.Module, window: Sequence[Path], steps: int, **arguments
+    args: argparse.Namespace, model: nn.Module, window: Sequence[Path], steps: int = 0, **arguments
 ) -> TWA:
     """The optimizer that the flags ask for.
 
     Args:
         args: with the flags of `add_arguments`.
-        steps: of the whole training; the rate depends on them if `--lr` is left out.
+        steps: of the whole training, by which the rate grows if `--lr` is left out. Left out, as
+            for models that one run did not leave, it does not.
         arguments: further ones of `TWA`, `start` above all.
 
     Raises:
