@@ -217,7 +217,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How coefficients are trained: by default at 0.02, as `train_twa.py` does for a few steps.
+    """How coefficients are trained: by default as `train_twa.py` does.
 
     Attributes:
         weight_decay: towards the start point (z = 0).

@@ -26,7 +26,7 @@ from training import data, logs
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
-from twa import TWA, best_start, rate_of
+from twa import TWA, best_start
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,8 +197,6 @@ class Bench:
         optimizer = method.optimizer(self, loader)
         build_seconds = time.perf_counter() - started
         steps = max(1, round(epochs * len(self.train)))
-        if method.keeps_best:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = rate_of(steps)
         late = LateMean(optimizer, steps) if method.keeps_best else None
         loss = fit(self.model, loader, optimizer, steps, method.schedule)
         entry = {"epochs": HEAD + epochs, "train_loss": loss, "build_seconds": build_seconds}
@@ -225,9 +223,8 @@ class Method:
         start: makes the start point from the bench.
         schedule: of the rate, by its name in `SCHEDULES`.
         images: held-out images to train on alone; None: the training set.
-        keeps_best: of TWA alone: take the rate that the number of steps asks for, hand over the
-            best of start, end and late mean by loss on training images, and count the seconds of
-            choosing start and end.
+        keeps_best: hand over the best of start, end and late mean by loss on training images, and
+            count the seconds of choosing start and end; of TWA alone.
     """
 
     optimizer: Callable[[Bench, data.Loader], torch.optim.Optimizer]

@@ -39,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
         help="optimizer of the coefficients",
     )
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    rates = "left out, with --extract PCA: 0.02 (in train_twa.py growing to 0.1 by the number of "
-    rates += "steps); for SGD 0.1"
+    rates = (
+        "left out, with --extract PCA: 0.02, of text growing to 0.1 by the number of steps; for "
+    )
+    rates += "SGD 0.1"
     add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
@@ -63,7 +65,7 @@ def optimizer_of(
     Args:
         args: with the flags of `add_arguments`.
         steps: of the whole training, by which the rate grows if `--lr` is left out. Left out, as
-            for models that one run did not leave, it does not.
+            for data that are seen many times, it does not.
         arguments: further ones of `TWA`, `start` above all.
 
     Raises:

@@ -16,7 +16,7 @@ from twa.sharding import local
 from twa.subspace import Subspace
 
 # The rate of AdamW on coefficients in units of the spread: it suits every model and granularity
-# that was tried, for some tens of steps; `rate_of` is the rule for more.
+# that was tried.
 RATE = 0.02
 
 # Steps after which the ranks of a process group compare their coefficients again.
@@ -29,8 +29,9 @@ OWN = {"coefficients", "start_coefficients", "probe", "fingerprint"}
 def rate_of(steps: int) -> float:
     """The rate for a training of so many steps, of AdamW on coefficients in units of the spread.
 
-    0.02 up to 25 steps, then growing by their square root up to 0.1, to fall linearly to 0: with
-    more steps there is time to go farther.
+    For data that are not seen twice, such as the text of a language model: with more steps there is
+    time to go farther. 0.02 up to 25 steps, then growing by their square root up to 0.1, to fall
+    linearly to 0. A few images that are seen many times are learned by heart so, and 0.02 is better.
     """
     return min(max(RATE, RATE * math.sqrt(steps / 25)), 5 * RATE)
 
@@ -94,7 +95,7 @@ class TWA(torch.optim.Optimizer):
             machine to machine.
         **base_arguments: what `base` takes: `lr`, `momentum`, `weight_decay`, … Those left out are
             its own defaults, except that AdamW with "PCA" gets `lr=0.02` and `weight_decay=0`;
-            `lr=rate_of(steps)` where the number of steps is known.
+            `lr=rate_of(steps)` goes farther where data are not seen twice.
 
     Attributes:
         coefficients: z, float32 [n]; `origin`, the same, is the start point's.
