@@ -108,7 +108,8 @@ def titled(name: str) -> str:
 
 def start_of(run: Run) -> str:
     entry = next(entry for name, entry in run.items() if name.startswith("TWA by model |"))
-    return f"that of {min(entry['starts'], key=entry['starts'].get)}"
+    best = min(entry["starts"], key=entry["starts"].get)
+    return f"the exponential one of {float(best):.2f}" if float(best) < 1 else f"that of {best}"
 
 
 def names_at(runs: Sequence[Run], steps: int) -> dict[str, str | None]:

@@ -39,10 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
         help="optimizer of the coefficients",
     )
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    rates = (
-        "left out, with --extract PCA: 0.02, of text growing to 0.1 by the number of steps; for "
-    )
-    rates += "SGD 0.1"
+    rates = "left out, with --extract PCA: 0.02, of text up to 0.1 by the steps; for SGD 0.1"
     add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
