@@ -252,7 +252,8 @@ def language_models(studies: Studies, met: dict[str, list[bool]]) -> str:
                 differences.append(f"{difference:+.4f} {error_of} at {steps}")
         told.append(f"by {way} {listed(differences)} steps")
     return (
-        f"**Language models: ahead, untuned.** After a run of {language.STEPS:,} steps, TWA's loss "
+        "**Language models: ahead, untuned, in a second measurement** ([what changed before it]"
+        f"(../lm/README.md#what-it-gives)). After a run of {language.STEPS:,} steps, TWA's loss "
         "less that of the best of all averages and decays, tuned ones included (± standard error, "
         f"three seeds, at 400 two): {'; '.join(told)}."
     )
@@ -331,7 +332,8 @@ CONCLUSIONS: tuple[Callable[[Studies, dict[str, list[bool]]], str], ...] = (
 )
 INTRODUCTION = (
     "Does Trainable Weight Averaging save epochs, does it beat the simple averages, and which "
-    "settings are safe? Mean ± standard deviation over the seeds; test data chose nothing. "
+    "settings are safe? Mean ± standard deviation over the seeds; test data chose nothing, but "
+    "for what [lm/](../lm/README.md#what-it-gives) and the [head stage](head-stage.md) say. "
     "`bash studies/evidence.sh` makes the runs; `python studies/evidence.py report` writes this "
     "page and those behind it from the JSON in `studies/`."
 )

@@ -6,8 +6,8 @@
 A run of 4,000 steps at a constant rate (`lm/train.py`) leaves a checkpoint every 25 steps. All that
 follows begins from these or from its saved state and trains on the same batches, one setting after
 the other; an entry that is there is not measured again. Seconds are those of the processor, on one
-thread. Test data choose nothing: the start and the end of TWA are chosen by training text, the
-rates and shapes of the rivals by the validation text of the first seed.
+thread. The start and the end of TWA are chosen by training text, the rates and shapes of the rivals
+by the validation text of the first seed; what the test text had a part in, lm/README.md says.
 """
 
 from __future__ import annotations
