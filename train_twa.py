@@ -124,7 +124,8 @@ def train_twa(args):
     started = time.perf_counter()
     start, checkpoint, compared = windows.start_of(window, args, model, loss)
     steps = args.epochs * math.ceil(len(train) / args.accumulate)
-    how = {"start": checkpoint, "process_group": layout.group, "steps": steps if on_text else 0}
+    how = {"start": checkpoint, "process_group": layout.group, "steps": steps}
+    how["samples"] = math.inf if on_text else len(train.split)
     optimizer = coefficients.optimizer_of(args, model, window, **how)
     build_seconds = time.perf_counter() - started
     if start not in solutions:  # the model is there now

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 import models
-from training.parallel import basis_bytes, size
+from training.parallel import size
 from twa.columns import Columns
+from twa.memory import Plan
 
 CHECKPOINTS, COMPONENTS = 100, (3, 12, 24, None)  # None: all, 99
 MODELS = {
@@ -45,7 +46,8 @@ def memory() -> Iterator[str]:
         weights = Columns(made(name)).total
         for bits in (32, 8, 4):
             sizes = [
-                size(basis_bytes(weights, CHECKPOINTS, components=k, bits=bits)) for k in COMPONENTS
+                size(Plan(CHECKPOINTS, components=k, bits=bits).basis_bytes(weights))
+                for k in COMPONENTS
             ]
             yield f"| {name}, {weights / 1e6:.1f} M weights | {bits} | {' | '.join(sizes)} |"
 

@@ -89,8 +89,8 @@ METHODS = {
     "TWA, the recipe": Method(twa(torch.optim.AdamW, **CHANNEL), partial(Bench.mean, count=5)),
 }
 IN_SPREAD = {
-    f"{tables.SPREAD}, by model": in_spread(),
-    f"{tables.SPREAD}, by channel": in_spread(**CHANNEL),
+    f"{tables.SPREAD}, by model": {},
+    f"{tables.SPREAD}, by channel": CHANNEL,
 }
 # Below one epoch: Adam's first steps are too long for the few that follow.
 BRIEF = {"TWA, the recipe": Method(twa(**CHANNEL), partial(Bench.mean, count=5))}
@@ -113,7 +113,8 @@ def head(bench: Bench) -> None:
 def spread(bench: Bench) -> None:
     """The head stage again: TWA in units of the spread, and the rival whose rate is tuned."""
     for budget in BUDGETS:
-        for name, method in IN_SPREAD.items():
+        for name, basis in IN_SPREAD.items():
+            method = in_spread(budget, **basis)
             bench.measure(f"{name} | {budget:g}", partial(bench.trained, method, budget))
         bench.measure(f"{tables.TUNED} | {budget:g}", partial(tuned, bench, budget))
 

@@ -115,7 +115,7 @@ def stage_rows(runs: Runs) -> list[str]:
             cell(soups, "best single model"),
         )
     )
-    runs = language.read(ROOT / "studies/lm")
+    runs = language.read(ROOT / "studies/lm/linux")
     for steps in SHOWN_STEPS:
         ours, decays = f"TWA by model | {steps}", decays_at(runs, steps)
         if decays and values(runs, ours, "loss"):
@@ -239,7 +239,7 @@ def soups(studies: Studies, met: dict[str, list[bool]]) -> str:
 
 
 def language_models(studies: Studies, met: dict[str, list[bool]]) -> str:
-    runs = language.read(ROOT / "studies/lm")
+    runs = language.read(ROOT / "studies/lm/linux")
     told = []
     for way in ("model", "channel"):
         differences = []
@@ -333,15 +333,17 @@ CONCLUSIONS: tuple[Callable[[Studies, dict[str, list[bool]]], str], ...] = (
 INTRODUCTION = (
     "Does Trainable Weight Averaging save epochs, does it beat the simple averages, and which "
     "settings are safe? Mean ± standard deviation over the seeds; test data chose nothing, but "
-    "for what [lm/](../lm/README.md#what-it-gives) and the [head stage](head-stage.md) say. "
+    "for what the [head stage](head-stage.md) and the [first runs on text](results/language.md) "
+    "say. "
     "`bash studies/evidence.sh` makes the runs; `python studies/evidence.py report` writes this "
     "page and those behind it from the JSON in `studies/`."
 )
 LANGUAGE = (
-    "A GPT of 0.86 M weights on the source of Python's standard library; tables, rivals and what "
-    "was not measured: [lm/README.md](../lm/README.md)."
+    "A GPT of 0.86 M weights on the documentation of Linux; tables, rivals and what was not "
+    "measured: [lm/README.md](../lm/README.md); on the source of Python's standard library: "
+    "[the runs on which the defaults were found](results/language.md)."
 )
-FIGURE = "![Test loss over the steps that follow the run](../studies/figures/lm.loss.png)"
+FIGURE = "![Test loss over the steps that follow the run](../studies/figures/lm.linux.loss.png)"
 MACHINES = (
     "Two hosts on wires of five speeds: replicated TWA sends 1.7 kB a step, DDP 1.09 MB, and at "
     "10 Mbit/s has the accuracy at which DDP's SGD ends after 6 seconds, DDP after 140; in loss "
@@ -362,11 +364,11 @@ STUDIES = """\
 METHOD = (
     f"Two CPU cores, bf16 autocast, batches of 128. The full run is SGD for {EPOCHS} epochs at "
     "rate 0.1, a tenth of it from the middle on and a hundredth from three quarters on. The *head* "
-    f"is its first {HEAD} epochs, all at rate 0.1. “{SPREAD}” is what `TWA(model, checkpoints)` "
-    "does, but for starts that are exponential means, which came later: principal directions, "
-    "AdamW at 0.02 falling linearly to 0, from the best "
-    "mean of the last checkpoints; of start, end and the mean of the last half of training the "
-    "best is kept, by loss on 1,024 training images. The training sets are "
+    f"is its first {HEAD} epochs, all at rate 0.1. “{SPREAD}” is what `train_twa.py` "
+    "does: principal directions, AdamW at a rate that grows with the steps from 0.02 to 0.07, "
+    "falling linearly to 0 (in the tail stage 0.02), from the best mean of the last checkpoints; "
+    "of start, end and the mean of the last half of training the best is kept, by loss on 1,024 "
+    "training images. The training sets are "
     "FashionMNIST's 60,000 images or the first 12,000 of them (12k). The cnn and the vit of "
     "`studies/architectures.py` have no batch norm; where there is one, it is re-estimated for "
     "every solution. “Epochs” count what is trained on; comparing start points and ends takes "

@@ -342,7 +342,7 @@ def main():
     parser.add_argument("--device", help="torch device; left out, the accelerator, else cpu")
     args = parser.parse_args()
     if args.what == "report":
-        language_report.write(RESULTS, ROOT / "lm/README.md", ROOT / "studies/figures")
+        language_report.write(RESULTS, ROOT)
         return
     bench = Bench(args.text, args.seed, args.runs, args.arch, args.device)
     for part in args.parts:

@@ -16,6 +16,8 @@ from training.report import COLOURS
 
 Run = dict[str, dict]  # the entries of a seed, by name
 BEGIN, END = "<!-- python studies/language.py report -->", "<!-- end of the report -->"
+# Where the tables of each text are. TWA's defaults were found on the second.
+PAGES = {"linux": "lm/README.md", "python": "docs/results/language.md"}
 STEPS = 4000  # of the run
 BUDGETS = (10, 20, 40, 100, 200, 400)
 TWAS = ("TWA by model", "TWA by layer", "TWA by channel")
@@ -32,34 +34,36 @@ TUNED = {
 }
 
 
-def write(measurements: Path, page: Path, figures: Path) -> None:
-    """Writes the tables into `page`, between BEGIN and END, and the figures.
+def write(measurements: Path, root: Path) -> None:
+    """Writes the tables of each text into its page, between BEGIN and END, and the figures.
 
     Args:
-        measurements: holds `seed1.json`, `seed2.json`, …
+        measurements: holds `TEXT/seedN.json`.
+        root: the repository, or a folder with its pages.
     """
-    runs = read(measurements)
-    drawn = {"Loss over the budget": loss_figure, "Coefficients and decays": coefficients_figure}
-    lines = [""]
     sections = {
-        "Without a step more": averages(runs),
-        "Steps more: test loss": budgets(runs),
-        "TWA less its rivals": differences(runs),
-        "Seconds": seconds(runs),
-        "Windows": variants(runs, "every"),
-        "Fewer directions, fewer bits": variants(runs, ("12 directions", "4 bits")),
+        "Without a step more": averages,
+        "Steps more: test loss": budgets,
+        "TWA less its rivals": differences,
+        "Seconds": seconds,
+        "Windows": lambda runs: variants(runs, "every"),
+        "Fewer directions, fewer bits": lambda runs: variants(runs, ("12 directions", "4 bits")),
     }
-    for title, table in sections.items():
-        if table:
-            lines += [f"### {title}", "", *table, ""]
-    for title, draw in drawn.items():
-        path = figures / f"lm.{draw.__name__.partition('_')[0]}.png"
-        draw(runs, path)
-        lines += [f"![{title}]({os.path.relpath(path, page.parent)})", ""]
-    between(page, BEGIN, END, lines[:-1])
+    drawn = {"Loss over the budget": loss_figure, "Coefficients and decays": coefficients_figure}
+    for text, name in PAGES.items():
+        runs, page, lines = read(measurements / text), root / name, [""]
+        for title, section in sections.items():
+            if table := section(runs):
+                lines += [f"### {title}", "", *table, ""]
+        for title, draw in drawn.items():
+            path = root / f"studies/figures/lm.{text}.{draw.__name__.partition('_')[0]}.png"
+            draw(runs, path)
+            lines += [f"![{title}]({os.path.relpath(path, page.parent)})", ""]
+        between(page, BEGIN, END, lines[:-1])
 
 
 def read(measurements: Path) -> list[Run]:
+    """The entries of each seed of one text."""
     return [json.loads(path.read_text()) for path in sorted(measurements.glob("seed*.json"))]
 
 

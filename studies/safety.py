@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from training.logs import write_json
 from training.loop import autocast, build, predict, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from training.windows import name_of
-from twa import TWA, best_start
+from twa import TWA, best_start, rate_of
 from twa.checkpoints import average, last_means, load_into, save
 from twa.optimizer import RATE
 
@@ -220,12 +220,13 @@ class Recipe:
     """How coefficients are trained: by default as `train_twa.py` does.
 
     Attributes:
+        lr: None: by the steps and the images.
         weight_decay: towards the start point (z = 0).
         kept_out: share of the training images that TWA does not train on; they choose the end.
         worse: how much lower the sample's loss has to be than the start's, in relation to it.
     """
 
-    lr: float | Callable[[Setting], float] = RATE
+    lr: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     kept_out: float = 0.0
@@ -249,16 +250,16 @@ class Recipe:
             name = setting.start
             count = {"last": 1, "SWA": len(window)}[name]
             start = average(window[-count:], model)
+        steps = max(1, round(setting.epochs * len(train)))
         optimizer = TWA(
             model,
             window,
             start=start,
             granularity=setting.granularity,
-            lr=self.lr(setting) if callable(self.lr) else self.lr,
+            lr=self.lr or rate_of(steps, len(train.split)),
             weight_decay=self.weight_decay,
             betas=self.betas,
         )
-        steps = max(1, round(setting.epochs * len(train)))
         late = LateMean(optimizer, steps)
         entry, points = trained(bench, train, optimizer, steps)
         sample = keep_best(optimizer, late, loss)

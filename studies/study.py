@@ -26,7 +26,7 @@ from training import data, logs
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
-from twa import TWA, best_start
+from twa import TWA, best_start, rate_of
 from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,6 +189,9 @@ class Bench:
         loader = self.train if method.images is None else self.held_out(method.images)
         return self.judged(loader) | entry
 
+    def steps_of(self, epochs: float) -> int:
+        return max(1, round(epochs * len(self.train)))
+
     def spend(self, method: Method, epochs: float) -> dict:
         """Trains as `trained` does; returns the entry without loss and accuracy."""
         loader = self.train if method.images is None else self.held_out(method.images)
@@ -196,7 +199,7 @@ class Bench:
         started = time.perf_counter()
         optimizer = method.optimizer(self, loader)
         build_seconds = time.perf_counter() - started
-        steps = max(1, round(epochs * len(self.train)))
+        steps = self.steps_of(epochs)
         late = LateMean(optimizer, steps) if method.keeps_best else None
         loss = fit(self.model, loader, optimizer, steps, method.schedule)
         entry = {"epochs": HEAD + epochs, "train_loss": loss, "build_seconds": build_seconds}
@@ -275,11 +278,12 @@ def sgd(bench: Bench, loader: data.Loader, lr: float = 0.05) -> torch.optim.Opti
     return torch.optim.SGD(bench.model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
 
 
-def in_spread(**arguments) -> Method:
+def in_spread(epochs: float, **arguments) -> Method:
     """TWA as it is by default, in units of the window's spread; nothing is tuned."""
 
     def make(bench: Bench, loader: data.Loader) -> TWA:
-        return TWA(bench.model, bench.window(), start=bench.best[0], **arguments)
+        rate = rate_of(bench.steps_of(epochs), len(loader.split))
+        return TWA(bench.model, bench.window(), start=bench.best[0], lr=rate, **arguments)
 
     return Method(make, lambda bench: bench.best[0], keeps_best=True)
 

@@ -553,13 +553,15 @@ def test_ema_is_its_recursion():
     assert sum(ema(0.9, 4)) == pytest.approx(1)
 
 
-def test_the_page_is_that_of_the_measurements(tmp_path):
-    page = tmp_path / "lm/README.md"
-    page.parent.mkdir()
-    shutil.copy(ROOT / "lm/README.md", page)
+def test_the_pages_are_those_of_the_measurements(tmp_path):
     (tmp_path / "studies/figures").mkdir(parents=True)
-    language_report.write(ROOT / "studies/lm", page, tmp_path / "studies/figures")
-    assert page.read_text() == (ROOT / "lm/README.md").read_text()
+    for name in language_report.PAGES.values():
+        page = tmp_path / name
+        page.parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, page)
+    language_report.write(ROOT / "studies/lm", tmp_path)
+    for name in language_report.PAGES.values():
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
 
 
 def entry(loss: float, **more) -> dict:

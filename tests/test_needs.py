@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from training.parallel import basis_bytes, size
+from training.parallel import size
 from twa import Subspace
+from twa.memory import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +36,7 @@ def test_the_tables_are_those_of_the_document():
 def test_a_basis_takes_what_the_formula_says(extract, components, bits):
     subspace = Subspace(model(), window(13), extract=extract, components=components, bits=bits)
     weights = sum(p.numel() for p in subspace.parameters)
-    computed = basis_bytes(weights, 13, extract, components, bits)
+    computed = Plan(13, extract, components, bits).basis_bytes(weights)
     assert computed == pytest.approx(subspace.nbytes, rel=1e-3)
 
 

@@ -508,6 +508,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(base, arguments, g
 def test_the_rate_grows_with_the_root_of_the_steps_within_limits():
     rates = [rate_of(steps) for steps in (0, 1, 25, 100, 400, 625, 10**6)]
     assert rates == pytest.approx([0.02, 0.02, 0.02, 0.04, 0.08, 0.1, 0.1])
+    rates = [rate_of(400, samples) for samples in (10, 1000, 4000, 16_000, 10**6)]
+    assert rates == pytest.approx([0.02, 0.02, 0.04, 0.08, 0.08])
 
 
 def test_a_state_brings_the_weights_along():

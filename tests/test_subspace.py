@@ -638,7 +638,7 @@ def test_another_architecture_is_refused_with_key_and_shapes():
 def test_too_little_memory_is_refused_before_anything_is_read_and_says_what_fits(monkeypatch):
     model = nn.Linear(1000, 100, bias=False)
     states = walk(model, 1) * 60
-    monkeypatch.setattr(subspace, "_free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(subspace, "free_memory", lambda device: 10_000_000)
     monkeypatch.setattr(window.Window, "_read", lambda *a: pytest.fail("read a checkpoint"))
     with pytest.raises(MemoryError) as error:
         Subspace(model, states)

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
         help="optimizer of the coefficients",
     )
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    rates = "left out, with --extract PCA: 0.02, of text up to 0.1 by the steps; for SGD 0.1"
+    rates = "left out, with --extract PCA: 0.02 to 0.1 by the steps and images; for SGD 0.1"
     add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
@@ -55,14 +55,20 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def optimizer_of(
-    args: argparse.Namespace, model: nn.Module, window: Sequence[Path], steps: int = 0, **arguments
+    args: argparse.Namespace,
+    model: nn.Module,
+    window: Sequence[Path],
+    *,
+    steps: int = 0,
+    samples: float = math.inf,
+    **arguments,
 ) -> TWA:
     """The optimizer that the flags ask for.
 
     Args:
         args: with the flags of `add_arguments`.
-        steps: of the whole training, by which the rate grows if `--lr` is left out. Left out, as
-            for data that are seen many times, it does not.
+        steps, samples: of the whole training, by which the rate grows if `--lr` is left out; see
+            `twa.rate_of`. Without steps, as for soups, whose models are no trajectory, it does not.
         arguments: further ones of `TWA`, `start` above all.
 
     Raises:
@@ -71,7 +77,7 @@ def optimizer_of(
     """
     rate = args.lr
     if rate is None:
-        rate = RATE_OF_SGD if args.opt == "SGD" else rate_of(steps)
+        rate = RATE_OF_SGD if args.opt == "SGD" else rate_of(steps, samples)
     base, settings = optimizers.chosen(args.opt.lower(), rate, args.weight_decay, args.momentum)
     names = ("extract", "components", "bits", "granularity")
     basis = {name: getattr(args, name) for name in names}

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
 from twa import TWA
+from twa.memory import Plan
 from utils import UserError
 
 WAYS = ("replicate", "hybrid", "shard")  # from the least on the wire to the least in memory
@@ -94,7 +95,10 @@ class Layout:
         if asked != "auto":
             return asked, "as asked for"
         weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        needed = memory_needed(weights, len(windows.listed(self._args)), self._args)
+        args, n = self._args, len(windows.listed(self._args))
+        plan = Plan(n, args.extract, args.components, args.bits, device)
+        # And weights, gradient, start point and a vector to work in; activations come on top.
+        needed = plan.build_bytes(weights) + 4 * 4 * weights
         free = min(ranks.gather(free_memory(device)))
         shares = {"replicate": 1, "hybrid": self._local, "shard": ranks.world()}
         possible = [way for way in WAYS if way not in impossible]
@@ -144,37 +148,6 @@ def sent(floats: float, ranks: int) -> float:
     The least possible, that of a ring; and of a gathering and a scattering of as many floats.
     """
     return 4 * floats * 2 * (ranks - 1) / ranks
-
-
-def basis_bytes(
-    weights: int,
-    checkpoints: int,
-    extract: str = "PCA",
-    components: int | None = None,
-    bits: int = 32,
-) -> int:
-    """The memory of a basis in bytes, as `Subspace.nbytes`, where it has one block.
-
-    Many small blocks have a few more scales, of which there is one for 256 elements in a row.
-    """
-    rows = checkpoints - 1 if components is None else min(components, checkpoints - 1)
-    rows += extract != "PCA"
-    scales = 0 if bits == 32 else 4 * math.ceil(weights / 256)
-    mean = 4 * weights if extract == "PCA" else 0
-    return rows * (weights * bits // 8 + scales) + mean
-
-
-def memory_needed(weights: int, checkpoints: int, args: argparse.Namespace) -> int:
-    """The bytes that model and basis take while the basis is built, without activations.
-
-    Beside the basis these are weights, gradient, start point and a vector to work in; and where
-    the basis is not built in place, the checkpoints' columns in parts of an eighth or 256 MB.
-    """
-    basis = basis_bytes(weights, checkpoints, args.extract, args.components, args.bits)
-    part = 4 * checkpoints * weights
-    if args.bits < 32 or args.components is not None:
-        basis += min(part, max(part // 8, 2**28))
-    return basis + 4 * 4 * weights
 
 
 def free_memory(device: torch.device) -> float:

@@ -26,14 +26,21 @@ COMPARE_EVERY = 100
 OWN = {"coefficients", "start_coefficients", "probe", "fingerprint"}
 
 
-def rate_of(steps: int) -> float:
+def rate_of(steps: int, samples: float = math.inf) -> float:
     """The rate for a training of so many steps, of AdamW on coefficients in units of the spread.
 
-    For data that are not seen twice, such as the text of a language model: with more steps there is
-    time to go farther. 0.02 up to 25 steps, then growing by their square root up to 0.1, to fall
-    linearly to 0. Where a few images are seen many times, 0.02 ended lower in three runs of three.
+    With more steps there is time to go farther: 0.02 up to 25 steps, then growing by their square
+    root up to 0.1, to fall linearly to 0. What can be learned from few samples is learned near the
+    start, and beyond it they are learned by heart: of N samples the rate is at most 0.02 times
+    the root of N / 1000, if that is more than 0.02.
+
+    Args:
+        steps: of the whole training.
+        samples: in the training set, such as its images; left out, if none is seen many times, as
+            of the text of a language model.
     """
-    return min(max(RATE, RATE * math.sqrt(steps / 25)), 5 * RATE)
+    growth = min(math.sqrt(steps / 25), math.sqrt(samples / 1000), 5)
+    return RATE * max(1, growth)
 
 
 class TWA(torch.optim.Optimizer):
@@ -95,7 +102,7 @@ class TWA(torch.optim.Optimizer):
             machine to machine.
         **base_arguments: what `base` takes: `lr`, `momentum`, `weight_decay`, … Those left out are
             its own defaults, except that AdamW with "PCA" gets `lr=0.02` and `weight_decay=0`;
-            `lr=rate_of(steps)` goes farther where data are not seen twice.
+            `lr=rate_of(steps, samples)` goes farther where there is time to.
 
     Attributes:
         coefficients: z, float32 [n]; `origin`, the same, is the start point's.

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,23 +22,14 @@ from torch import Tensor, nn
 from twa import extraction
 from twa.checkpoints import Checkpoint, listed
 from twa.columns import Blocks, Columns
+from twa.memory import BITS, CHUNK, Plan, free_memory
 from twa.replicas import Replicas
-from twa.sharding import Ranks, first_row, local
-from twa.storage import PIECE, TILE, Storage
+from twa.sharding import first_row, local
+from twa.storage import Storage
 from twa.window import Window
 
 EXTRACTS = ("PCA", "Schmidt")
-BITS = (32, 8, 4)
 GRANULARITIES = ("model", "layer", "channel")
-
-# Elements worked on at a time: in float64 they stay in the cache of a CPU; a GPU wants more.
-CHUNK = {"cpu": 2**19, "cuda": 2**24}
-# Columns in a float32 sum at most: the rounding of longer ones would show in the basis.
-LONGEST = 2**13
-# A basis that cannot be built in place is built from a part of the columns of W at a time: one of
-# so many parts, or SMALL elements (256 MB) if that is more, as opening files takes time as well.
-PARTS = 8
-SMALL = 2**26
 
 
 def _full_precision(method: Callable) -> Callable:
@@ -135,14 +125,13 @@ class Subspace:
                 "basis": (extract, components, bits, granularity),
             }
         )
-        _check_memory(n, total, extract, bits, components, device, self._ranks, self._replicas)
+        plan = Plan(n, extract, components, bits, device)
+        free = self._ranks.share(free_memory(device), device, self._replicas.count)
+        plan.check(total, free, self._ranks.count)
 
-        height = _height(n, extract, components)
-        chunk = _chunk(n, blocks, device, extract)
-        in_place = _in_place(n, height, bits, device)
-        width = total if in_place else _width(n, total, chunk)
-        many = self._replicas.count > 1
-        window = Window(self._columns, checkpoints, width, chunk, _build_device(device), many)
+        height, in_place, chunk = plan.height, plan.in_place, plan.chunk(blocks)
+        width, many = plan.width(total, chunk), self._replicas.count > 1
+        window = Window(self._columns, checkpoints, width, chunk, plan.build_device, many)
         # At 32 bits the directions of "PCA" leave the last row of the window free, for the mean.
         rows = (
             window.rows
@@ -414,86 +403,3 @@ def _single_precision_is_exact(device: torch.device) -> bool:
         return device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # Set for one backend alone, by PyTorch's newer interface.
         return False
-
-
-def _chunk(n: int, blocks: list[Blocks], device: torch.device, extract: str) -> int:
-    """The number of columns worked on at a time: tiles, and any block that is not a single one."""
-    chunk = CHUNK.get(device.type, CHUNK["cpu"]) // n
-    if device.type == "cpu" and extract == "Schmidt":  # the one that may try float32
-        chunk = min(chunk, LONGEST)
-    narrow = [group.width for group in blocks if group.count > 1 and group.width < PIECE]
-    return max([TILE, chunk // TILE * TILE, *narrow])
-
-
-def _height(n: int, extract: str, components: int | None) -> int:
-    """The most rows that a block of the basis has."""
-    if extract == "Schmidt":
-        return n
-    return n - 1 if components is None else min(components, n - 1)
-
-
-def _build_device(device: torch.device) -> torch.device:
-    """The device on which a basis for `device` is built: the CPU for MPS, which has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def _in_place(n: int, height: int, bits: int, device: torch.device) -> bool:
-    """Whether the basis overwrites the rows that were read."""
-    return bits == 32 and height >= n - 1 and _build_device(device) == device
-
-
-def _width(n: int, total: int, chunk: int) -> int:
-    """The number of columns in memory at a time if the basis is not built in place."""
-    return min(total, max(chunk, math.ceil(total / PARTS), SMALL // n))
-
-
-def _check_memory(
-    n: int,
-    total: int,
-    extract: str,
-    bits: int,
-    components: int | None,
-    device: torch.device,
-    ranks: Ranks,
-    replicas: Replicas,
-) -> None:
-    """Raises `MemoryError` if too little memory is free to build the basis; says what would fit."""
-    free = ranks.share(_free_memory(device), device, replicas.count)
-
-    def size(n: int, bits: int) -> int:
-        height = _height(n, extract, components)
-        basis = height * total * bits // 8
-        if bits < 32:
-            basis += height * total // TILE * 4
-        if _in_place(n, height, bits, device):
-            basis = n * total * 4
-        else:
-            basis += (n * _width(n, total, 1) + (extract == "PCA") * total) * 4
-        return basis + 2 * total * 4  # and a gradient, and the weights
-
-    if free is None or size(n, bits) <= free:
-        return
-    remedies = []
-    fewer = max((k for k in range(2, n) if size(k, bits) <= free), default=None)
-    if fewer:
-        remedies.append(f"{fewer} checkpoints")
-    smaller = [b for b in BITS if b < bits and size(n, b) <= free]
-    if smaller:
-        remedies.append(f"bits={smaller[0]}")
-    more = math.ceil(ranks.count * size(n, bits) / max(1, free))
-    remedies.append(f"{more} ranks with as much memory each")
-    share = f" (one of {ranks.count} shards)" if ranks.count > 1 else ""
-    raise MemoryError(
-        f"a basis of {n} checkpoints of {total:,} weights{share} at {bits} bits takes "
-        f"{size(n, bits) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}; "
-        f"{' or '.join(remedies)} would fit"
-    )
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on `device`; None if unknown."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    return psutil.virtual_memory().available if device.type == "cpu" else None

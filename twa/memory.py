@@ -1,0 +1,127 @@
+"""`Plan`: how a basis is built within the memory that is free, and what it takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from twa.columns import Blocks
+from twa.storage import PIECE, TILE
+
+BITS = (32, 8, 4)
+CPU = torch.device("cpu")
+
+# Elements worked on at a time: in float64 they stay in the cache of a CPU; a GPU wants more.
+CHUNK = {"cpu": 2**19, "cuda": 2**24}
+# Columns in a float32 sum at most: the rounding of longer ones would show in the basis.
+LONGEST = 2**13
+# A basis that cannot be built in place is built from a part of the columns of W at a time: one of
+# so many parts, or SMALL elements (256 MB) if that is more, as opening files takes time as well.
+PARTS = 8
+SMALL = 2**26
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a basis of n checkpoints is built, and the bytes that it takes.
+
+    Attributes:
+        n: checkpoints of the window.
+        extract, components, bits: as of `Subspace`.
+        device: that of the model.
+    """
+
+    n: int
+    extract: str = "PCA"
+    components: int | None = None
+    bits: int = 32
+    device: torch.device = CPU
+
+    @property
+    def height(self) -> int:
+        """The most rows that a block of the basis has."""
+        if self.extract == "Schmidt":
+            return self.n
+        return self.n - 1 if self.components is None else min(self.components, self.n - 1)
+
+    @property
+    def build_device(self) -> torch.device:
+        """Where the basis is built: for MPS, which has no float64, on the CPU."""
+        return CPU if self.device.type == "mps" else self.device
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the basis overwrites the rows that were read."""
+        return self.bits == 32 and self.height >= self.n - 1 and self.build_device == self.device
+
+    def chunk(self, blocks: list[Blocks]) -> int:
+        """The number of columns worked on at a time: tiles, and any block but a single one."""
+        chunk = CHUNK.get(self.device.type, CHUNK["cpu"]) // self.n
+        if self.device.type == "cpu" and self.extract == "Schmidt":  # the one that may try float32
+            chunk = min(chunk, LONGEST)
+        narrow = [group.width for group in blocks if group.count > 1 and group.width < PIECE]
+        return max([TILE, chunk // TILE * TILE, *narrow])
+
+    def width(self, total: int, chunk: int = 1) -> int:
+        """The number of columns, of `total`, that are in memory at a time."""
+        if self.in_place:
+            return total
+        return min(total, max(chunk, math.ceil(total / PARTS), SMALL // self.n))
+
+    def basis_bytes(self, total: int) -> int:
+        """What a basis of `total` columns takes, as `Subspace.nbytes`.
+
+        Many small blocks have a few more scales, of which there is one for each tile in a row.
+        """
+        scales = 0 if self.bits == 32 else 4 * math.ceil(total / TILE)
+        mean = 4 * total if self.extract == "PCA" else 0
+        return self.height * (total * self.bits // 8 + scales) + mean
+
+    def build_bytes(self, total: int) -> int:
+        """What building it takes: the basis, and the columns that are in memory beside it."""
+        beside = 0 if self.in_place else 4 * self.n * self.width(total)
+        return self.basis_bytes(total) + beside
+
+    def check(self, total: int, free: float | None, shards: int) -> None:
+        """Raises `MemoryError` if too little memory is free; says what would fit.
+
+        Args:
+            total: columns on this rank.
+            free: bytes; None if unknown.
+            shards: ranks that the model is sharded among.
+        """
+
+        def needed(n: int, bits: int) -> int:
+            plan = Plan(n, self.extract, self.components, bits, self.device)
+            return plan.build_bytes(total) + 2 * 4 * total  # and a gradient, and the weights
+
+        n, bits = self.n, self.bits
+        if free is None or needed(n, bits) <= free:
+            return
+        remedies = []
+        fewer = max((k for k in range(2, n) if needed(k, bits) <= free), default=None)
+        if fewer:
+            remedies.append(f"{fewer} checkpoints")
+        smaller = [b for b in BITS if b < bits and needed(n, b) <= free]
+        if smaller:
+            remedies.append(f"bits={smaller[0]}")
+        more = math.ceil(shards * needed(n, bits) / max(1, free))
+        remedies.append(f"{more} ranks with as much memory each")
+        share = f" (one of {shards} shards)" if shards > 1 else ""
+        raise MemoryError(
+            f"a basis of {n} checkpoints of {total:,} weights{share} at {bits} bits takes "
+            f"{needed(n, bits) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {self.device}; "
+            f"{' or '.join(remedies)} would fit"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on `device`; None if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    return psutil.virtual_memory().available if device.type == "cpu" else None
