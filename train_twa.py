@@ -66,13 +66,9 @@ def parse_arguments():
         args.image_size = args.image_size or image_folders.SIZE
     elif args.image_size or args.strict_images:
         parser.error(f"--image-size and --strict-images: only with --datasets {image_folders.NAME}")
-    on_text = args.datasets == text.NAME
     if args.epochs is None:
-        args.epochs = 1 if on_text else 100
-    if on_text:
-        text.check_arguments(args, parser)
-    elif args.epoch_steps or args.tokenizer:
-        parser.error(f"--steps and --tokenizer: only with --datasets {text.NAME}")
+        args.epochs = 1 if args.datasets == text.NAME else 100
+    text.check_arguments(args, parser)
     # The folder of the checkpoints may be others' as well: nothing is written there.
     if Path(args.out or args.log_dir).resolve() == Path(args.save_dir).resolve():
         if args.out:
@@ -124,8 +120,8 @@ def train_twa(args):
     started = time.perf_counter()
     start, checkpoint, compared = windows.start_of(window, args, model, loss)
     steps = args.epochs * math.ceil(len(train) / args.accumulate)
-    how = {"start": checkpoint, "process_group": layout.group, "steps": steps}
-    how["samples"] = math.inf if on_text else len(train.split)
+    samples = math.inf if on_text else len(train.split)
+    how = {"start": checkpoint, "process_group": layout.group, "steps": steps, "samples": samples}
     optimizer = coefficients.optimizer_of(args, model, window, **how)
     build_seconds = time.perf_counter() - started
     if start not in solutions:  # the model is there now
@@ -151,17 +147,8 @@ def train_twa(args):
         run.log.line(layout.line(optimizer))
     if compared:
         run.log.line(f"start: {coefficients.comparison(compared)}")
-    if args.split and sgd.held_out != flags.held_out(args):
-        run.log.line(
-            f"note: the checkpoints' run held out {sgd.held_out or 'nothing'}, so its models know "
-            "images that the coefficients are trained on; give both the same --split"
-        )
-    risen = math.ceil(sgd.arguments.get("warmup_epochs", 0) * (sgd.saves_per_epoch or 1))
-    if args.params_start < risen:
-        run.log.line(
-            f"note: the window begins within the warm-up of the run, whose checkpoints are far "
-            f"from the others; try --params_start {risen}"
-        )
+    for note in sgd.notes(args):
+        run.log.line(f"note: {note}")
     run.train()
 
     end, started = {}, time.perf_counter()
@@ -202,12 +189,9 @@ def train_twa(args):
     )
     if sgd.end and spent[unit] is not None and sgd.end[unit] > spent[unit]:
         solutions[f"{'AdamW' if on_text else 'SGD'} to its end"] = sgd.end
-    run.log.line(report.table(solutions))
-    if skipped:
-        run.log.line(skipped)
-    run.log.line(
-        f"written: {', '.join(str(out / f'twa.{kind}') for kind in ('pt', 'json', 'png'))}"
-    )
+    written = ", ".join(str(out / f"twa.{kind}") for kind in ("pt", "json", "png"))
+    for line in filter(None, (report.table(solutions), skipped, f"written: {written}")):
+        run.log.line(line)
 
 
 if __name__ == "__main__":

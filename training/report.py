@@ -1,7 +1,8 @@
 """What a run shows at its end: a table of solutions and a figure."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,20 @@ class SGDRun:
                 spent = [self._in_unit(m["epoch"]) for m in tested]
                 curves[name] = spent, [m[key] for m in tested]
         return curves
+
+    def notes(self, args: argparse.Namespace) -> Iterator[str]:
+        """What does not go well with the run in the flags of a TWA run."""
+        if args.split and self.held_out != flags.held_out(args):
+            yield (
+                f"the checkpoints' run held out {self.held_out or 'nothing'}, so its models know "
+                "images that the coefficients are trained on; give both the same --split"
+            )
+        risen = math.ceil(self.arguments.get("warmup_epochs", 0) * (self.saves_per_epoch or 1))
+        if args.params_start < risen:
+            yield (
+                "the window begins within the warm-up of the run, whose checkpoints are far from "
+                f"the others; try --params_start {risen}"
+            )
 
     @property
     def end(self) -> dict[str, float] | None:

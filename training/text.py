@@ -42,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fills in the vocabulary's name, and no folder where the default of other data sets stands."""
+    """Fills in the vocabulary's name, and no folder where the default of other data sets stands.
+
+    Of other data sets, refuses the flags that are for text alone.
+    """
+    if args.datasets != NAME:
+        if args.epoch_steps or args.tokenizer:
+            parser.error(f"--steps and --tokenizer: only with --datasets {NAME}")
+        return
     if args.data_dir == parser.get_default("data_dir"):
         args.data_dir = None
     args.vocabulary = Vocabulary.read(args.tokenizer).name
