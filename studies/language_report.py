@@ -27,7 +27,6 @@ UNTUNED = {  # the rivals at the run's own rate
     "decay, linear, from the best mean": "decay, linear, from the mean, rate x 1",
     "decay, 1-sqrt, from the best mean": "decay, 1-sqrt, from the mean, rate x 1",
 }
-AVERAGES = ("mean | 10", "EMA | 0.9", "WSM, 1-sqrt | 32")  # rivals that need no step
 TUNED = {
     "decay from the last, rate and shape tuned": "from the last",
     "decay from the best mean, rate and shape tuned": "from the mean",
@@ -130,22 +129,22 @@ def budgets(runs: Sequence[Run]) -> list[str]:
     return markdown(headings, rows)
 
 
-def paired(runs: Sequence[Run], one: str, other: str) -> tuple[float, float, int]:
-    """The mean of the differences over the seeds, its standard error, and how many they are."""
-    found = [run[one]["loss"] - run[other]["loss"] for run in runs if one in run and other in run]
-    return statistics.mean(found), error(found), len(found)
+def paired(runs: Sequence[Run], one: str, other: str) -> tuple[float, float]:
+    """The mean of the differences over the seeds, and its standard error."""
+    found = [run[one]["loss"] - run[other]["loss"] for run in runs]
+    return statistics.mean(found), error(found)
 
 
 def best_of(runs: Sequence[Run], names: Iterable[str | None]) -> str | None:
-    """The entry with the lowest mean over the seeds; None if none was measured."""
-    known = [name for name in names if values(runs, name)]
+    """The entry with the lowest mean, of those that every seed has; None if there is none."""
+    known = [name for name in names if len(values(runs, name)) == len(runs)]
     return min(known, key=lambda name: statistics.mean(values(runs, name)), default=None)
 
 
 def rivals(runs: Sequence[Run], steps: int) -> tuple[str | None, str | None]:
-    """The best of the untuned rivals, averages included, and the best of the tuned."""
+    """The best of the untuned rivals, all averages included, and the best of the tuned."""
     names = names_at(runs, steps)
-    untuned = best_of(runs, [*AVERAGES, *(names[title] for title in UNTUNED)])
+    untuned = best_of(runs, [*untrained(runs), *(names[title] for title in UNTUNED)])
     return untuned, best_of(runs, [names[title] for title in TUNED])
 
 
@@ -156,14 +155,13 @@ def differences(runs: Sequence[Run]) -> list[str]:
         for twa in ("TWA by model", "TWA by channel"):
             cells, ours = [], f"{twa} | {steps}"
             for best in rivals(runs, steps):
-                if not best or not values(runs, ours):
+                if not best or len(values(runs, ours)) < len(runs):
                     cells.append("–")
                     continue
-                mean, apart, count = paired(runs, ours, best)
+                mean, apart = paired(runs, ours, best)
+                errors = f" = {mean / apart:+.1f} errors" if apart else ""
                 rival = titled(best.removesuffix(f" | {steps}"))
-                scatter = f" ± {apart:.4f}" if count > 1 else ""
-                scatter += f" = {mean / apart:+.1f} errors" if count > 1 and apart else ""
-                cells.append(f"{mean:+.4f}{scatter} (seeds: {count}; {rival})")
+                cells.append(f"{mean:+.4f} ± {apart:.4f}{errors} ({rival})")
             rows.append((str(steps), twa, *cells))
     headings = ("steps", "method", "less the best untuned", "less the best tuned")
     return markdown(headings, rows)
@@ -199,7 +197,8 @@ def variants(runs: Sequence[Run], words: str | Sequence[str]) -> list[str]:
     for name in names:
         method, _, steps = name.partition(" | ")
         usual = f"{method.partition(',')[0]} | {steps}"
-        rows.append((method, steps, told(runs, name), told(runs, usual)))
+        usual_there = told([run for run in runs if name in run], usual)  # of the same seeds
+        rows.append((method, steps, told(runs, name), usual_there))
     return markdown(("method", "steps", "test loss", "as usual"), rows) if rows else []
 
 
