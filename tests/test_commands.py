@@ -34,7 +34,7 @@ FAKES = ("python", "python3", "torchrun", "pip", "ruff")
 FAKE = r"""#!/usr/bin/env bash
 case "${1-} ${2-}" in
     "- "*) ;; # asked whether it satisfies requirements.txt: it does
-    "-m venv") mkdir -p "$3/bin" && ln -s "$0" "$3/bin/pip" ;;
+    "-m venv") mkdir -p "$3/bin" && ln -s "$0" "$3/bin/pip" && ln -s "$0" "$3/bin/python" ;;
     *) printf '%s\0' "$PWD" "${0##*/}" "$@" $'\n' >> "$RECORD" ;;
 esac
 """
