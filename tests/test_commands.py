@@ -105,7 +105,7 @@ def recorded(document: str, imagenet: Path, folder: Path) -> list[tuple[Path, li
 
 def script_of(cwd: Path, words: list[str]) -> tuple[str, list[str]] | None:
     """The script of the repository that is started, and its arguments; None for other programs."""
-    if words[0] in ("pip", "ruff") or words[1:3] in (["-m", "pytest"], ["-m", "venv"]):
+    if words[0] in ("pip", "ruff") or words[1:3] == ["-m", "pytest"] or words[1] == "-c":
         return None
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
     path = (cwd / words[place]).resolve()
