@@ -56,7 +56,7 @@ from training.flags import number
 from training.logs import write_json
 from training.loop import autocast, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
-from twa import TWA, best_start
+from twa import TWA, best_start, rate_of
 from twa.checkpoints import load_into, save
 from utils import UserError
 
@@ -365,6 +365,8 @@ def curve(
 ) -> list[dict]:
     """Trains to the end; the tests on the way."""
     steps = max(1, round(args.epochs * len(train)))
+    if isinstance(trained.optimizer, TWA):  # as train_twa.py has it
+        trained.optimizer.param_groups[0]["lr"] = rate_of(steps, args.images)
     scheduler = schedule_of(SCHEDULES["linear"], trained.optimizer, steps)
     tests = []
     batches = chain([None], islice(epochs_of(train), steps))  # tested before the first step, too
