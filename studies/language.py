@@ -321,7 +321,7 @@ def schedule_free(bench: Bench) -> None:
         optimizer.eval()
         return {"steps": 0, "seconds": {"training": time.process_time() - started}}
 
-    bench.measure("schedule-free, the whole run", make)
+    bench.measure(language_report.WHOLE, make)
 
 
 PARTS = {

@@ -27,6 +27,7 @@ UNTUNED = {  # the rivals at the run's own rate
     "decay, linear, from the best mean": "decay, linear, from the mean, rate x 1",
     "decay, 1-sqrt, from the best mean": "decay, 1-sqrt, from the mean, rate x 1",
 }
+WHOLE = "schedule-free, the whole run"  # another run in place of this one
 TUNED = {
     "decay from the last, rate and shape tuned": "from the last",
     "decay from the best mean, rate and shape tuned": "from the mean",
@@ -93,12 +94,12 @@ def chosen(runs: Sequence[Run], where: str, steps: int) -> str | None:
 
 
 def untrained(runs: Sequence[Run]) -> list[str]:
-    """The entries that need no step: the last checkpoint and the averages."""
-    return [name for name in runs[0] if not runs[0][name]["steps"]]
+    """The entries that need no step after the run: the last checkpoint and the averages."""
+    return [name for name in runs[0] if not runs[0][name]["steps"] and name != WHOLE]
 
 
 def averages(runs: Sequence[Run]) -> list[str]:
-    names = untrained(runs)
+    names = [*untrained(runs), *([WHOLE] if WHOLE in runs[0] else [])]
     best = "its start: the best mean by training loss"
     rows = [(titled(name), told(runs, name)) for name in names]
     starts = ", ".join(start_of(run) for run in runs)

@@ -69,7 +69,13 @@ def python(script: Path, *arguments, cwd: Path, path: str = "") -> Result:
 def run_from(script: str, cwd: str, *arguments: str) -> None:
     """In a process of its own: its module path is what Python would have made it."""
     os.chdir(cwd)
-    foreign = [entry for entry in sys.path if not Path(entry or ".").is_relative_to(ROOT)]
+    entries = {entry: Path(entry or ".") for entry in sys.path}
+    # The environment that env.sh makes lies in the repository.
+    foreign = [
+        entry
+        for entry, path in entries.items()
+        if path.is_relative_to(sys.prefix) or not path.is_relative_to(ROOT)
+    ]
     given = [entry for entry in os.environ["PYTHONPATH"].split(os.pathsep) if entry]
     sys.path[:] = [str(Path(script).parent), *given, *foreign]
     sys.argv = [script, *arguments]

@@ -204,6 +204,11 @@ class _Record:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
+def _member(*_) -> _Record:
+    """Stands for `getattr`, by which Python before 3.11.4 pickles the members of enumerations."""
+    return _Record()
+
+
 class _MetadataUnpickler(pickle._Unpickler):
     """Makes a `_Record` of each object, and knows only what a DCP `.metadata` is made of.
 
@@ -219,6 +224,8 @@ class _MetadataUnpickler(pickle._Unpickler):
         plain = vars(torch).get(name) if module == "torch" else None
         if plain is torch.Size or isinstance(plain, torch.dtype):
             return plain
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module in self.MODULES:
             return type(name, (_Record,), {"offset": None, "transform_descriptors": None})
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
