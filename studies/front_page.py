@@ -347,8 +347,8 @@ MACHINES = (
     "Two hosts on wires of five speeds: replicated TWA sends 1.7 kB a step, DDP 1.09 MB of "
     "PreResNet20 and 14.8 MB of a net of 3.7 M weights. At 10 Mbit/s it has the accuracy at which "
     "DDP's SGD ends after 6 seconds by layer, DDP after 117; of the larger net TWA's end is half a "
-    "point below SGD's, after 56 seconds by channel, SGD's 2,550. In loss SGD ends lower. What else "
-    "was measured: [many machines]"
+    "point below SGD's, after 56 seconds by channel, SGD's 2,550. In loss SGD ends lower. What "
+    "else was measured: [many machines]"
     "(many-machines.md#two-hosts-on-a-slow-wire); larger models: "
     "[benchmarks](../benchmarks/README.md#many-ranks)."
 )
