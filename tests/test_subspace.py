@@ -309,6 +309,24 @@ def compile_small(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_adjacent_layers_of_equal_width_that_are_filled_in_parts(bits):
+    """They are wider than what is worked on at a time, and no multiple of a tile."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(283, 283) for _ in range(2)))
+    states = [{k: torch.randn_like(v) for k, v in model.state_dict().items()} for _ in range(8)]
+    plain = Subspace(model, states, granularity="layer")
+    rounded = Subspace(model, states, granularity="layer", bits=bits)
+    coefficients = torch.randn(len(plain))
+    expected = plain.expand(coefficients)
+    error = (rounded.expand(coefficients) - expected).norm() / expected.norm()
+    assert len(rounded) == len(plain) == 14
+    assert error < {8: 0.01, 4: 0.15}[bits]
+    weights = torch.randn_like(expected)
+    inner = rounded.expand(coefficients) @ weights
+    assert torch.allclose(coefficients @ rounded.project(weights), inner, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_compiled_kernels_equal_the_plain_ones(bits, monkeypatch):
     torch.manual_seed(0)
     model = nn.Linear(64, 65)

@@ -169,7 +169,7 @@ class Storage:
 def _layout(group: Blocks, bits: int) -> list[tuple[int, int, int, int, int]]:
     """The tiles of the blocks in `group`: start, number, width, first block, tiles a block."""
     longest = PIECE if bits == 32 else TILE
-    if group.count > 1 and (bits < 32 or group.width < PIECE):
+    if group.count > 1 and group.width < PIECE:  # Wider ones are filled in parts, see `fill`.
         # A block is one tile, or divided evenly: channels are mostly 9 times a power of 2 wide.
         divisors = range(1, group.width // (TILE // 4) + 1) if group.width > 2 * TILE else []
         even = [k for k in divisors if group.width % k == 0 and group.width <= 2 * TILE * k]
