@@ -86,7 +86,6 @@ def recorded(document: str, imagenet: Path, folder: Path) -> list[tuple[Path, li
     environment = os.environ | {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "RECORD": str(record),
-        "DST": "results/run",
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_NNODES": "1",
         "SLURM_JOB_ID": "1",

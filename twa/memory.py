@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -95,7 +95,7 @@ class Plan:
         """
 
         def needed(n: int, bits: int) -> int:
-            plan = Plan(n, self.extract, self.components, bits, self.device)
+            plan = replace(self, n=n, bits=bits)
             return plan.build_bytes(total) + 2 * 4 * total  # and a gradient, and the weights
 
         n, bits = self.n, self.bits
