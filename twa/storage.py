@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,10 @@ PIECE = 2**16
 TILE = 256
 # The number of elements from which compiled kernels save more time than their compilation takes.
 COMPILE_FROM = 2**27
-# Elements that are decompressed at a time: they fit the cache of a CPU, and fill a GPU.
-PART = {"cpu": 2**20, "cuda": 2**24}
+# Elements of a call: they fill a GPU, and the intermediate sums of a compiled kernel fit the cache
+# of a CPU. Where nothing is compiled, the decompressed elements have to fit it.
+PART = 2**24
+CACHED_PART = 2**20
 
 
 @dataclass
@@ -139,7 +142,7 @@ class Storage:
         """`out` [D] ← `Pᵀ β`, from the coefficients β of every block, [blocks, height]."""
         for tiles in self._tiles:
             columns = out[tiles.start : tiles.stop].view(-1, tiles.width)
-            of_tiles = coefficients[tiles.blocks].repeat_interleave(tiles.pieces, dim=0)
+            of_tiles = coefficients[tiles.blocks, None].expand(-1, tiles.pieces, -1).flatten(0, 1)
             if tiles.scales is None:
                 torch.bmm(of_tiles[:, None], tiles.values, out=columns[:, None])
             elif tiles.width % 2:
@@ -151,19 +154,22 @@ class Storage:
 
     def _run(self, product: str, tiles: Tiles, factors: Tensor, out: Tensor) -> None:
         """Runs the kernel of `product`; `factors` and `out` have a row for each tile."""
-        tensors = (tiles.values, tiles.scales, factors, out)
-        if self._compiled:
+
+        def run(kernel: Callable, elements: int) -> None:
+            step = max(1, elements // (self.height * tiles.width))
+            tensors = (tiles.values, tiles.scales, factors, out)
+            for part in zip(*(tensor.split(step) for tensor in tensors), strict=True):
+                kernel(*part)
+
+        if self._compiled and tiles.values.numel() > CACHED_PART:
             try:
-                return _compiled(product)(*tensors)
+                return run(_compiled(product), PART)
             except Exception as error:  # Any failure of the compiler: the kernels below need none.
                 reason = str(error).strip().partition("\n")[0]
                 _warn_once(f"the compressed basis runs uncompiled, and slower: {reason}")
                 self._compiled = False
         kernel = {"project": _project, "expand": _expand}[product]
-        elements = PART.get(out.device.type, PART["cpu"])
-        step = max(1, elements // (self.height * tiles.width))
-        for part in zip(*(tensor.split(step) for tensor in tensors), strict=True):
-            kernel(*part)
+        run(kernel, PART if out.device.type == "cuda" else CACHED_PART)
 
 
 def _layout(group: Blocks, bits: int) -> list[tuple[int, int, int, int, int]]:
@@ -218,19 +224,21 @@ def _floats(values: Tensor) -> Tensor:
 
 
 # The same products in a form that the compiler fuses. The two halves of a tile are separate sums:
-# at 4 bits they are the low and the high halves of bytes, and two sums run in parallel.
+# at 4 bits they are the low and the high halves of bytes, and two sums run in parallel. Asking for
+# the usual width makes the compiler write kernels for just this, which are faster.
 
 
 def _project_fused(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
     low, high = _halves(values)
-    left, right = gradients[:, None].chunk(2, dim=2)
+    half = TILE // 2 if gradients.shape[1] == TILE else gradients.shape[1] // 2
+    left, right = gradients[:, None, :half], gradients[:, None, half:]
     out.copy_(scales * (low * left + high * right).sum(2))
 
 
 def _expand_fused(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
     coefficients = (scales * coefficients)[:, :, None]
     low, high = _halves(values)
-    half = out.shape[1] // 2
+    half = TILE // 2 if out.shape[1] == TILE else out.shape[1] // 2
     out[:, :half] = (low * coefficients).sum(1)
     out[:, half:] = (high * coefficients).sum(1)
 
