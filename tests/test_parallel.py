@@ -127,7 +127,7 @@ SENDS = "a step sends {} a rank"
     ("ranks", "way", "basis", "told"),
     [
         (3, "shard", ["--reshard-after-forward"], "shard on 3 ranks (as asked for)"),
-        (3, "replicate", [], f"on 3 ranks (as asked for); {SENDS.format('37.3 B')}"),
+        (3, "replicate", [], f"on 3 ranks (as asked for); {SENDS.format('56 B')}"),
         (2, "auto", [], "replicate on 2 ranks (model and basis take"),
         (4, "hybrid", [], "a rank within a machine, 28 B between machines"),
         pytest.param(

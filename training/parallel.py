@@ -8,7 +8,6 @@ within each machine and replicated between machines.
 import argparse
 import math
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
 from twa import TWA
-from twa.memory import Plan
+from twa.memory import Plan, free_memory
+from twa.replicas import gathers
 from utils import UserError
 
 WAYS = ("replicate", "hybrid", "shard")  # from the least on the wire to the least in memory
@@ -99,7 +99,8 @@ class Layout:
         plan = Plan(n, args.extract, args.components, args.bits, device)
         # And weights, gradient, start point and a vector to work in; activations come on top.
         needed = plan.build_bytes(weights) + 4 * 4 * weights
-        free = min(ranks.gather(free_memory(device)))
+        shared_by = ranks.local_world() if device.type == "cpu" else 1
+        free = min(ranks.gather(free_memory(device) / shared_by))
         shares = {"replicate": 1, "hybrid": self._local, "shard": ranks.world()}
         possible = [way for way in WAYS if way not in impossible]
         fitting = [way for way in possible if needed / shares[way] <= free / 2]
@@ -128,12 +129,12 @@ class Layout:
         gathered = 3 if self._args.reshard_after_forward else 2  # and scattered, times the weights
         weights = sum(p.numel() for p in optimizer.subspace.parameters) * gathered / 2
         sends = {
-            "replicate": f"{size(sent(sums, world))} a rank",
+            "replicate": f"{size(sent_in_sum(sums, world))} a rank",
             "shard": f"{size(sent(weights + sums, world))} a rank",
         }
         if self.way == "hybrid":
             within = sent(weights + sums, self._local)
-            between = sent(sums, world // self._local)
+            between = sent_in_sum(sums, world // self._local)
             sends["hybrid"] = (
                 f"{size(within)} a rank within a machine, {size(between)} between machines"
             )
@@ -150,12 +151,9 @@ def sent(floats: float, ranks: int) -> float:
     return 4 * floats * 2 * (ranks - 1) / ranks
 
 
-def free_memory(device: torch.device) -> float:
-    """The bytes that are free to a rank: its accelerator's, or its share of the machine's."""
-    backend = torch.get_device_module(device)
-    if hasattr(backend, "mem_get_info"):
-        return backend.mem_get_info(device)[0]
-    return psutil.virtual_memory().available / ranks.local_world()
+def sent_in_sum(floats: int, ranks: int) -> float:
+    """The bytes that each rank sends in TWA's sum of so many `floats`."""
+    return 4 * floats * (ranks - 1) if gathers(4 * floats, ranks) else sent(floats, ranks)
 
 
 def size(count: float) -> str:

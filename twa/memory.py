@@ -120,8 +120,8 @@ class Plan:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can be allocated on `device`; None if unknown."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
+    backend = torch.get_device_module(device)
+    if hasattr(backend, "mem_get_info"):
+        cached = backend.memory_reserved(device) - backend.memory_allocated(device)
+        return backend.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available if device.type == "cpu" else None

@@ -70,11 +70,11 @@ class TWA(torch.optim.Optimizer):
 
     Many ranks train together for the price of n floats a step, with `process_group`: each has the
     whole model, not wrapped in DistributedDataParallel, and calls `backward` on its own share of
-    the batch; `step` all-reduces the gradient of the coefficients, and all ranks take the same
-    step, so that their weights stay equal to the bit. Start point and checkpoints are compared by
-    hash at the beginning, coefficients and rates at the first step and after every 100 again. What
-    every rank does at once: making the optimizer, and `step`. With a `GradScaler`, all ranks skip a
-    step that overflows on one. Buffers remain each rank's own.
+    the batch; `step` sums the gradient of the coefficients, and all ranks take the same step, so
+    that their weights stay equal to the bit. Start point and checkpoints are compared by hash at
+    the beginning, coefficients and rates at the first step and after every 100 again. What every
+    rank does at once: making the optimizer, and `step`. With a `GradScaler`, all ranks skip a step
+    that overflows on one. Buffers remain each rank's own.
 
     To resume, load `state_dict()` into an optimizer that was made with the same arguments, before
     or after the model's own is loaded.
