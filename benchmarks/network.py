@@ -102,6 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--head", type=number(int, 1), default=6, help="epochs of the head")
     add("--epochs", type=number(float, 0), default=2.0, help="epochs of each way")
     add("--every", type=number(int, 1), default=100, help="steps between two tests")
+    add("--steps-only", action="store_true", help="measure steps, and train nothing to its end")
     add("--seconds", type=number(float, 0), default=15.0, help="to time a cell for, about")
     add("--data-dir", default="./datasets", help="where FashionMNIST lies or is unpacked to")
     add("--work", default="./results/network", help="where the heads are kept")
@@ -126,7 +127,7 @@ def main():
         prepare(args, arch)
         cells = results.setdefault(arch, {})
         for way in args.ways:
-            curve = [CURVE] if WAYS[way].curve else []
+            curve = [CURVE] if WAYS[way].curve and not args.steps_only else []
             for wire in [*curve, *args.wires]:
                 cell = cells.setdefault(way, {})
                 if wire not in cell:
@@ -344,7 +345,7 @@ def measure(args: argparse.Namespace, arch: str, way: str, wire: str) -> None:
     if isinstance(trained.optimizer, TWA):
         results["coefficients"] = len(trained.optimizer.subspace)
     if wire == CURVE:
-        results[CURVE] = curve(args, trained, train, test)
+        results[CURVE] = curve(args, trained, train, test, args.epochs * WAYS[way].times)
     else:
         results |= rate(args, trained, train)
     if ranks.rank() == 0:
@@ -361,12 +362,17 @@ def epochs_of(train: data.Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 def curve(
-    args: argparse.Namespace, trained: Trained, train: data.Loader, test: data.Loader
+    args: argparse.Namespace,
+    trained: Trained,
+    train: data.Loader,
+    test: data.Loader,
+    epochs: float,
 ) -> list[dict]:
     """Trains to the end; the tests on the way."""
-    steps = max(1, round(args.epochs * len(train)))
+    steps = max(1, round(epochs * len(train)))
     if isinstance(trained.optimizer, TWA):  # as train_twa.py has it
-        trained.optimizer.param_groups[0]["lr"] = rate_of(steps, args.images)
+        rate = rate_of(steps, args.images, trained.optimizer.subspace.unit)
+        trained.optimizer.param_groups[0]["lr"] = rate
     scheduler = schedule_of(SCHEDULES["linear"], trained.optimizer, steps)
     tests = []
     batches = chain([None], islice(epochs_of(train), steps))  # tested before the first step, too
@@ -473,16 +479,19 @@ class Way:
     Attributes:
         make: makes a `Trained` of the model at the start point, the window and the start's file.
         curve: whether its accuracy is measured.
+        times: how many times the epochs of the others.
         ranks, hosts: how many ranks on how many hosts.
     """
 
     make: Callable[..., Trained] = field(repr=False)
     curve: bool = True
+    times: int = 1
     ranks: int = 1
     hosts: int = 2
 
 
-CHANNEL = {"granularity": "channel", "components": 12}
+LAYER = {"granularity": "layer", "unit": "block"}
+CHANNEL = {"granularity": "channel", "unit": "block", "components": 12}
 WAYS = {
     "SGD, DDP": Way(ddp),
     "SGD, PowerSGD of rank 2": Way(partial(power_sgd, rank=2)),
@@ -492,8 +501,9 @@ WAYS = {
     "TWA, hybrid 2x2": Way(hybrid, curve=False, ranks=2),
     "TWA, replicated": Way(replicated),
     "TWA, replicated, 4 bits": Way(partial(replicated, bits=4), curve=False),
-    "TWA, replicated, by layer": Way(partial(replicated, granularity="layer")),
+    "TWA, replicated, by layer": Way(partial(replicated, **LAYER)),
     "TWA, replicated, by channel": Way(partial(replicated, **CHANNEL)),
+    "TWA, replicated, by channel, twice the steps": Way(partial(replicated, **CHANNEL), times=2),
     "TWA, one process": Way(replicated, curve=False, hosts=1),
 }
 

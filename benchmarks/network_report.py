@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 CURVE = "curve"
-TWAS = ("TWA, replicated", "TWA, replicated, by layer", "TWA, replicated, by channel")
+CHANNEL = "TWA, replicated, by channel"
+TWAS = ("TWA, replicated", "TWA, replicated, by layer", CHANNEL, f"{CHANNEL}, twice the steps")
 RIVALS = ("SGD, DDP", "SGD, PowerSGD of rank 2", "local SGD, H = 10", "local SGD, H = 100")
 
 
@@ -25,7 +26,11 @@ def write_report(results: dict, folder: Path) -> None:
             lines += ["", *goals_table(curves, wires), "", *crossings_table(curves, wires)]
     (folder / "network.md").write_text("\n".join(lines[1:]) + "\n")
     (folder / "figures").mkdir(exist_ok=True)
-    draw(archs, folder / "figures/network.png")
+    trained = {
+        arch: ways for arch, ways in archs.items() if any(CURVE in ways[way] for way in ways)
+    }
+    if trained:
+        draw(trained, folder / "figures/network.png")
 
 
 def row(*cells: object) -> str:

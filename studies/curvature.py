@@ -27,7 +27,7 @@ def curvature(
         iterations: of the Lanczos method; a few find the largest within a tenth or two.
     """
     here = optimizer.coefficients.detach().clone()
-    in_spread = optimizer.subspace.spread is not None
+    in_spread = optimizer.subspace.scale is not None
     # Large enough for differences of float32 gradients, small enough for a quadratic loss.
     length = 0.03 if in_spread else 1e-3 * max(float(here.norm()), 1e-3)
 

@@ -45,6 +45,7 @@ from training import entry, flags
 from training.loop import autocast
 from twa import TWA, Subspace
 from twa.checkpoints import Checkpoint, load_into
+from twa.subspace import UNITS
 
 BUDGETS = (0.1, 0.2, 0.5, 1, 2, 5)  # epochs after the head
 TUNED_RATES = (0.01, 0.02, 0.05, 0.1)  # of the rival whose rate is tuned
@@ -195,6 +196,17 @@ def rates(bench: Bench) -> None:
         for name, make in kinds.items():
             method = Method(make(factor=factor))
             bench.measure(f"{name} | {factor:.3g}", partial(bench.trained, method))
+
+
+def units(bench: Bench) -> None:
+    """What coefficients count in, each at its own rate, beside SGD at the rate that was tuned."""
+    tuned_rates = {0.5: 0.05, 1: 0.02, 2: 0.05, 5: 0.1}
+    for budget, lr in tuned_rates.items():
+        rival = Method(partial(sgd, lr=lr), lambda bench: bench.best[0])
+        bench.measure(f"SGD on all weights | {budget:g}", partial(bench.trained, rival, budget))
+        for unit in UNITS:
+            method = in_spread(budget, "channel", unit)
+            bench.measure(f"{unit} | {budget:g}", partial(bench.trained, method, budget))
 
 
 def settings(bench: Bench) -> None:
@@ -412,9 +424,11 @@ def plane(bench: Bench) -> None:
 
 PARTS = {
     part.__name__.replace("_", "-"): part
-    for part in (head, spread, rates, settings, checkpoints, second_order, little, cost, plane)
+    for part in (
+        *(head, spread, units, rates, settings, checkpoints, second_order, little, cost, plane),
+    )
 }
-CHOOSING = ("rates", "settings", "checkpoints", "second-order")
+CHOOSING = ("units", "rates", "settings", "checkpoints", "second-order")
 
 if __name__ == "__main__":
     entry.run(main)

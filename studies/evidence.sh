@@ -26,6 +26,7 @@ for seed; do
     study little PreResNet20 FashionMNIST-12k-noisy
     study head PreResNet20 FashionMNIST
 done
+for seed in 4 5; do study units PreResNet20; done
 seed=1
 study plane PreResNet20
 study cost PreResNet20

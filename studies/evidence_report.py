@@ -217,6 +217,10 @@ def started(runs: Runs) -> str:
     return f"The start, the {START}: {accuracy} %, loss {loss}."
 
 
+def units(runs: Runs, figure: Path) -> list[str]:
+    return both(runs, "after so many epochs more", "validation")
+
+
 def rates(runs: Runs, figure: Path) -> list[str]:
     rows, factors = split(runs)
     lines = [started(runs), "", "Validation accuracy (%) at so many times the default rate, and"]
@@ -291,12 +295,23 @@ PAGES = {
         "rivals are SGD on all weights from rate 0.05 falling linearly to 0, and SGD with its "
         "whole schedule in as many epochs as head and budget; where the rate is tuned, it is the "
         "best of 0.01, 0.02, 0.05 and 0.1 by loss on 4,000 validation images, tried for each "
-        f"budget on the first seed, from the start point of TWA. “{SPREAD}” is TWA as it is by "
-        "default. The other rows of TWA are as it was: the paper's coordinates, from the mean of "
+        f"budget on the first seed, from the start point of TWA. “{SPREAD}” is TWA as the scripts "
+        "have it. The other rows of TWA are as it was: the paper's coordinates, from the mean of "
         "the last ten, at a rate from the curvature of the loss; “the recipe” was AdamW (below one "
         "epoch SGD) by channel, from the mean of the last five, chosen by validation images beside "
         "the 12,000.",
-        [("head", "By study", "", head)],
+        [
+            ("head", "By study", "", head),
+            (
+                "units",
+                "What coefficients count in",
+                "TWA by channel, in units of the spread along each direction or of the root mean "
+                "square of these in a block, each at its own rate (`rate_of`); and SGD on all "
+                "weights from the same start, at the rate that was tuned above. Other seeds, and "
+                "validation images: by these the unit and its rate were chosen.",
+                units,
+            ),
+        ],
     ),
     "settings": (
         "Results: which settings are safe",
@@ -368,9 +383,10 @@ PAGES = {
         "are learned by heart, as 600 of Digits are, the sample of them can choose neither start "
         "nor end: give --split there. Remedies tried against it: AdamW's weight decay of 5 towards "
         "the start, a fifth of the images kept out to choose by, half the rate; on FashionMNIST "
-        "none of them has been tried. The rate was 0.02 throughout: of 600 Digits it still is, of "
-        "FashionMNIST it is higher now where an epoch or more is trained, which has not been "
-        "measured, and starts were uniform means alone.",
+        "none of them has been tried. The rate was 0.02 and the unit the spread along each "
+        "direction throughout: of 600 Digits they still are, of FashionMNIST both are others now "
+        "where an epoch or more is trained, which has not been measured, and starts were uniform "
+        "means alone.",
         [],
     ),
 }

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import utils
 from training import data
-from training.coefficients import LateMean, keep_best
+from training.coefficients import LateMean, keep_best, unit_of
 from training.logs import write_json
 from training.loop import autocast, build, predict, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
@@ -251,12 +251,15 @@ class Recipe:
             count = {"last": 1, "SWA": len(window)}[name]
             start = average(window[-count:], model)
         steps = max(1, round(setting.epochs * len(train)))
+        samples = len(train.split)
+        unit = unit_of(setting.granularity, steps, samples)
         optimizer = TWA(
             model,
             window,
             start=start,
             granularity=setting.granularity,
-            lr=self.lr or rate_of(steps, len(train.split)),
+            unit=unit,
+            lr=self.lr or rate_of(steps, samples, unit),
             weight_decay=self.weight_decay,
             betas=self.betas,
         )

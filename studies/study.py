@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import utils
 from training import data, logs
-from training.coefficients import LateMean, averaging_weights, keep_best
+from training.coefficients import LateMean, averaging_weights, keep_best, unit_of
 from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA, best_start, rate_of
@@ -278,12 +278,15 @@ def sgd(bench: Bench, loader: data.Loader, lr: float = 0.05) -> torch.optim.Opti
     return torch.optim.SGD(bench.model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
 
 
-def in_spread(epochs: float, **arguments) -> Method:
-    """TWA as it is by default, in units of the window's spread; nothing is tuned."""
+def in_spread(epochs: float, granularity: str = "model", unit: str | None = None) -> Method:
+    """TWA in units of the window's spread; without `unit` as the scripts have it."""
 
     def make(bench: Bench, loader: data.Loader) -> TWA:
-        rate = rate_of(bench.steps_of(epochs), len(loader.split))
-        return TWA(bench.model, bench.window(), start=bench.best[0], lr=rate, **arguments)
+        steps, samples = bench.steps_of(epochs), len(loader.split)
+        of = unit or unit_of(granularity, steps, samples)
+        settings = {"unit": of, "lr": rate_of(steps, samples, of)}
+        start = bench.best[0]
+        return TWA(bench.model, bench.window(), start=start, granularity=granularity, **settings)
 
     return Method(make, lambda bench: bench.best[0], keeps_best=True)
 

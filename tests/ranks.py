@@ -40,7 +40,10 @@ CASES = {
     "Schmidt": ("uneven", PAPER),
     "Schmidt by layer": ("uneven", PAPER | {"granularity": "layer"}),
     "Schmidt by channel": ("uneven", PAPER | {"granularity": "channel"}),
-    "2 directions by layer": ("uneven", {"components": 2, "granularity": "layer"}),
+    "2 directions by layer": (
+        "uneven",
+        {"components": 2, "granularity": "layer", "unit": "block"},
+    ),
     "Schmidt, 8 bits by layer, uneven": ("uneven", PAPER | {"bits": 8, "granularity": "layer"}),
     "Schmidt, 8 bits": ("preresnet", PAPER | {"bits": 8, "lr": 1e-3}),
     "Schmidt, 8 bits by layer": (
@@ -147,7 +150,7 @@ def train(folder: Path, name: str, options: dict) -> dict:
         "start coefficients": state["state"][0]["start_coefficients"],
         "fingerprint": state["state"][0]["fingerprint"],
         "basis": basis,
-        "spread": subspace.spread,
+        "scale": subspace.scale,
         "averaging weights": optimizer.averaging_weights(),
         "start": start,
         "weights": whole(model),

@@ -769,7 +769,7 @@ def build_large(window: list[Path], group: Path | None) -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
     print("begun")
     basis = Subspace(large(), window, bits=4)
-    print(basis.spread.item())
+    print(basis.scale.item())
     del basis
     model = large()
     optimizer = TWA(model, window, bits=4)

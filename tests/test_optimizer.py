@@ -505,11 +505,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(base, arguments, g
     assert not torch.equal(first[1].coefficients, whole[1].coefficients)
 
 
-def test_the_rate_grows_with_the_root_of_the_steps_within_limits():
+def test_the_rate_grows_with_the_steps_within_limits():
     rates = [rate_of(steps) for steps in (0, 1, 25, 100, 400, 625, 10**6)]
     assert rates == pytest.approx([0.02, 0.02, 0.02, 0.04, 0.08, 0.1, 0.1])
     rates = [rate_of(400, samples) for samples in (10, 1000, 4000, 16_000, 10**6)]
     assert rates == pytest.approx([0.02, 0.02, 0.04, 0.08, 0.08])
+    rates = [rate_of(steps, unit="block") for steps in (0, 50, 100, 500, 10**6)]
+    assert rates == pytest.approx([0.02, 0.02, 0.04, 0.2, 0.2])
+    rates = [rate_of(400, samples, "block") for samples in (10, 1000, 4000, 16_000, 10**6)]
+    assert rates == pytest.approx([0.02, 0.04, 0.08, 0.16, 0.16])
 
 
 def test_a_state_brings_the_weights_along():
@@ -698,12 +702,14 @@ def test_averaging_weights_make_the_weights_of_the_model(run, extract):
 
 @pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
 @pytest.mark.parametrize("components", [None, 2])
+@pytest.mark.parametrize("unit", ["direction", "block"])
 @pytest.mark.parametrize("start", STARTS)
-def test_averaging_weights_are_the_nearest_point_of_the_span(start, components, granularity):
+def test_averaging_weights_are_the_nearest_point_of_the_span(start, unit, components, granularity):
     """Before and after training; what the start has outside the span stays in the model."""
     start, first = STARTS[start]()
     model = Small()
-    optimizer = TWA(model, small_run(), start=start, components=components, granularity=granularity)
+    basis = {"components": components, "granularity": granularity, "unit": unit}
+    optimizer = TWA(model, small_run(), start=start, **basis)
     rows = rows_of(model, small_run())
     outset = rows_of(model, [first])[0]
     basis = optimizer.subspace

@@ -380,15 +380,32 @@ def test_the_default_rate_trains(run, flags):
 
 
 @pytest.mark.parametrize(
-    ("words", "rate"), [("", 0.04), ("--opt Adam", 0.04), ("--opt SGD", 0.1), ("--lr 0.3", 0.3)]
+    ("words", "samples", "rate", "unit"),
+    [
+        ("", math.inf, 0.0566, "direction"),
+        ("--opt Adam", 8000, 0.0566, "direction"),
+        ("--opt SGD --granularity layer", 8000, 0.1, "direction"),
+        ("--lr 0.3", 8000, 0.3, "direction"),
+        ("--granularity layer", math.inf, 0.0566, "direction"),
+        ("--granularity layer", 8000, 0.08, "block"),
+        ("--granularity channel --opt Adam", 8000, 0.08, "block"),
+        ("--granularity channel --unit direction", 8000, 0.0566, "direction"),
+        ("--unit block", 8000, 0.08, "block"),
+        ("--extract Schmidt --granularity layer --lr 0.3", 8000, 0.3, "direction"),
+    ],
 )
-def test_a_rate_that_is_left_out_is_that_for_the_number_of_steps(words, rate):
+def test_rate_and_unit_that_are_left_out_are_those_for_steps_and_samples(
+    words, samples, rate, unit
+):
     parser = argparse.ArgumentParser()
     coefficients.add_arguments(parser, "linear")
     args = coefficients.check_arguments(parser.parse_args(words.split()))
     window = [torch.nn.Linear(3, 2).state_dict() for _ in range(3)]
-    optimizer = coefficients.optimizer_of(args, torch.nn.Linear(3, 2), window, steps=100)
-    assert optimizer.defaults["lr"] == optimizer.base.param_groups[0]["lr"] == pytest.approx(rate)
+    many = {"steps": 200, "samples": samples}
+    optimizer = coefficients.optimizer_of(args, torch.nn.Linear(3, 2), window, **many)
+    assert optimizer.subspace.unit == unit
+    actual = optimizer.defaults["lr"]
+    assert actual == optimizer.base.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-3)
 
 
 def test_one_checkpoint_has_a_direction_in_the_papers_coordinates_alone(run):

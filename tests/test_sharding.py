@@ -112,11 +112,11 @@ def test_the_start_point_has_the_same_fingerprint_on_any_number_of_ranks(whole, 
 
 
 @pytest.mark.parametrize("case", ["model", "layer", "channel", "3 directions"])
-def test_all_ranks_have_the_spread_of_one_process(whole, ranks, case):
-    expected = whole["ranks"][0][case]["spread"]
+def test_all_ranks_have_the_scale_of_one_process(whole, ranks, case):
+    expected = whole["ranks"][0][case]["scale"]
     for results in ranks:
-        assert torch.equal(results[case]["spread"], ranks[0][case]["spread"])
-        torch.testing.assert_close(results[case]["spread"], expected, rtol=1e-5, atol=0)
+        assert torch.equal(results[case]["scale"], ranks[0][case]["scale"])
+        torch.testing.assert_close(results[case]["scale"], expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("case", ["Schmidt", "Schmidt by layer", "Schmidt by channel"])

@@ -63,9 +63,9 @@ def gram_schmidt(w: torch.Tensor) -> torch.Tensor:
 
 
 def dense(basis: Subspace) -> torch.Tensor:
-    """P of all blocks, float64 [coefficients, D]: what `expand` makes of unit vectors, less σ."""
+    """P of all blocks, float64 [coefficients, D]: what `expand` makes of unit vectors, unscaled."""
     rows = torch.stack([basis.expand(unit) for unit in torch.eye(len(basis))]).double()
-    return rows if basis.spread is None else rows / basis.spread.double()[:, None]
+    return rows if basis.scale is None else rows / basis.scale.double()[:, None]
 
 
 def orthogonality_error(p: torch.Tensor) -> float:
@@ -77,8 +77,8 @@ def worst_reconstruction(basis: Subspace, w: torch.Tensor) -> float:
     back = torch.zeros_like(w) if basis.mean is None else basis.mean.double().repeat(len(w), 1)
     for result, row in zip(back, w, strict=True):
         coefficients = basis.project((row - result).float())
-        if basis.spread is not None:
-            coefficients /= basis.spread.square()
+        if basis.scale is not None:
+            coefficients /= basis.scale.square()
         result += basis.expand(coefficients)
     return float(((back - w).norm(dim=1) / w.norm(dim=1)).max())
 
@@ -271,7 +271,7 @@ def test_files_of_both_formats_and_wrapped_models_give_the_same_basis(tmp_path):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
 def test_both_products_use_the_same_values(bits, granularity):
-    """<Bᵀc, g> = <c, B g>, B = σP, and an element of P is off by the rounding of its tile alone."""
+    """<Bᵀc, g> = <c, B g>, B = uP, and an element of P is off by the rounding of its tile alone."""
     torch.manual_seed(0)
     model = make_model()
     states = walk(model, 10)
@@ -280,7 +280,7 @@ def test_both_products_use_the_same_values(bits, granularity):
     p, full = dense(basis), dense(exact)
     limit = ROUNDING[bits] * float(full.abs().max())
     assert float((p - full).abs().max()) <= limit
-    p *= basis.spread.double()[:, None]
+    p *= basis.scale.double()[:, None]
     gradient, coefficients = torch.randn(p.shape[1]), torch.randn(len(basis))
     torch.testing.assert_close(
         basis.project(gradient).double(), p @ gradient.double(), atol=1e-4, rtol=1e-4
@@ -304,8 +304,10 @@ def test_memory_is_what_the_bits_say(bits):
 
 
 def compile_small(monkeypatch) -> None:
-    """Has compiled kernels take over for a basis of any size."""
+    """Has compiled kernels take over for a basis of any size, a few tiles at a time."""
     monkeypatch.setattr(storage, "COMPILE_FROM", 0)
+    monkeypatch.setattr(storage, "CACHED_PART", 0)
+    monkeypatch.setattr(storage, "PART", 10_000)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -409,7 +411,7 @@ def test_directions_and_spread_are_those_of_an_svd_of_the_centred_window(granula
     states = walk(model, n, 0.1)
     w = rows(model, states)
     basis = Subspace(model, states, components=components, granularity=granularity)
-    expected, spread, start = [], [], 0
+    expected, spread, per_block, start = [], [], [], 0
     for columns in w.split(widths_of_blocks(granularity), dim=1):
         _, values, directions = torch.linalg.svd(columns - columns.mean(0), full_matrices=False)
         for i in range(min(n - 1, columns.shape[1], components or n)):
@@ -420,9 +422,13 @@ def test_directions_and_spread_are_those_of_an_svd_of_the_centred_window(granula
             scatter = (columns @ directions[i]).std(correction=0)
             assert spread[-1] == pytest.approx(scatter.item(), rel=1e-6)
         start += columns.shape[1]
+        per_block.append(torch.stack(spread[sum(map(len, per_block)) :]))
     expected, spread = torch.stack(expected), torch.stack(spread)
-    torch.testing.assert_close(basis.spread.double(), spread, rtol=1e-5, atol=0)
+    torch.testing.assert_close(basis.scale.double(), spread, rtol=1e-5, atol=0)
     torch.testing.assert_close(basis.mean.double(), w.mean(0), rtol=1e-6, atol=1e-7)
+    of_blocks = [(s[s > 0].square().mean().sqrt()).expand(len(s)) for s in per_block]
+    blocks = Subspace(model, states, components=components, granularity=granularity, unit="block")
+    torch.testing.assert_close(blocks.scale.double(), torch.cat(of_blocks), rtol=1e-5, atol=0)
     p = dense(basis)
     assert orthogonality_error(p) <= 1e-6
     signs = (p * expected).sum(1, keepdim=True).sign()
@@ -455,7 +461,7 @@ def test_neither_order_nor_scale_of_the_window_changes_the_directions():
     for others, factor in ((states[::-1], 1), (wider, 5)):
         other = Subspace(model, others)
         torch.testing.assert_close(dense(other), dense(basis), atol=1e-5, rtol=0)
-        torch.testing.assert_close(other.spread, factor * basis.spread, atol=0, rtol=1e-4)
+        torch.testing.assert_close(other.scale, factor * basis.scale, atol=0, rtol=1e-4)
 
 
 @pytest.mark.parametrize("width", [2, 9, 27, 39, 72])
@@ -541,7 +547,7 @@ def test_the_leading_principal_directions_are_kept(bits):
     near = 1e-5 if bits == 32 else 2e-2
     torch.testing.assert_close(overlap, torch.eye(4, dtype=torch.float64), atol=near, rtol=0)
     torch.testing.assert_close(
-        basis.spread.double(), values[:4] / math.sqrt(len(w)), atol=0, rtol=1e-4
+        basis.scale.double(), values[:4] / math.sqrt(len(w)), atol=0, rtol=1e-4
     )
     torch.testing.assert_close(basis.mean.double(), w.mean(0), atol=1e-6, rtol=0)
     if bits == 32:
@@ -593,7 +599,7 @@ def test_any_shapes_give_adjoint_products_and_coefficients_that_count(
     )
     p = dense(basis)
     assert p.isfinite().all() and (p != 0).any(dim=1).all()
-    scaled = p if basis.spread is None else p * basis.spread.double()[:, None]
+    scaled = p if basis.scale is None else p * basis.scale.double()[:, None]
     gradient = torch.randn(p.shape[1], generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(
         basis.project(gradient).double(), scaled @ gradient.double(), atol=1e-5, rtol=1e-4

@@ -12,6 +12,7 @@ from training import flags, optimizers
 from training.flags import number
 from training.optimizers import SCHEDULES
 from twa import TWA, rate_of
+from twa.subspace import UNITS
 from utils import UserError
 
 # In units of the window's spread it holds for every model and granularity that was tried.
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
     add("--bits", type=int, default=32, choices=(32, 8, 4), help="of a stored basis element")
     parts, parts_help = ("model", "layer", "channel"), "what has coefficients of its own"
     add("--granularity", default="model", choices=parts, help=parts_help)
+    unit_help = (
+        "of coefficients, with PCA: the spread along each direction, or that of its block; left "
+        "out, block by layer and by channel for 50 steps or more of Adam(W) on images, else "
+        "direction"
+    )
+    add("--unit", choices=UNITS, help=unit_help)
     add(
         "--opt",
         default="AdamW",
@@ -39,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
         help="optimizer of the coefficients",
     )
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    rates = "left out, with --extract PCA: 0.02 to 0.1 by the steps and images; for SGD 0.1"
+    rates = "left out, with --extract PCA: 0.02 to 0.2 by the steps and images; for SGD 0.1"
     add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
@@ -47,11 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """`args`; a `UserError` says which flags do not go together."""
-    if args.extract == "Schmidt" and args.components is not None:
-        raise UserError("--components: only with --extract PCA")
+    for flag, value in (("--components", args.components), ("--unit", args.unit)):
+        if args.extract == "Schmidt" and value is not None:
+            raise UserError(f"{flag}: only with --extract PCA")
     if args.lr is None and args.extract != "PCA":
         raise UserError(f"--lr: needed with --extract {args.extract}, in units of the weights")
     return args
+
+
+def unit_of(granularity: str, steps: int, samples: float) -> str:
+    """The unit of the coefficients that suits AdamW, for so many steps on so many samples.
+
+    In few steps, or where no sample is seen twice, as of a text, the window knows best where to go.
+    Samples that are seen again and again tell more, where there are coefficients to take it in.
+    """
+    many = granularity != "model" and steps >= 50 and samples < math.inf
+    return "block" if many else "direction"
 
 
 def optimizer_of(
@@ -75,12 +93,15 @@ def optimizer_of(
         UserError: all checkpoints are the same.
         twa.CheckpointError: a file of the window cannot be used.
     """
+    names = ("extract", "components", "bits", "granularity", "unit")
+    basis = {name: getattr(args, name) for name in names}
+    if args.unit is None:
+        adam = args.extract == "PCA" and args.opt != "SGD"
+        basis["unit"] = unit_of(args.granularity, steps, samples) if adam else "direction"
     rate = args.lr
     if rate is None:
-        rate = RATE_OF_SGD if args.opt == "SGD" else rate_of(steps, samples)
+        rate = RATE_OF_SGD if args.opt == "SGD" else rate_of(steps, samples, basis["unit"])
     base, settings = optimizers.chosen(args.opt.lower(), rate, args.weight_decay, args.momentum)
-    names = ("extract", "components", "bits", "granularity")
-    basis = {name: getattr(args, name) for name in names}
     try:
         optimizer = TWA(model, window, base, **basis, **arguments, **settings)
     except ValueError as error:

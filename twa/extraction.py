@@ -97,6 +97,13 @@ def principal_directions(products: Products, components: int) -> tuple[Tensor, T
     return _orthonormalising(gram) @ transform, (values / n).sqrt()
 
 
+def root_mean_squares(spread: Tensor) -> Tensor:
+    """In each block the root mean square in place of its positive elements, [blocks, rows]."""
+    there = spread > 0
+    mean = spread.square().sum(dim=1, keepdim=True) / there.sum(dim=1, keepdim=True).clamp(min=1)
+    return mean.sqrt() * there
+
+
 def mean_row(like: Tensor) -> Tensor:
     """The transform whose one row `T X` is the mean of the checkpoints: float64 [blocks, 1, n].
 

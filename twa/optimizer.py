@@ -26,20 +26,26 @@ COMPARE_EVERY = 100
 OWN = {"coefficients", "start_coefficients", "probe", "fingerprint"}
 
 
-def rate_of(steps: int, samples: float = math.inf) -> float:
+def rate_of(steps: int, samples: float = math.inf, unit: str = "direction") -> float:
     """The rate for a training of so many steps, of AdamW on coefficients in units of the spread.
 
-    With more steps there is time to go farther: 0.02 up to 25 steps, then growing by their square
-    root up to 0.1, to fall linearly to 0. What can be learned from few samples is learned near the
-    start, and beyond it they are learned by heart: of N samples the rate is at most 0.02 times
-    the root of N / 1000, if that is more than 0.02.
+    With more steps there is time to go farther, from 0.02 up, to fall linearly to 0: by the root of
+    the steps up to 0.1 in units of each direction's spread, by the steps up to 0.2 in those of the
+    block's. What can be learned from few samples is learned near the start, and beyond it they are
+    learned by heart: of N samples the rate is at most 0.02 (of the block: 0.04) times the root of
+    N / 1000, if that is more than 0.02.
 
     Args:
         steps: of the whole training.
         samples: in the training set, such as its images; left out, if none is seen many times, as
             of the text of a language model.
+        unit: as of `Subspace`.
     """
-    growth = min(math.sqrt(steps / 25), math.sqrt(samples / 1000), 5)
+    root = math.sqrt(samples / 1000)
+    if unit == "block":
+        growth = min(steps / 50, 2 * root, 10)
+    else:
+        growth = min(math.sqrt(steps / 25), root, 5)
     return RATE * max(1, growth)
 
 
@@ -89,7 +95,7 @@ class TWA(torch.optim.Optimizer):
         base: the class of the optimizer that steps on the coefficients, float32 of shape [n].
         start: the start point, a path or a `state_dict`, or `model` itself as it stands; the
             checkpoints' mean (SWA) if None.
-        extract, components, bits, granularity: the basis; see `Subspace`.
+        extract, components, bits, granularity, unit: the basis; see `Subspace`.
         radius: after a step, the coefficients of each block (all of them at granularity "model")
             whose root mean square is larger are scaled back to it, so that a rate that is much too
             large cannot take the model arbitrarily far from the checkpoints. From the mean, the
@@ -102,7 +108,7 @@ class TWA(torch.optim.Optimizer):
             machine to machine.
         **base_arguments: what `base` takes: `lr`, `momentum`, `weight_decay`, … Those left out are
             its own defaults, except that AdamW with "PCA" gets `lr=0.02` and `weight_decay=0`;
-            `lr=rate_of(steps, samples)` goes farther where there is time to.
+            `lr=rate_of(steps, samples, unit)` goes farther where there is time to.
 
     Attributes:
         coefficients: z, float32 [n]; `origin`, the same, is the start point's.
@@ -128,6 +134,7 @@ class TWA(torch.optim.Optimizer):
         components: int | None = None,
         bits: int = 32,
         granularity: str = "model",
+        unit: str = "direction",
         radius: float = 10.0,
         process_group: dist.ProcessGroup | None = None,
         **base_arguments,
@@ -146,6 +153,7 @@ class TWA(torch.optim.Optimizer):
             "components": components,
             "bits": bits,
             "granularity": granularity,
+            "unit": unit,
             "process_group": process_group,
         }
         self._replicas = Replicas(process_group)
@@ -178,7 +186,7 @@ class TWA(torch.optim.Optimizer):
         self._start_coefficients = self._replicas.take_first(coordinates)
         # The coefficients at which the model is the start point.
         self.origin = self._start_coefficients.clone()
-        if self.subspace.spread is not None:
+        if self.subspace.scale is not None:
             self.origin.zero_()
         self._flat = self.subspace.empty()  # For gradients and weights in turn.
         # Windows differ in this even where their starts and the start coefficients agree.
@@ -254,7 +262,7 @@ class TWA(torch.optim.Optimizer):
 
             loss = self.base.step(closure_at_coefficients)
         _copy_hyperparameters(self.base, self)  # Some optimizers keep numbers in their group.
-        if self.subspace.spread is not None and self._radius < math.inf:
+        if self.subspace.scale is not None and self._radius < math.inf:
             self.subspace.limit(self.coefficients, self._radius)
         self._write_weights()
         self._share_state()
@@ -343,8 +351,8 @@ class TWA(torch.optim.Optimizer):
     def _check_origin(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError unless coefficients of `state` mean here what they meant there."""
         # Between devices and numbers of ranks, sums are rounded differently: so near are the same.
-        spread = self.subspace.spread
-        floor, unit = (0.0, 1.0) if spread is None else (1e-3, float(spread.max()))
+        units = self.subspace.scale
+        floor, unit = (0.0, 1.0) if units is None else (1e-3, float(units.max()))
         near_start = 1e-5 * float(self._start_coefficients.norm()) + floor
         near_probe = 1e-4 * float(self._probe.norm()) + 1e-2 * unit
         same = torch.equal(state["fingerprint"].cpu(), self._fingerprint)

@@ -30,6 +30,7 @@ from twa.window import Window
 
 EXTRACTS = ("PCA", "Schmidt")
 GRANULARITIES = ("model", "layer", "channel")
+UNITS = ("direction", "block")
 
 
 def _full_precision(method: Callable) -> Callable:
@@ -48,15 +49,14 @@ def _full_precision(method: Callable) -> Callable:
 class Subspace:
     """A basis of the subspace that checkpoints span, and products with it.
 
-    Coefficients c stand for the weights `w = o + Pᵀ (σ ∘ c)`, P with orthonormal rows, block by
+    Coefficients c stand for the weights `w = o + Pᵀ (u ∘ c)`, P with orthonormal rows, block by
     block. `extract` says which:
 
-    - "PCA": the rows of P are the principal directions p_i of the window, centred on its mean;
-      σ_i is the standard deviation of the checkpoints along p_i (their root mean square about the
-      mean), and the origin o is the mean. So the unit of a coefficient is the spread of the window:
-      over the checkpoints, each coefficient has mean 0 and variance 1.
+    - "PCA": the rows of P are the principal directions p_i of the window, centred on its mean; the
+      origin o is the mean. The units u are those of the window's spread, the standard deviation σ_i
+      of the checkpoints along p_i (their root mean square about the mean): see `unit`.
     - "Schmidt": the rows of P come from Gram–Schmidt in the order of the checkpoints (Section 3 of
-      Li et al., ICLR 2023); σ = 1 and o = 0, so the unit is that of the weights.
+      Li et al., ICLR 2023); u = 1 and o = 0, so the unit is that of the weights.
 
     Args:
         model: its trainable parameters are the columns, and their device is the basis's. Where
@@ -76,13 +76,17 @@ class Subspace:
             coefficients of its own. A layer is a module that owns parameters; one that owns only
             vectors, such as batch norm, joins the layer before it. A channel is an index of a
             weight's first dimension; the vectors of a layer form one block.
+        unit: what a coefficient counts in: "direction", the spread σ_i along its own direction, so
+            that over the checkpoints it has mean 0 and variance 1; or "block", the root mean square
+            of the σ_i of its block. By σ_i a step goes where the checkpoints went; by the block's
+            it goes as far along every direction. For "PCA" only.
         process_group: the ranks that hold the same model (or the same shards of it), if there are
             several. They take over the first one's directions: those that another machine
             computes may be others where the spread is the same in several.
 
     Attributes:
         parameters: the model's trainable parameters behind the columns, in order.
-        spread: σ, float32 [len(self)]; None for "Schmidt".
+        scale: u, float32 [len(self)]; None for "Schmidt".
         mean: the mean of the checkpoints, float32 [D]; None for "Schmidt".
         dropped: the checkpoints (path, or `checkpoints[3]`) that "Schmidt" left out because
             in every block they depend linearly on the ones before them.
@@ -106,11 +110,12 @@ class Subspace:
         components: int | None = None,
         bits: int = 32,
         granularity: str = "model",
+        unit: str = "direction",
         process_group: dist.ProcessGroup | None = None,
     ):
         checkpoints = listed(model, checkpoints)
-        _check_arguments(checkpoints, extract, components, bits, granularity)
-        self._extract, self._granularity = extract, granularity
+        _check_arguments(checkpoints, extract, components, bits, granularity, unit)
+        self._extract, self._granularity, self.unit = extract, granularity, unit
         self._columns = Columns(model)
         self.parameters = self._columns.parameters
         device, total = self.parameters[0].device, self._columns.total
@@ -122,7 +127,7 @@ class Subspace:
             {
                 "model": [(*self._columns.names, *(p.shape for p in self.parameters))],
                 "number of checkpoints": n,
-                "basis": (extract, components, bits, granularity),
+                "basis": (extract, components, bits, granularity, unit),
             }
         )
         plan = Plan(n, extract, components, bits, device)
@@ -142,23 +147,23 @@ class Subspace:
         self.mean = None
         if extract == "PCA":
             self.mean = rows[-1] if in_place else self.empty()
-        # The rows σP as combinations of the checkpoints, [blocks, height, n]; float32 for channels,
+        # The rows uP as combinations of the checkpoints, [blocks, height, n]; float32 for channels,
         # which are many.
         self._transforms: list[tuple[Blocks, Tensor]] = []
         dtype = torch.float32 if granularity == "channel" else torch.float64
         used = torch.zeros(n, dtype=torch.float32, device="cpu")
-        spread = torch.zeros(self._count, height, dtype=torch.float32, device="cpu")
+        units = torch.zeros(self._count, height, dtype=torch.float32, device="cpu")
         for batch in (part for group in blocks for part in group.split(chunk)):
             weights, of_batch, kept = self._build(batch, window, height)
             self._transforms.append((batch, weights.to(dtype)))
             used += kept
             if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
-                spread[batch.numbers] = of_batch.float()
+                units[batch.numbers] = of_batch.float()
         if many:
             names = (f"checkpoint {Path(name).name}" for name in window.names)
             hashes = self._ranks.sum(window.hashes).tolist()
             self._replicas.check(dict(zip(names, hashes, strict=True)))
-        self._number_coefficients(spread)
+        self._number_coefficients(units)
         used = self._ranks.sum(used.to(device)).tolist()
         self.dropped = [name for name, use in zip(window.names, used, strict=True) if not use]
         if self.dropped and self._ranks.first:
@@ -173,20 +178,22 @@ class Subspace:
         """Computes the basis of the blocks in `batch` and stores it.
 
         Returns:
-            on the CPU, the rows σP as combinations of the checkpoints, float64 [blocks, height, n];
-            σ, float64 [blocks, height], 0 for rows that a block does not have; and which
+            on the CPU, the rows uP as combinations of the checkpoints, float64 [blocks, height, n];
+            u, float64 [blocks, height], 0 for rows that a block does not have; and which
             checkpoints are in the basis, bool [n].
         """
         products = functools.partial(window.products, batch)
         dtype, kept = torch.float64, torch.ones(1, len(window.rows), dtype=torch.bool)
         if self._extract == "PCA":
-            transform, spread = extraction.principal_directions(products, height)
+            transform, units = extraction.principal_directions(products, height)
+            if self.unit == "block":
+                units = extraction.root_mean_squares(units)
         else:
             single = _single_precision_is_exact(window.rows.device)
             transform, kept, dtype = extraction.gram_schmidt(products, single)
             kept = self._replicas.take_first(kept)
-            spread = (transform != 0).any(dim=2).double()
-        transform, spread = map(self._replicas.take_first, (transform, spread))
+            units = (transform != 0).any(dim=2).double()
+        transform, units = map(self._replicas.take_first, (transform, units))
         with_mean = transform
         if self.mean is not None:
             with_mean = torch.cat([transform, extraction.mean_row(transform)], dim=1)
@@ -196,25 +203,25 @@ class Subspace:
             self._storage.fill(start, rows[:height])
             if self.mean is not None:
                 self.mean[start : start + rows.shape[1]] = rows[-1]
-        weights = extraction.of_checkpoints(spread[:, :, None] * transform).cpu()
+        weights = extraction.of_checkpoints(units[:, :, None] * transform).cpu()
         kept = kept.cpu()
-        return weights.masked_fill_(~kept[:, None], 0), spread.cpu(), kept.any(dim=0)
+        return weights.masked_fill_(~kept[:, None], 0), units.cpu(), kept.any(dim=0)
 
-    def _number_coefficients(self, spread: Tensor) -> None:
+    def _number_coefficients(self, units: Tensor) -> None:
         """Numbers the rows that exist: a block of low rank has fewer than others.
 
         Args:
-            spread: σ [blocks, height], 0 where a block has no such row and in blocks that another
+            units: u [blocks, height], 0 where a block has no such row and in blocks that another
                 rank accounts for.
         """
-        self._shape = spread.shape
-        spread = self._ranks.sum(spread.to(self.parameters[0].device)).flatten()
-        index = spread.nonzero()[:, 0]
+        self._shape = units.shape
+        units = self._ranks.sum(units.to(self.parameters[0].device)).flatten()
+        index = units.nonzero()[:, 0]
         if self._extract == "PCA" and not len(index):
             raise ValueError("the checkpoints do not differ: there is nothing to average")
         self._length = len(index)
-        self._index = index if self._length < len(spread) else None
-        self.spread = spread[index] if self._extract == "PCA" else None
+        self._index = index if self._length < len(units) else None
+        self.scale = units[index] if self._extract == "PCA" else None
 
     def __len__(self) -> int:
         """The number of coefficients, all blocks together."""
@@ -232,7 +239,7 @@ class Subspace:
 
     @_full_precision
     def project(self, gradients: Tensor, riders: Tensor | None = None) -> Tensor:
-        """`σ ∘ P g`: the gradient with respect to the coefficients.
+        """`u ∘ P g`: the gradient with respect to the coefficients.
 
         Args:
             gradients: float32 [D], in the order of the columns.
@@ -250,11 +257,11 @@ class Subspace:
             products = summed[: len(products)]
             riders.copy_(summed[len(products) :])
         products = products if self._index is None else products[self._index]
-        return products if self.spread is None else products * self.spread
+        return products if self.scale is None else products * self.scale
 
     @_full_precision
     def expand(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
-        """`Pᵀ (σ ∘ c)`: weights from coefficients c, less the origin.
+        """`Pᵀ (u ∘ c)`: weights from coefficients c, less the origin.
 
         Args:
             coefficients: float32 [len(self)].
@@ -265,7 +272,7 @@ class Subspace:
             float32 [D], in the order of the columns; `out` if given.
         """
         out = self.empty() if out is None else out
-        scaled = coefficients if self.spread is None else coefficients * self.spread
+        scaled = coefficients if self.scale is None else coefficients * self.scale
         self._storage.expand(self._by_block(scaled), out)
         return out
 
@@ -280,7 +287,7 @@ class Subspace:
             float32 [len(self)].
         """
         weights = weights if self.mean is None else weights - self.mean
-        square = 1 if self.spread is None else self.spread.square()
+        square = 1 if self.scale is None else self.scale.square()
         coefficients = self.project(weights) / square
         # Again for the remainder: it corrects the rounding of sums as long as the model.
         rest = self.expand(coefficients)
@@ -379,20 +386,22 @@ class Subspace:
         return padded.view(self._shape)
 
 
-def _check_arguments(checkpoints, extract, components, bits, granularity) -> None:
+def _check_arguments(checkpoints, extract, components, bits, granularity, unit) -> None:
     if not len(checkpoints):
         raise ValueError("no checkpoints were given")
     for name, value, allowed in (
         ("extract", extract, EXTRACTS),
         ("bits", bits, BITS),
         ("granularity", granularity, GRANULARITIES),
+        ("unit", unit, UNITS),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
     if len(checkpoints) == 1 and extract == "PCA":
         raise ValueError("extract 'PCA' takes two checkpoints or more: one has no spread")
-    if extract == "Schmidt" and components is not None:
-        raise ValueError("components belongs to extract 'PCA', not to 'Schmidt'")
+    for name, given in (("components", components is not None), ("unit", unit == "block")):
+        if extract == "Schmidt" and given:
+            raise ValueError(f"{name} belongs to extract 'PCA', not to 'Schmidt'")
     if components is not None and components < 1:
         raise ValueError(f"components must be 1 or more, not {components!r}")
 
