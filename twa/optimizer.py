@@ -30,7 +30,7 @@ def rate_of(steps: int, samples: float = math.inf, unit: str = "direction") -> f
     """The rate for a training of so many steps, of AdamW on coefficients in units of the spread.
 
     With more steps there is time to go farther, from 0.02 up, to fall linearly to 0: by the root of
-    the steps up to 0.1 in units of each direction's spread, by the steps up to 0.2 in those of the
+    the steps up to 0.1 in units of each direction's spread, by the steps up to 0.14 in those of the
     block's. What can be learned from few samples is learned near the start, and beyond it they are
     learned by heart: of N samples the rate is at most 0.02 (of the block: 0.04) times the root of
     N / 1000, if that is more than 0.02.
@@ -43,7 +43,7 @@ def rate_of(steps: int, samples: float = math.inf, unit: str = "direction") -> f
     """
     root = math.sqrt(samples / 1000)
     if unit == "block":
-        growth = min(steps / 50, 2 * root, 10)
+        growth = min(steps / 50, 2 * root, 7)
     else:
         growth = min(math.sqrt(steps / 25), root, 5)
     return RATE * max(1, growth)
