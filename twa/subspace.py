@@ -87,6 +87,7 @@ class Subspace:
     Attributes:
         parameters: the model's trainable parameters behind the columns, in order.
         scale: u, float32 [len(self)]; None for "Schmidt".
+        unit: as given.
         mean: the mean of the checkpoints, float32 [D]; None for "Schmidt".
         dropped: the checkpoints (path, or `checkpoints[3]`) that "Schmidt" left out because
             in every block they depend linearly on the ones before them.
