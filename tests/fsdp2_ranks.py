@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from training.ranks import leave
 from twa import TWA
 
 STEPS, HALF = 10, 5
@@ -88,6 +89,8 @@ def main(folder: Path):
     if accelerator.is_main_process:
         torch.save(found, folder / f"{ranks}.pt")
     accelerator.end_training()
+    if ranks > 1:
+        leave(0)
 
 
 if __name__ == "__main__":
