@@ -52,12 +52,13 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 import utils
 from training import data, entry, ranks
+from training.files import save
 from training.flags import number
 from training.logs import write_json
 from training.loop import autocast, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA, best_start, rate_of
-from twa.checkpoints import load_into, save
+from twa.checkpoints import load_into
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,10 +26,11 @@ import torch
 import models
 import utils
 from training import data, entry, flags, locks, logs, optimizers, ranks
+from training.files import load_verified, save
 from training.flags import number
 from training.loop import Diverged, Trainer, build, describe
 from training.optimizers import OPTIMIZERS, SCHEDULES
-from twa.checkpoints import CheckpointError, load_verified, save
+from twa.checkpoints import CheckpointError
 from utils import UserError
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 import models
 import utils
 from training import coefficients, data, entry, flags, image_folders, locks, logs, ranks, report
+from training.files import load_verified, save
 from training.flags import number
 from training.loop import (
     Trainer,
@@ -45,7 +46,7 @@ from training.loop import (
     skipped_images,
 )
 from training.optimizers import SCHEDULES
-from twa.checkpoints import Checkpoint, average, load_into, load_verified, save
+from twa.checkpoints import Checkpoint, average, load_into
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on

@@ -29,12 +29,13 @@ from torch.nn import functional as F
 import utils
 from training import data
 from training.coefficients import LateMean, keep_best, unit_of
+from training.files import save
 from training.logs import write_json
 from training.loop import autocast, build, predict, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from training.windows import name_of
 from twa import TWA, best_start, rate_of
-from twa.checkpoints import average, last_means, load_into, save
+from twa.checkpoints import average, last_means, load_into
 from twa.optimizer import RATE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from training.files import replacing, save
 from twa.checkpoints import (
     CheckpointError,
     Fit,
@@ -22,8 +23,6 @@ from twa.checkpoints import (
     load,
     load_into,
     load_state_dict,
-    replacing,
-    save,
 )
 
 

@@ -15,7 +15,7 @@ import models
 from models import clip
 from soup import soup
 from training import image_folders
-from twa.checkpoints import save
+from training.files import save
 
 TINY = {"patch": 8, "width": 32, "layers": 2, "heads": 2, "features": 16}
 CLASSES, SIZE = 3, 32

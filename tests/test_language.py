@@ -28,8 +28,9 @@ from torch.nn import functional as F
 import models
 from models.gpt import GPT, rotate
 from training import text
+from training.files import save
 from training.loop import evaluate
-from twa.checkpoints import average, load, load_into, load_state_dict, save
+from twa.checkpoints import average, load, load_into, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, TWA = "lm/train.py", "train_twa.py"

@@ -41,11 +41,12 @@ from test_scripts import (
 
 import models
 from training import data, entry, report, states
+from training.files import save
 from training.locks import lock
 from training.runs import clear
 from training.signals import Signals, Stopped
 from training.states import save_state
-from twa.checkpoints import CheckpointError, load, load_state_dict, save, verify
+from twa.checkpoints import CheckpointError, load, load_state_dict, verify
 from utils import UserError
 
 FINETUNE, SOUP = "soup/finetune.py", "soup/soup.py"

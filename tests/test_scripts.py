@@ -27,9 +27,10 @@ from processes import ROOT, Result
 import models
 import utils
 from training import coefficients, data, logs
+from training.files import save
 from training.loop import evaluate, reestimate_bn
 from training.states import load_state, save_state
-from twa.checkpoints import average, load_into, load_state_dict, save
+from twa.checkpoints import average, load_into, load_state_dict
 
 SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
 

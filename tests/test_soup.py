@@ -16,8 +16,9 @@ import train_twa
 from soup import finetune, soup
 from training import data, entry
 from training.data import DATASETS, Split
+from training.files import save
 from training.optimizers import SCHEDULES, schedule_of
-from twa.checkpoints import average, save
+from twa.checkpoints import average
 from utils import UserError
 
 DIGITS = ["--datasets", "Digits", "--batch-size", "64", "--device", "cpu"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from training.files import save
 from twa import CheckpointError, best_start
-from twa.checkpoints import average, last_means, load_into, save
+from twa.checkpoints import average, last_means, load_into
 
 
 def model_of(weight: float) -> nn.Module:

@@ -23,7 +23,7 @@ from torchvision.datasets import mnist
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
-from twa.checkpoints import replacing
+from training.files import replacing
 from utils import UserError
 
 

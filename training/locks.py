@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from training import ranks
-from twa.checkpoints import replacing
+from training.files import replacing
 from utils import UserError, make_directory
 
 

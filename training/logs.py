@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from training import ranks
+from training.files import replacing, unwritten
 from training.trackers import Trackers
-from twa.checkpoints import CheckpointError, replacing, unwritten
+from twa.checkpoints import CheckpointError
 from utils import UserError, make_directory
 
 

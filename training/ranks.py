@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from twa.checkpoints import check_finite, save
+from training.files import save
+from twa.checkpoints import check_finite
 from utils import UserError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from training import flags, logs
-from twa.checkpoints import replacing
+from training.files import replacing
 
 # One colour a method in every figure.
 COLOURS = {

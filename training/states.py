@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from training import ranks
-from twa.checkpoints import check_finite, load, load_into, save, verify
+from training.files import save
+from twa.checkpoints import check_finite, load, load_into, verify
 from utils import UserError
 
 # 1: without progress within an epoch; 2: fewer settings; 3: no fingerprint of TWA; 4: settings

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from training import data
+from training.files import replacing
 from training.flags import number
-from twa.checkpoints import replacing
 from utils import UserError, make_directory
 
 NAME = "Text"

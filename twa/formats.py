@@ -91,8 +91,8 @@ def load(path: str | os.PathLike):
       left out.
 
     Damage within a tensor is not found here, but by `verify`. If a file is overwritten in place,
-    rather than replaced as `twa.checkpoints.save` does, its tensors change with it, or this process
-    ends with a bus error where the file became shorter.
+    rather than replaced by another, its tensors change with it, or this process ends with a bus
+    error where the file became shorter.
 
     Raises:
         CheckpointError: a file is missing, unreadable, truncated, or holds pickled code; an index

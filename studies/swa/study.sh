@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study of the tail stage: SGD, SWA and TWA on FashionMNIST with PreResNet20.
 #
-#     bash study.sh [SEED ...]        seeds 1 2 3 if left out; about 45 minutes of one core each
+#     bash study.sh [SEED ...]        seeds 1 2 3 if left out; about an hour of one core each
 #
 # What is in results/ is not run again, so it can be stopped and started at will, and several seeds
 # can run side by side (OMP_NUM_THREADS=1 then). Ends with the tables in README.md and docs/RESULTS.md.
@@ -13,37 +13,48 @@ epochs=10 swa_start=5
 work=../../results/swa_study
 mkdir -p results
 
-# sgd NAME [FLAGS]: a run of swa/train.py in $work/NAME.SEED; its results are NAME.SEED.json.
-sgd() {
-    local dir=$work/$1.$seed kept=results/$1.$seed.json
-    [ -e "$kept" ] && return
-    "$PYTHON" -u ../../swa/train.py --dir "$dir" --dataset FashionMNIST --data_path ../../datasets \
-        --model PreResNet20 --epochs $epochs --lr_init 0.1 --wd 1e-4 --batch_size 128 --amp \
-        --seed "$seed" -p 1000 --resume "${@:2}"
-    cp "$dir/swa.json" "$kept"
+# train NAME [FLAGS]: a run of swa/train.py in $work/NAME.SEED; nothing where it is finished.
+train() {
+    "$PYTHON" -u ../../swa/train.py --dir "$work/$1.$seed" --dataset FashionMNIST \
+        --data_path ../../datasets --model PreResNet20 --epochs $epochs --lr_init 0.1 --wd 1e-4 \
+        --batch_size 128 --amp --seed "$seed" -p 1000 --resume "${@:2}"
 }
 
-# twa RUN NAME FLAGS: train_twa.py over the tail of the run RUN; its results are RUN.NAME.SEED.json.
+# sgd NAME [FLAGS]: the results of such a run, NAME.SEED.json.
+sgd() {
+    [ -e "results/$1.$seed.json" ] && return
+    train "$@"
+    cp "$work/$1.$seed/swa.json" "results/$1.$seed.json"
+}
+
+# twa NAME FLAGS: train_twa.py over the tail of $run; its results are RUN.NAME.SEED.json.
 twa() {
-    local dir=$work/$1.$seed kept=results/$1.$2.$seed.json
+    local dir=$work/$run.$seed kept=results/$run.$1.$seed.json
     [ -e "$kept" ] && return
+    train "$run" "${tail[@]}" # Its checkpoints may be gone where its results are not.
     "$PYTHON" -u ../../train_twa.py --datasets FashionMNIST --data-dir ../../datasets \
         --arch PreResNet20 --params_start $swa_start --params_end $((epochs + 1)) --epochs 1 \
-        --batch-size 128 --amp --randomseed "$seed" -p 1000 --resume "${@:3}" \
-        --save-dir "$dir/checkpoints" --log-dir "$dir" --out "$dir/$2"
-    cp "$dir/$2/twa.json" "$kept"
+        --batch-size 128 --amp --randomseed "$seed" -p 1000 --resume "${@:2}" \
+        --save-dir "$dir/checkpoints" --log-dir "$dir" --out "$dir/$1"
+    cp "$dir/$1/twa.json" "$kept"
 }
 
 [ $# -gt 0 ] || set -- 1 2 3
 for seed; do
     for swa_lr in 0.05 0.1; do
-        run=swa$swa_lr
-        sgd $run --swa --swa_start $swa_start --swa_lr $swa_lr --eval_freq 5
+        run=swa$swa_lr tail=(--swa --swa_start $swa_start --swa_lr $swa_lr --eval_freq 5)
+        sgd "$run" "${tail[@]}"
         # The paper's choices but for the rate: from the last checkpoint, step schedule.
         paper="--extract Schmidt --opt SGD --lr 0.37"
-        twa $run paper $paper --schedule step --train_start $epochs --wd 5e-5
-        twa $run mean $paper --schedule linear --train_start -1 --wd 1e-5
-        twa $run spread # coefficients in the spread of the window, nothing chosen
+        twa paper $paper --schedule step --train_start $epochs --wd 5e-5
+        twa mean $paper --schedule linear --train_start -1 --wd 1e-5
+        # Coefficients in units of the window's spread, nothing chosen.
+        twa spread
+        twa channel --granularity channel
+        if [ ! -e "results/$run.sgd.$seed.json" ]; then
+            train "$run" "${tail[@]}"
+            "$PYTHON" -u rival.py "$run" "$seed"
+        fi
     done
     # The usual alternative to a tail: the rate falls to 0.01 · lr_init over all epochs.
     sgd sgd

@@ -1,0 +1,51 @@
+"""The rival of TWA in the tail: one epoch of SGD on all weights, from the best average.
+
+    python rival.py RUN SEED       to results/RUN.sgd.SEED.json
+
+RUN names an SWA run of study.sh. The rate falls linearly from each of four; all are kept. All
+60,000 images are trained on, so there are none to choose a rate by: the table takes the one with
+the lowest test loss, which favours the rival.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from study import BATCH, ROOT, fit
+
+import utils
+from training import data
+from training.logs import write_json
+from training.loop import build, evaluate, reestimate_bn, sample_loss
+from twa import best_start
+from twa.checkpoints import load_into
+
+RATES = (0.005, 0.01, 0.02, 0.05)
+
+
+def main(run: str, seed: int) -> None:
+    window = [ROOT / f"results/swa_study/{run}.{seed}/checkpoints/{i}.pt" for i in range(5, 11)]
+    utils.set_seed(seed)
+    images, test = data.load("FashionMNIST", ROOT / "datasets", torch.device("cpu"))
+    train = data.Loader(images, BATCH, train=True, seed=seed, channels_last=True)
+    judge = data.Loader(test, 1000, train=False, channels_last=True)
+    layout = argparse.Namespace(amp=True, compile=False)
+    model = build("PreResNet20", images.spec, torch.device("cpu"), layout)
+    start, _ = best_start(model, window, lambda: sample_loss(model, train, amp=True))
+    results = {}
+    for lr in RATES:
+        load_into(model, start)
+        sgd = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+        fit(model, train, sgd, len(train), "linear")
+        reestimate_bn(model, train, amp=True)
+        results[f"{lr:g}"] = evaluate(model, judge, amp=True) | {"epochs": 11}
+        print(f"{run}.{seed} {lr:g}: {results[f'{lr:g}']}", flush=True)
+    results["SGD"] = min(results.values(), key=lambda found: found["loss"])
+    write_json({"results": results}, ROOT / f"studies/swa/results/{run}.sgd.{seed}.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
