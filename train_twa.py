@@ -114,8 +114,8 @@ def train_twa(args):
             print("\n".join(filter(None, [report.table(solutions), skipped])))
         return
 
-    def loss() -> float:
-        return sample_loss(model, train, args.amp)
+    def loss(last: bool = False) -> float:
+        return sample_loss(model, train, args.amp, last)
 
     started = time.perf_counter()
     start, checkpoint, compared = windows.start_of(window, args, model, loss)
@@ -153,7 +153,7 @@ def train_twa(args):
 
     end, started = {}, time.perf_counter()
     if args.extract == "PCA":
-        end = coefficients.keep_best(optimizer, late, loss)
+        end = coefficients.keep_best(optimizer, late, lambda: loss(last=True))
         run.log.line(f"end: {coefficients.comparison(end)}")
     seconds = build_seconds + sum(m["seconds"] for m in run.log.epochs)
     seconds += time.perf_counter() - started

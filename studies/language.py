@@ -129,8 +129,8 @@ class Bench:
             self._starts[key] = start, losses, time.process_time() - started
         return self._starts[key]
 
-    def sample_loss(self) -> float:
-        return sample_loss(self.model, self.train, amp=True)
+    def sample_loss(self, last: bool = False) -> float:
+        return sample_loss(self.model, self.train, True, last)
 
     def measure(self, name: str, make: Callable[[], dict]) -> None:
         """Adds what `make` returns, and the losses of the model then, unless there is the entry."""
@@ -166,7 +166,7 @@ class Bench:
             building, late = time.process_time() - started, LateMean(optimizer, steps)
             self.fitted(optimizer, steps, "linear")
             training = time.process_time() - started - building
-            ends = keep_best(optimizer, late, self.sample_loss)
+            ends = keep_best(optimizer, late, lambda: self.sample_loss(last=True))
             choosing += time.process_time() - started - building - training
             return {
                 "steps": steps,

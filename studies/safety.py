@@ -241,8 +241,8 @@ class Recipe:
             chooser = bench.loader(train.split.part(slice(cut)))
             train = bench.loader(train.split.part(slice(cut, None)))
 
-        def loss() -> float:
-            return sample_loss(model, chooser, bench.amp)
+        def loss(last: bool = False) -> float:
+            return sample_loss(model, chooser, bench.amp, last)
 
         if setting.start == "auto":
             start, losses = best_start(model, window, loss)
@@ -266,7 +266,7 @@ class Recipe:
         )
         late = LateMean(optimizer, steps)
         entry, points = trained(bench, train, optimizer, steps)
-        sample = keep_best(optimizer, late, loss)
+        sample = keep_best(optimizer, late, lambda: loss(last=True))
         if min(sample.values()) > (1 - self.worse) * sample["start"]:
             optimizer.set_coefficients(optimizer.origin)
             kept = "start"

@@ -34,9 +34,15 @@ def tail_table() -> list[str]:
         names += [
             (f"SGD in the tail (last checkpoint), swa_lr {rate}", f"swa{rate}", "SGD"),
             (f"SWA, swa_lr {rate}", f"swa{rate}", "SWA"),
-            (f"TWA from the last checkpoint, swa_lr {rate}", f"swa{rate}.paper", "TWA"),
-            (f"TWA from the mean, swa_lr {rate}", f"swa{rate}.mean", "TWA"),
-            (f"TWA, in units of the spread, swa_lr {rate}", f"swa{rate}.spread", "TWA"),
+            (
+                f"TWA, the paper's, from the last checkpoint, swa_lr {rate}",
+                f"swa{rate}.paper",
+                "TWA",
+            ),
+            (f"TWA, the paper's, from the mean, swa_lr {rate}", f"swa{rate}.mean", "TWA"),
+            (f"TWA, its defaults, swa_lr {rate}", f"swa{rate}.spread", "TWA"),
+            (f"TWA, its defaults, by channel, swa_lr {rate}", f"swa{rate}.channel", "TWA"),
+            (f"SGD on all weights, as long, swa_lr {rate}", f"swa{rate}.sgd", "SGD"),
         ]
     rows = [
         (title, *scores(runs[name], solution), f"{runs[name][0][solution]['epochs']:.4g}")

@@ -142,9 +142,9 @@ class Bench:
         start, losses = best_start(self.model, self.window(), self.sample_loss)
         return start, losses, time.perf_counter() - started
 
-    def sample_loss(self) -> float:
-        """The loss of the model on a sample of training images."""
-        return sample_loss(self.model, self.train, amp=True)
+    def sample_loss(self, last: bool = False) -> float:
+        """The loss of the model on a sample of training images, the first ones or the last."""
+        return sample_loss(self.model, self.train, True, last)
 
     def validation_loss(self) -> float:
         """The loss of the model on images that no run is trained on."""
@@ -208,7 +208,7 @@ class Bench:
             starts = {str(count): loss for count, loss in losses.items()}
             entry |= {"starts": starts, "start_seconds": seconds}
             started -= seconds
-            entry["ends"] = keep_best(optimizer, late, self.sample_loss)
+            entry["ends"] = keep_best(optimizer, late, lambda: self.sample_loss(last=True))
         entry["seconds"] = time.perf_counter() - started
         if isinstance(optimizer, TWA):
             entry["lr"] = optimizer.defaults["lr"]

@@ -28,7 +28,7 @@ import models
 import utils
 from training import coefficients, data, logs
 from training.files import save
-from training.loop import evaluate, reestimate_bn
+from training.loop import evaluate, reestimate_bn, sample_loss
 from training.states import load_state, save_state
 from twa.checkpoints import average, load_into, load_state_dict
 
@@ -454,6 +454,18 @@ def test_the_start_is_the_best_of_simple_averages_by_training_loss(run, tmp_path
     # No step was taken: what is handed over is the start.
     results = summary["results"]
     assert results["TWA"]["loss"] == results[summary["start"]]["loss"]
+
+
+def test_end_points_are_compared_on_other_images_than_start_points():
+    train, _ = loaders(batch_size=300)  # 898 images: batches of 300, 300 and 298
+    train.sample = 300
+    model = preresnet()
+    train.set_epoch(0)
+    batches = list(train)
+    for last, images in ((False, batches[0]), (True, batches[-1])):
+        found = sample_loss(model, train, last=last)
+        torch.optim.swa_utils.update_bn(batches[:1], model)
+        assert found == pytest.approx(evaluate(model, [images])["loss"], rel=1e-5)
 
 
 def test_the_start_is_handed_over_where_training_makes_it_worse(run, tmp_path):

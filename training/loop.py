@@ -407,15 +407,22 @@ def reestimate_bn(
     ranks.average_buffers(model)
 
 
-def sample_loss(model: nn.Module, train: data.Loader, amp: bool = False) -> float:
-    """The loss in nats on the first `train.sample` images of epoch 0, which no training uses.
+def sample_loss(
+    model: nn.Module, train: data.Loader, amp: bool = False, last: bool = False
+) -> float:
+    """The loss in nats on `train.sample` images of epoch 0, whose draws no training uses.
 
-    Batch norm is re-estimated on these first. What a start or an end point is chosen by: test data
-    choose nothing.
+    Batch norm is re-estimated on the first ones. What a start or an end point is chosen by: test
+    data choose nothing.
+
+    Args:
+        last: on the last images in place of the first. The best of many start points is too good
+            on the images that it was chosen by to be compared there with an end point.
     """
     reestimate_bn(model, train, amp, train.sample)
     count = min(len(train), math.ceil(train.sample / train.batch_size))
-    return evaluate(model, islice(train, count), amp)["loss"]
+    first = len(train) - count if last else 0
+    return evaluate(model, islice(train.batches(first), count), amp)["loss"]
 
 
 def describe(metrics: dict[str, float]) -> str:
