@@ -95,14 +95,13 @@ def stage_rows(runs: Runs) -> list[str]:
         stage = f"[head](results/head-stage.md), {budget} epochs"
         rows.append((stage, ours, cell(runs, mean_of), cell(runs, rival)))
     tail = stages.tail()
-    swa, twa = tail["swa0.05"], tail.get("swa0.05.spread") or tail["swa0.05.paper"]
-    how = "in units of the spread" if "swa0.05.spread" in tail else "the paper's"
+    by_channel = tail["swa0.05.channel"]
     rows.append(
         (
             "[tail](../swa/README.md), one epoch",
-            cell(twa, "TWA", how),
-            cell(swa, "SWA"),
-            cell(tail["sgd"], "SGD", "SGD, decaying, no epoch more"),
+            cell(by_channel, "TWA", "by channel"),
+            cell(by_channel, best(by_channel, ("SWA", "mean of last 5"))),
+            cell(tail["swa0.05.sgd"], "SGD", "SGD, from the best mean, the best of four rates"),
         )
     )
     soups = stages.soups()
@@ -206,17 +205,18 @@ def no_epochs_saved(studies: Studies, met: dict[str, list[bool]]) -> str:
 
 def tail(studies: Studies, met: dict[str, list[bool]]) -> str:
     runs = stages.tail()
-    gain = [
-        mean(runs[f"swa{rate}"], "SWA") - mean(runs[f"swa{rate}.{how}"], "TWA")
-        for rate in ("0.05", "0.1")
-        for how in ("paper", "mean", "spread")
-        if f"swa{rate}.{how}" in runs
-    ]
-    lowest = min(mean(r, "TWA") for r in runs.values() if "TWA" in r[0])
+
+    def losses(how: str, name: str) -> str:
+        """At the rates of the tail that all was measured at."""
+        rates = [rate for rate in stages.TAILS if f"swa{rate}.sgd" in runs]
+        return " and ".join(f"{mean(runs[f'swa{rate}{how}'], name):.4f}" for rate in rates)
+
     return (
-        f"**Tail stage**: one epoch of TWA on top of SWA lowers the loss by {min(gain):.4f} to "
-        f"{max(gain):.4f}, at both rates of the tail; yet SGD whose rate falls ends at "
-        f"{mean(runs['sgd'], 'SGD'):.4f}, TWA at {lowest:.4f} at best."
+        f"**Tail stage**: SWA ends at a loss of {losses('', 'SWA')}; one "
+        f"epoch of TWA more at {losses('.spread', 'TWA')} by model, {losses('.channel', 'TWA')} by "
+        f"channel; one of SGD on all weights, at the best of four rates, at "
+        f"{losses('.sgd', 'SGD')}. SGD whose rate falls from the first epoch on ends at "
+        f"{mean(runs['sgd'], 'SGD'):.4f}, without that epoch."
     )
 
 

@@ -9,6 +9,7 @@ from study import ROOT
 from tables import Runs, bullet, markdown, scores, spread, values
 
 TOLD = {"new": "the defaults", "before": "as it was"}  # recipes of the safety study
+TAILS = ("0.05", "0.1")  # rates of the tail
 SOUPS = {  # the names of soup.py, as the table has them
     "ensemble": "ensemble (twelve times the work for each image)",
     "uniform": "uniform soup",
@@ -30,10 +31,11 @@ def tail() -> dict[str, Runs]:
 def tail_table() -> list[str]:
     runs = tail()
     names = [("SGD, rate to 0.01 · lr_init", "sgd", "SGD")]
-    for rate in ("0.05", "0.1"):
+    for rate in TAILS:
         names += [
             (f"SGD in the tail (last checkpoint), swa_lr {rate}", f"swa{rate}", "SGD"),
             (f"SWA, swa_lr {rate}", f"swa{rate}", "SWA"),
+            (f"mean of the last 5, swa_lr {rate}", f"swa{rate}.channel", "mean of last 5"),
             (
                 f"TWA, the paper's, from the last checkpoint, swa_lr {rate}",
                 f"swa{rate}.paper",
