@@ -27,7 +27,12 @@ from twa.checkpoints import load_into
 RATES = (0.005, 0.01, 0.02, 0.05)
 
 
-def main(run: str, seed: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the rival of TWA in the tail")
+    parser.add_argument("run", help="an SWA run of study.sh: swa0.05 or swa0.1")
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args()
+    run, seed = args.run, args.seed
     window = [ROOT / f"results/swa_study/{run}.{seed}/checkpoints/{i}.pt" for i in range(5, 11)]
     utils.set_seed(seed)
     images, test = data.load("FashionMNIST", ROOT / "datasets", torch.device("cpu"))
@@ -55,4 +60,4 @@ def main(run: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main()
