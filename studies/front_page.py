@@ -215,7 +215,7 @@ def tail(studies: Studies, met: dict[str, list[bool]]) -> str:
         f"**Tail stage**: SWA ends at a loss of {losses('', 'SWA')}; one "
         f"epoch of TWA more at {losses('.spread', 'TWA')} by model, {losses('.channel', 'TWA')} by "
         f"channel; one of SGD on all weights, at the best of four rates, at "
-        f"{losses('.sgd', 'SGD')} (the last of one seed). SGD whose rate falls from the first epoch on ends at "
+        f"{losses('.sgd', 'SGD')}. SGD whose rate falls from the first epoch on ends at "
         f"{mean(runs['sgd'], 'SGD'):.4f}, without that epoch."
     )
 
