@@ -207,13 +207,12 @@ def tail(studies: Studies, met: dict[str, list[bool]]) -> str:
     runs = stages.tail()
 
     def losses(how: str, name: str) -> str:
-        """At the rates of the tail that all was measured at."""
-        rates = [rate for rate in stages.TAILS if f"swa{rate}.sgd" in runs]
-        return " and ".join(f"{mean(runs[f'swa{rate}{how}'], name):.4f}" for rate in rates)
+        """At both rates of the tail."""
+        return " and ".join(f"{mean(runs[f'swa{rate}{how}'], name):.4f}" for rate in stages.TAILS)
 
     return (
-        f"**Tail stage**: SWA ends at a loss of {losses('', 'SWA')}; one "
-        f"epoch of TWA more at {losses('.spread', 'TWA')} by model, {losses('.channel', 'TWA')} by "
+        f"**Tail stage**: SWA ends at a loss of {losses('', 'SWA')}; one epoch of "
+        f"TWA more at {losses('.spread', 'TWA')} by model, {losses('.channel', 'TWA')} by "
         f"channel; one of SGD on all weights, at the best of four rates, at "
         f"{losses('.sgd', 'SGD')}. SGD whose rate falls from the first epoch on ends at "
         f"{mean(runs['sgd'], 'SGD'):.4f}, without that epoch."
@@ -374,8 +373,9 @@ METHOD = (
     "falling linearly to 0, by channel from one epoch on in units of the "
     "block's spread, from the best mean of the last checkpoints; "
     "of start, end and the mean of the last half of training the best is kept, by loss on 1,024 "
-    "training images (here the first, by which the start was chosen; since then the last of the "
-    "epoch, where the start has no such advantage). The training sets are "
+    "training images, the last of an epoch (in the studies of the head and of language, made "
+    "before, the first, by which the start was chosen and where it has an advantage). The training "
+    "sets are "
     "FashionMNIST's 60,000 images or the first 12,000 of them (12k). The cnn and the vit of "
     "`studies/architectures.py` have no batch norm; where there is one, it is re-estimated for "
     "every solution. “Epochs” count what is trained on; comparing start points and ends takes "
