@@ -468,6 +468,21 @@ def test_end_points_are_compared_on_other_images_than_start_points():
         assert found == pytest.approx(evaluate(model, [images])["loss"], rel=1e-5)
 
 
+def test_twa_compares_start_points_on_the_first_images_and_the_end_on_the_last(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data.Loader, "sample", 128)
+    succeed(call(TWA, *where(run), "--params_end", 5, "--epochs", 0, "--out", tmp_path))
+    told = json.loads((tmp_path / "twa.json").read_text())
+    model, (train, _) = preresnet(), loaders()
+    load_into(model, tmp_path / "twa.pt")
+    losses = [sample_loss(model, train, last=last) for last in (False, True)]
+    assert losses[0] != pytest.approx(losses[1], rel=0.05)
+    compared = told["sample_losses"]
+    found = [compared["start"][told["start"]], compared["end"]["start"]]
+    assert found == pytest.approx(losses, rel=1e-4)
+
+
 def test_the_start_is_handed_over_where_training_makes_it_worse(run, tmp_path):
     flags = ["--params_end", 5, "--epochs", 1, "--schedule", "constant", "--opt", "SGD"]
     flags += ["--lr", 1e4, "--out", tmp_path]
