@@ -97,11 +97,12 @@ def main():
         folder / "head" / f"checkpoint-{i}" for i in range(200, HEAD_STEPS + 1, SAVE_STEPS)
     ]
 
-    # The Trainer makes the optimizer and hands it the model. Its rate falls linearly by default.
-    options = {"model": model, "checkpoints": checkpoints}
+    # The Trainer makes the optimizer and hands it the model and these, its own rate left aside.
+    # By default the rate falls linearly.
+    options = {"model": model, "checkpoints": checkpoints, "lr": 0.02}
     trainer = TWATrainer(
         model,
-        arguments("twa", max_steps=TWA_STEPS, learning_rate=0.02),
+        arguments("twa", max_steps=TWA_STEPS),
         train_dataset=validation,
         eval_dataset=test,
         compute_metrics=lambda found: {

@@ -35,7 +35,8 @@ from training import entry, flags, logs, text
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import build, evaluate, sample_loss
 from twa import TWA, best_start, rate_of
-from twa.checkpoints import Checkpoint, average, load, load_into, load_state_dict
+from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
+from twa.formats import load
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "studies/lm"

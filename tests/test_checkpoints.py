@@ -1,5 +1,7 @@
 """Checkpoints on disk: what is read, what is refused, averages, and writes that are whole."""
 
+import argparse
+import math
 import os
 import pickle
 import random
@@ -20,10 +22,10 @@ from twa.checkpoints import (
     CheckpointError,
     Fit,
     average,
-    load,
     load_into,
     load_state_dict,
 )
+from twa.formats import load
 
 
 def small_state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -246,7 +248,51 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, archive, recwarn):
 def test_a_pickled_module_is_refused(tmp_path):
     path = tmp_path / "model.pt"
     torch.save(small_model(), path)
-    assert str(path) in refusal(load_state_dict, path)
+    message = refusal(load_state_dict, path)
+    assert str(path) in message
+    assert "add_safe_globals" in message  # what to do about it
+
+
+def test_the_arguments_of_a_script_may_lie_beside_the_weights(tmp_path):
+    """As in the files of timm's training script."""
+    model = small_model()
+    args = argparse.Namespace(lr=0.1, model="resnet18")
+    torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "1.pth.tar")
+    for key, value in load_state_dict(tmp_path / "1.pth.tar").items():
+        assert torch.equal(value, model.state_dict()[key])
+    # What code they hold is refused all the same.
+    args.trap = Trap(str(tmp_path / "proof"))
+    torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "2.pth.tar")
+    assert "code" in refusal(load_state_dict, tmp_path / "2.pth.tar")
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_a_buffer_that_is_infinite_by_design_is_no_fault(value):
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("mask", torch.full((2, 2), value).triu(1))
+
+    torch.manual_seed(0)
+    states = [Masked().state_dict() for _ in range(3)]
+    model = Masked()
+    load_into(model, states[0])
+    mean = average(states, model)
+    torch.testing.assert_close(mean["weight"], sum(s["weight"] for s in states) / 3)
+    torch.testing.assert_close(mean["mask"], model.mask, rtol=0, atol=0, equal_nan=True)
+    # Elsewhere, of the other kind, in a weight, or where the model has none, it is one.
+    for key, bad in (
+        ("mask", torch.full((2, 2), value)),
+        ("mask", torch.full((2, 2), math.inf).triu(1)),
+        ("weight", torch.full((2, 2), value)),
+    ):
+        with pytest.raises(CheckpointError, match=f"{key} holds NaN or infinity"):
+            load_into(model, states[0] | {key: bad})
+    with torch.no_grad():
+        model.weight.zero_()
+    with pytest.raises(CheckpointError, match="weight holds NaN or infinity"):
+        average([*states, states[0] | {"weight": torch.full((2, 2), value)}], model)
 
 
 @pytest.mark.parametrize(

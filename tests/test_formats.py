@@ -30,8 +30,8 @@ from twa.checkpoints import (
     last_means,
     load_into,
     load_state_dict,
-    verify,
 )
+from twa.formats import verify
 
 PREFIX = "base_model.model."  # PEFT's
 
@@ -496,13 +496,11 @@ def test_an_adapter_for_another_rank_is_refused(tmp_path):
 
 
 def test_pickled_objects_are_refused_by_the_name_of_their_class(tmp_path):
-    import argparse
-
     path = tmp_path / "last.ckpt"
-    torch.save(in_lightning(state_of(1)) | {"hyper_parameters": argparse.Namespace(lr=1)}, path)
+    torch.save(in_lightning(state_of(1)) | {"hyper_parameters": Path("data")}, path)
     message = refusal(load_state_dict, path)
     assert str(path) in message
-    assert "argparse.Namespace" in message
+    assert "PosixPath" in message
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x.bin", "..", ""])

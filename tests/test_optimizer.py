@@ -842,10 +842,65 @@ def test_parameters_that_cannot_be_trained_are_refused_by_name():
 
     model = nn.Sequential(nn.Linear(3, 3), Shy(3, 2))
     with pytest.raises(ValueError, match=r"does not hold 1\.bias"):
-        TWA(model, [model.state_dict()] * 2, SGD, lr=0.1)
+        TWA(model, [copy.deepcopy(model.state_dict())] * 2, SGD, lr=0.1)
     model = nn.Linear(3, 3, dtype=torch.complex64)
     with pytest.raises(ValueError, match="weight is complex"):
-        TWA(model, [model.state_dict()] * 2, SGD, lr=0.1)
+        TWA(model, [copy.deepcopy(model.state_dict())] * 2, SGD, lr=0.1)
+    window = [nn.Linear(3, 3).state_dict() for _ in range(2)]
+    with pytest.raises(ValueError, match="weight is on meta"):
+        TWA(nn.Linear(3, 3, device="meta"), window)
+
+
+def test_a_start_that_is_none_is_refused_before_the_model_is_changed():
+    model = Small()
+    before = state_of(model)
+    with pytest.raises(TypeError, match=r"not a tuple .*best_start returns"):
+        TWA(model, small_run(), start=(small_run()[0], {1: 0.5}))
+    assert_equal(before, model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_are_too_coarse_for_the_coefficients_are_warned_of(dtype):
+    window = [nn.Linear(3, 3).to(dtype).state_dict() for _ in range(3)]
+    with pytest.warns(UserWarning, match=f"{dtype}.*autocast"):
+        TWA(nn.Linear(3, 3).to(dtype), window)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-15, 1e-22, 1e-30, 1e-42])
+def test_filters_that_weight_decay_took_to_zero_leave_all_numbers_finite(size):
+    torch.manual_seed(0)
+    window = [nn.Linear(5, 3).state_dict() for _ in range(4)]
+    for state in window:
+        state["weight"][1] *= size
+    model = nn.Linear(5, 3)
+    optimizer = TWA(model, window, granularity="channel", start=window[-1])
+    alpha = optimizer.averaging_weights()
+    whole = torch.tensor([0.0, 0, 0, 1])
+    # A spread of no size is not one to train: there the mean is as near as any.
+    expected = torch.stack([whole, whole if size > 1e-18 else whole.new_full((4,), 0.25), whole])
+    torch.testing.assert_close(alpha[:3].float(), expected, rtol=0, atol=1e-4)
+    model(torch.randn(8, 5)).square().mean().backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    again = TWA(nn.Linear(5, 3), window, granularity="channel", start=window[-1])
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(again.coefficients, optimizer.coefficients)
+
+
+def test_a_step_without_gradients_does_nothing_as_of_any_optimizer():
+    """As where a training step of Lightning returns None."""
+    model = Small()
+    optimizer = TWA(model, small_run())
+    train(model, optimizer, range(2))
+    before, weights = copy.deepcopy(optimizer.state_dict()), state_of(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_equal(weights, model.state_dict())
+    after = optimizer.state_dict()["state"]
+    for key, value in before["state"][0].items():
+        assert torch.equal(after[0][key], value), key
+    train(model, optimizer, range(1))
+    assert not torch.equal(weights["fc.weight"], model.fc.weight)
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -1,5 +1,6 @@
 """The start point, against plain means and plain comparisons."""
 
+import copy
 import math
 
 import pytest
@@ -87,3 +88,28 @@ def test_one_checkpoint_is_its_own_best_start_and_a_bad_one_is_refused():
     assert model.weight[0] == 3
     with pytest.raises(CheckpointError, match="weight is missing"):
         best_start(model, [{"bias": torch.zeros(3)}], lambda: 0.0)
+
+
+def test_a_loss_may_be_a_tensor_with_its_graph():
+    model = model_of(0)
+    _, losses = best_start(model, window(1, 2), lambda: model.weight.sum())
+    assert [(type(loss), loss) for loss in losses.values()] == [(float, 6.0), (float, 4.5)]
+
+
+def test_a_window_without_a_copy_of_the_models_weights_is_refused():
+    """The means that are loaded into the model would change it."""
+    model = model_of(0)
+    for last in (model.state_dict(), {"state_dict": model.state_dict()}):
+        with pytest.raises(ValueError, match=r"checkpoints\[1\] .*own weights.*deepcopy"):
+            best_start(model, [*window(1), last], lambda: 0.0)
+    best_start(model, [*window(1), copy.deepcopy(model.state_dict())], lambda: 0.0)
+
+
+def test_an_empty_window_is_said_to_be_one():
+    for call in (
+        lambda: best_start(model_of(0), [], lambda: 0.0),
+        lambda: average([]),
+        lambda: average([], model_of(0)),
+    ):
+        with pytest.raises(ValueError, match="no checkpoints were given"):
+            call()

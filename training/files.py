@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from twa.checkpoints import CheckpointError, load_into, verify
+from twa.checkpoints import CheckpointError, load_into
+from twa.formats import verify
 
 
 def save(obj, path: str | os.PathLike) -> None:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twa import sharding
-from twa.formats import CheckpointError, Stored, load, one_line, tensor_of, verify
-
-__all__ = ["load", "one_line", "verify"]  # for those who read whole files
+from twa.formats import CheckpointError, Stored, load, tensor_of
 
 Checkpoint = str | os.PathLike | Mapping
 # Where training scripts put the model's `state_dict` among other things.
@@ -33,16 +31,26 @@ def listed(model: nn.Module, checkpoints: Iterable[Checkpoint]) -> list[Checkpoi
 
     Raises:
         TypeError: they are not; the message says what was given instead.
+        ValueError: there are none, or one holds the model's own weights, which training changes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model (torch.nn.Module) comes first, not a {type(model).__name__}")
     if isinstance(checkpoints, Checkpoint):
         raise TypeError("checkpoints are several, in a list; one alone was given")
     checkpoints = list(checkpoints)
+    if not checkpoints:
+        raise ValueError("no checkpoints were given")
+    trained = {_identity(p) for p in model.parameters() if p.requires_grad}
     for index, checkpoint in enumerate(checkpoints):
+        name, kind = f"checkpoints[{index}]", type(checkpoint).__name__
         if not isinstance(checkpoint, Checkpoint):
-            kind = type(checkpoint).__name__
-            raise TypeError(f"checkpoints[{index}] is no path and no state_dict, but a {kind}")
+            raise TypeError(f"{name} is no path and no state_dict, but a {kind}")
+        values = _weights(checkpoint, name).values() if isinstance(checkpoint, Mapping) else ()
+        if any(isinstance(value, Tensor) and _identity(value) in trained for value in values):
+            raise ValueError(
+                f"{name} holds the model's own weights, which change with it: give "
+                "copy.deepcopy(model.state_dict())"
+            )
     return checkpoints
 
 
@@ -56,8 +64,8 @@ def name_of(checkpoint: Checkpoint, index: int | None = None) -> str:
 def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The `state_dict` of `checkpoint`: a path is read (`twa.formats.load`), a mapping is searched.
 
-    It may be the value of one of `CONTAINERS`. `_orig_mod.` is removed from its keys, and so is
-    `module.` where all have it.
+    It may be the value of one of `CONTAINERS`. What wrappers insert (`INSERTED`) is removed from
+    its keys, and so is `module.` where all have it.
 
     Raises:
         CheckpointError: as `twa.formats.load`, or there is no `state_dict`.
@@ -114,10 +122,10 @@ class Fit:
     Needed are the trainable parameters (of a model that has none: the parameters). Buffers and
     frozen parameters may be missing, and a weight that the model ties may have one of its names;
     what is there has the model's shape. Frozen ones that the model has on `meta` are checked, and
-    not taken. Other keys are ignored; one warning names them, except
-    integers, such as the counter of `AveragedModel`. The names may have prefixes of wrappers, in
-    the checkpoint and in the model, and lack the name of PEFT's adapter, as in the files that PEFT
-    writes: of the readings that this allows, the one that finds most is taken.
+    not taken. Other keys are ignored; one warning names them, except integers, such as the counter
+    of `AveragedModel`. The names may have prefixes of wrappers, in the checkpoint and in the model,
+    and lack the name of PEFT's adapter, as in the files that PEFT writes: of the readings that this
+    allows, the one that finds most is taken.
 
     Args:
         like: a model, or a `state_dict`, all of which is needed then.
@@ -226,11 +234,22 @@ def _in_file(name: str, adapter: str) -> str:
     return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
-def check_finite(state: Mapping[str, Tensor], name: str) -> None:
-    """Raises `NotFiniteError` with the first key of `state` that holds NaN or infinity."""
+def check_finite(
+    state: Mapping[str, Tensor], name: str, like: Mapping[str, Tensor] | None = None
+) -> None:
+    """Raises `NotFiniteError` with the first key of `state` that holds NaN or infinity.
+
+    Args:
+        name: of what holds it, in the message.
+        like: a model's tensors. What these hold in the same places, as a buffer does that masks
+            attention, is no fault.
+    """
     for key, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise NotFiniteError(f"{name}: {key} holds NaN or infinity")
+        odd = ~tensor.isfinite()
+        if odd.any():
+            own = sharding.local(like[key]).to(tensor)[odd] if like else tensor.new_zeros(())
+            if not torch.allclose(tensor[odd], own, equal_nan=True):
+                raise NotFiniteError(f"{name}: {key} holds NaN or infinity")
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, name: str | None = None) -> None:
@@ -250,7 +269,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, name: str | None = None)
         key: sharding.part(tensor_of(value), fit.tensors[key])
         for key, value in fit(checkpoint, name).items()
     }
-    check_finite(state, name)
+    check_finite(state, name, fit.tensors)
     # Into the model's own `state_dict`, whose metadata holds the versions of the modules.
     own = model.state_dict()
     own.update({fit.keys[k]: sharding.shard(v, fit.tensors[k]) for k, v in state.items()})
@@ -264,10 +283,10 @@ def average(
 ) -> dict[str, Tensor]:
     """The uniform mean of `checkpoints` (SWA, Izmailov et al., UAI 2018), or an exponential one.
 
-    Summed in float64, one checkpoint in memory at a time. Integers (the counters of batch norm)
-    are those of the last. What one of them lacks, buffers or frozen parameters, is not in the mean.
-    The mean of adapters of PEFT is that of their matrices A and of their matrices B: its product BA
-    is not the mean of the adapters' products.
+    Summed in float64, one checkpoint in memory at a time. Integers (the counters of batch norm) and
+    complex numbers are those of the last. What one of them lacks, buffers or frozen parameters, is
+    not in the mean. The mean of adapters of PEFT is that of their matrices A and of their matrices
+    B: its product BA is not the mean of the adapters' products.
 
     Args:
         like: the model, or the `state_dict`, that each has to fit (`Fit`), and that gives the mean
@@ -277,6 +296,7 @@ def average(
 
     Raises:
         CheckpointError: one of them cannot be read, does not fit, or holds NaN or infinity.
+        ValueError: there are none.
     """
     (mean,) = last_means(checkpoints, [len(checkpoints)], like, decay)
     return mean
@@ -297,9 +317,12 @@ def last_means(
         checkpoints, like, decay: as for `average`.
 
     Raises:
-        CheckpointError: as `average`.
+        CheckpointError, ValueError: as `average`.
     """
+    if not checkpoints:
+        raise ValueError("no checkpoints were given")
     fit = Fit(load_state_dict(checkpoints[-1]) if like is None else like)
+    by_design = None if like is None else fit.tensors
     total: dict[str, Tensor | None] = {}
     for count in range(1, counts[-1] + 1):
         name = name_of(checkpoints[-count], len(checkpoints) - count)
@@ -307,7 +330,8 @@ def last_means(
         total = {key: total.get(key) for key in total or state if key in state}
         for key in total:
             value = sharding.part(tensor_of(state[key]), fit.tensors[key])
-            check_finite({key: value}, name)
+            check_finite({key: value}, name, by_design)
+            value = value.cpu() if value.is_mps else value  # which has no float64
             if count == 1:
                 exact = torch.float64 if value.is_floating_point() else value.dtype
                 total[key] = value.to(exact, copy=True)

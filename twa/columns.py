@@ -42,11 +42,6 @@ class Blocks:
         """The column after the last."""
         return self.start + self.count * self.width
 
-    def of(self, rows: Tensor) -> Tensor:
-        """The columns of these blocks in `rows` [height, D], as a view [count, height, width]."""
-        columns = rows[:, self.start : self.stop]
-        return columns.unflatten(1, (self.count, self.width)).transpose(0, 1)
-
     def follows(self, other: Blocks) -> bool:
         """Whether `other` and these blocks can be merged: adjacent, equally wide and not shared."""
         shared = self.shared or other.shared
@@ -72,11 +67,12 @@ class Columns:
             without the prefixes of wrappers.
         widths: the number of columns that each parameter has on this rank.
         total: the number of columns on this rank.
+        layout: names and shapes of the parameters, for comparisons.
         fit: what the model takes of a checkpoint.
 
     Raises:
-        ValueError: the model has no trainable parameters, or one that is complex or that its
-            `state_dict` does not hold.
+        ValueError: the model has no trainable parameters, or one that is complex, without values
+            (on `meta`), or not in its `state_dict`.
     """
 
     def __init__(self, model: nn.Module):
@@ -92,9 +88,12 @@ class Columns:
         self.total = sum(self.widths)
         if not sum(p.numel() for p in self.parameters):
             raise ValueError("the model has no trainable parameters")
+        self.layout = str([(*self.names, *(tuple(p.shape) for p in self.parameters))])
         for name, parameter in trained.items():
             if parameter.is_complex():
                 raise ValueError(f"{name} is complex: coefficients are real numbers")
+            if parameter.is_meta:
+                raise ValueError(f"{name} is on meta: give it a device first (model.to_empty)")
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
         """Views of `flat` [D] in the shapes of the parameters, or of their shards."""

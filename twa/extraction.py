@@ -18,6 +18,8 @@ from torch import Tensor
 # A checkpoint, or a direction, counts as dependent if its part outside the span of the ones before
 # is no larger than this, relative to the norm of a checkpoint; float32 weights round at 6e-8.
 DEPENDENT = 1e-6
+# A spread whose square is no number of float32, as that of a filter that weight decay took to 0.
+NO_SPREAD = 1e-18
 # Rounding errors of the inner products, 1e-16 in float64, enter the basis multiplied by the square
 # of their amplification. Where that is larger than this, the inner products of the computed rows
 # are taken as well, and correct them.
@@ -87,6 +89,7 @@ def principal_directions(products: Products, components: int) -> tuple[Tensor, T
     centring[:, 0] = 0  # in which w_1 has no part.
     values, vectors = torch.linalg.eigh(centring @ gram @ centring.mT)
     floor = DEPENDENT**2 * torch.maximum(_norms(gram).amax(dim=1).square(), values[:, -1])
+    floor = floor.clamp(min=n * NO_SPREAD**2)
     values, vectors = values.flip(1)[:, :components], vectors.flip(2)[:, :, :components]
     values = values.where(values > floor[:, None], 0)
     transform = (vectors * _signs(vectors)).mT @ centring * _rsqrt(values)[:, :, None]

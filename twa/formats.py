@@ -6,6 +6,7 @@ ones: of a tensor nothing is read before it is used.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import json
@@ -74,7 +75,10 @@ def _refusing(read: Callable) -> Callable:
             # A damaged archive raises other errors; this one asked for a class or a function.
             asked = re.search(r"GLOBAL (\S+)", str(e))
             what = f"pickled code ({asked[1]})" if asked else "pickled code or is no checkpoint"
-            raise CheckpointError(f"{path}: holds {what}; only plain tensors are read") from None
+            raise CheckpointError(
+                f"{path}: holds {what}; only plain tensors are read. If you trust it, name that to "
+                "torch.serialization.add_safe_globals, or pass its state_dict"
+            ) from None
         except Exception as e:  # a damaged file can make its reader fail in any way
             raise CheckpointError(f"{path}: cannot be read ({one_line(e)})") from None
 
@@ -156,7 +160,9 @@ def _single(path: Path):
                 return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         # Files of torch < 1.6 are no zip archives and cannot be memory-mapped.
         mmap = zipfile.is_zipfile(file)
-        with warnings.catch_warnings():
+        # The arguments of a script, which timm's and others' hold, are plain values as well.
+        plain = torch.serialization.safe_globals([argparse.Namespace])
+        with warnings.catch_warnings(), plain:
             warnings.simplefilter("ignore")  # about unusual pickles: they are read or refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 

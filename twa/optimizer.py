@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from twa.checkpoints import Checkpoint, average, listed, load_into
 from twa.replicas import Replicas
 from twa.sharding import local
-from twa.subspace import Subspace
+from twa.subspace import UNITS, Subspace
 
 # The rate of AdamW on coefficients in units of the spread: it suits every model and granularity
 # that was tried.
@@ -40,8 +41,13 @@ def rate_of(steps: int, samples: float = math.inf, unit: str = "direction") -> f
         samples: in the training set, such as its images; left out, if none is seen many times, as
             of the text of a language model.
         unit: as of `Subspace`.
+
+    Raises:
+        ValueError: there is no such unit.
     """
     root = math.sqrt(samples / 1000)
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}, not {unit!r}")
     if unit == "block":
         growth = min(steps / 50, 2 * root, 7)
     else:
@@ -82,8 +88,12 @@ class TWA(torch.optim.Optimizer):
     rank does at once: making the optimizer, and `step`. With a `GradScaler`, all ranks skip a step
     that overflows on one. Buffers remain each rank's own.
 
-    To resume, load `state_dict()` into an optimizer that was made with the same arguments, before
-    or after the model's own is loaded.
+    The weights follow the coefficients, and never the other way: to go back to an earlier point,
+    load the optimizer's state or call `set_coefficients`. What is written into trained parameters
+    between steps is overwritten, and parameters frozen later still move.
+
+    To resume, load `state_dict()` into an optimizer that was made with the same arguments (with
+    `start=model`, of the model as it stood then), and the model's own into the model, in any order.
 
     Args:
         model: the module to train, whole or sharded by FSDP2 (`fully_shard`). Its trainable
@@ -139,13 +149,18 @@ class TWA(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         **base_arguments,
     ):
-        if extract == "PCA" and base is torch.optim.AdamW:
+        if extract == "PCA" and issubclass(base, torch.optim.AdamW):
             base_arguments = {"lr": RATE, "weight_decay": 0.0} | base_arguments
         # If `base` does not take these, it says so here, before the model is changed.
         defaults = base([nn.Parameter(torch.zeros(1))], **base_arguments).defaults
         if not radius > 0:
             raise ValueError(f"radius must be larger than 0, not {radius!r}")
         self._model, self._checkpoints = model, listed(model, checkpoints)
+        if not (start is None or start is model or isinstance(start, Checkpoint)):
+            raise TypeError(
+                f"start is a path, a state_dict or the model itself, not a {type(start).__name__} "
+                "(best_start returns the start and its losses)"
+            )
         self._start_point = start
         self._radius = radius
         self._basis = {
@@ -164,11 +179,19 @@ class TWA(torch.optim.Optimizer):
         self.coefficients = nn.Parameter(self.origin.clone())
         self.base = base([self.coefficients], **base_arguments)
         super().__init__(self.subspace.parameters, defaults)
+        coarse = {str(p.dtype) for p in self.subspace.parameters if p.dtype.itemsize < 4}
+        if coarse:
+            warnings.warn(
+                f"the model's weights are {', '.join(sorted(coarse))}, whose steps are larger than "
+                "most of what the coefficients move them by: use model.float(), and autocast",
+                stacklevel=2,
+            )
         _copy_hyperparameters(self.base, self)
         self._steps = 0  # since the ranks were compared
 
     def _set_up(self) -> None:
         """Builds the basis of the model as it is now, and moves the model to the start point."""
+        self.subspace = self._start = self._flat = None  # Old and new together might not fit.
         self.subspace = Subspace(self._model, self._checkpoints, **self._basis)
         self._many = self.subspace.shards * self._replicas.count > 1
         for parameter in self.subspace.parameters if self._replicas.count > 1 else ():
@@ -229,7 +252,8 @@ class TWA(torch.optim.Optimizer):
     ) -> Tensor | None:
         """One step of `base` on the coefficients, limited by `radius`; the weights follow.
 
-        A parameter without a gradient counts as one whose gradient is zero.
+        A parameter without a gradient counts as one whose gradient is zero; where none has one,
+        nothing is done (with many ranks, of which others may have some, all count as zero).
 
         Args:
             closure: clears the gradients, computes the loss, calls `backward` and returns the
@@ -392,9 +416,11 @@ class TWA(torch.optim.Optimizer):
         Returns:
             `loss`, and whether the gradients of a rank overflowed; both of all ranks.
         """
-        gradients = self.subspace.flatten(
-            (p.grad for p in self.subspace.parameters), out=self._flat
-        )
+        given = [p.grad for p in self.subspace.parameters]
+        if not self._many and all(gradient is None for gradient in given):
+            self.coefficients.grad = None  # Then `base` leaves them alone, as any optimizer does.
+            return loss, False
+        gradients = self.subspace.flatten(given, out=self._flat)
         skip = False
         if self._many:
             gradient, loss, skip = self._summed(gradients, weight, loss)

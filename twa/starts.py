@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -40,25 +40,24 @@ def best_start(
 
     Raises:
         CheckpointError: as `twa.checkpoints.average`.
+        ValueError: there are no checkpoints, or one is the model's own `state_dict`, uncopied.
     """
     checkpoints = listed(model, checkpoints)
     losses: dict[float, float] = {}
-    best: dict[str, Tensor] = {}
 
-    def compare(key: float, mean: dict[str, Tensor]) -> None:
-        nonlocal best
+    def means() -> Iterator[tuple[float, dict[str, Tensor]]]:
+        counts = [2**k for k in range(len(checkpoints).bit_length()) if 2**k < len(checkpoints)]
+        counts.append(len(checkpoints))
+        yield from zip(counts, last_means(checkpoints, counts, model), strict=True)
+        count = min(losses, key=losses.get)
+        for decay in (1 - 2 / count, 1 - math.sqrt(2) / count) if count > 2 else ():
+            yield decay, average(checkpoints, model, decay)
+
+    for key, mean in means():
         load_into(model, mean)
-        value = loss()
-        value = value if math.isfinite(value) else math.inf
-        if not losses or value < min(losses.values()):
+        with torch.no_grad():
+            value = float(loss())
+        losses[key] = value if math.isfinite(value) else math.inf
+        if key == min(losses, key=losses.get):  # of equals the first
             best = mean
-        losses[key] = value
-
-    counts = [2**k for k in range(len(checkpoints).bit_length()) if 2**k < len(checkpoints)]
-    counts.append(len(checkpoints))
-    for count, mean in zip(counts, last_means(checkpoints, counts, model), strict=True):
-        compare(count, mean)
-    count = min(losses, key=losses.get)
-    for decay in (1 - 2 / count, 1 - math.sqrt(2) / count) if count > 2 else ():
-        compare(decay, average(checkpoints, model, decay))
     return best, losses

@@ -126,7 +126,7 @@ class Subspace:
         self._replicas = Replicas(process_group)
         self._replicas.check(
             {
-                "model": [(*self._columns.names, *(p.shape for p in self.parameters))],
+                "model": self._columns.layout,
                 "number of checkpoints": n,
                 "basis": (extract, components, bits, granularity, unit),
             }
@@ -219,7 +219,10 @@ class Subspace:
         units = self._ranks.sum(units.to(self.parameters[0].device)).flatten()
         index = units.nonzero()[:, 0]
         if self._extract == "PCA" and not len(index):
-            raise ValueError("the checkpoints do not differ: there is nothing to average")
+            raise ValueError(
+                "the checkpoints do not differ: there is nothing to average (a state_dict that is "
+                "not copied changes with its model)"
+            )
         self._length = len(index)
         self._index = index if self._length < len(units) else None
         self.scale = units[index] if self._extract == "PCA" else None
@@ -366,7 +369,6 @@ class Subspace:
 
         It depends neither on the number of ranks nor on the device. Int64 scalar on the CPU.
         """
-        layout = str([(*self._columns.names, *(tuple(p.shape) for p in self.parameters))])
         total = torch.zeros((), dtype=torch.int64, device=flat.device)
         widths = self._columns.widths
         for parameter, columns in zip(self.parameters, flat.split(widths), strict=True):
@@ -375,7 +377,7 @@ class Subspace:
                 places = torch.arange(first, first + len(part), device=flat.device)
                 total += (part * (places * 0x9E3779B1 + 1)).sum()  # modulo 2^64
                 first += len(part)
-        names = hashlib.sha256(layout.encode()).digest()[:8]
+        names = hashlib.sha256(self._columns.layout.encode()).digest()[:8]
         return self._ranks.sum(total).cpu() ^ int.from_bytes(names, "big", signed=True)
 
     def _by_block(self, coefficients: Tensor) -> Tensor:
@@ -388,8 +390,6 @@ class Subspace:
 
 
 def _check_arguments(checkpoints, extract, components, bits, granularity, unit) -> None:
-    if not len(checkpoints):
-        raise ValueError("no checkpoints were given")
     for name, value, allowed in (
         ("extract", extract, EXTRACTS),
         ("bits", bits, BITS),
