@@ -113,6 +113,7 @@ def train_twa(args):
         if ranks.rank() == 0:
             print("\n".join(filter(None, [report.table(solutions), skipped])))
         return
+    full = sgd.measured_end(model, Path(args.save_dir), measure)
 
     def loss(last: bool = False) -> float:
         return sample_loss(model, train, args.amp, last)
@@ -176,7 +177,7 @@ def train_twa(args):
         "lr": optimizer.defaults["lr"],
         "start": start,
         "sample_losses": {"start": compared, "end": end},
-        "sgd": sgd.end,
+        "sgd": full,
     }
     write_json(results, out / "twa.json")
     report.figure(
@@ -187,8 +188,8 @@ def train_twa(args):
         averaging_weights=averaging_weights,
         loss=on_text,
     )
-    if sgd.end and spent[unit] is not None and sgd.end[unit] > spent[unit]:
-        solutions[f"{'AdamW' if on_text else 'SGD'} to its end"] = sgd.end
+    if full and spent[unit] is not None and full[unit] > spent[unit]:
+        solutions[f"{'AdamW' if on_text else 'SGD'} to its end"] = full
     written = ", ".join(str(out / f"twa.{kind}") for kind in ("pt", "json", "png"))
     for line in filter(None, (report.table(solutions), skipped, f"written: {written}")):
         run.log.line(line)

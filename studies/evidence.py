@@ -105,10 +105,7 @@ def head(bench: Bench) -> None:
         for name, method in (METHODS | (BRIEF if budget < 1 else {})).items():
             bench.measure(f"{name} | {budget:g}", partial(bench.trained, method, budget))
     for budget in SQUEEZED:
-        bench.measure(
-            f"SGD, whole schedule | {budget:g}",
-            lambda budget=budget: of_run(bench.sgd(HEAD + budget, 1)),
-        )
+        bench.measure(f"SGD, whole schedule | {budget:g}", partial(bench.end, HEAD + budget, 1))
 
 
 def spread(bench: Bench) -> None:
@@ -121,10 +118,11 @@ def spread(bench: Bench) -> None:
 
 
 def curve(bench: Bench) -> dict:
-    """The entry of the full run, which holds no more than is shown."""
+    """The entry of the full run: each epoch as the run tested it, and its end."""
     keys = ("epoch", "test_accuracy", "test_loss")
     seconds = statistics.median(m["seconds"] for m in bench.full)
-    return {"curve": [{key: m[key] for key in keys} for m in bench.full], "epoch_seconds": seconds}
+    curve = [{key: m[key] for key in keys} for m in bench.full]
+    return bench.end(EPOCHS, SAVES) | {"curve": curve, "epoch_seconds": seconds}
 
 
 def tuned(bench: Bench, budget: float) -> dict:
@@ -159,14 +157,6 @@ def averages(bench: Bench) -> None:
         name = f"mean of the last {count}" if count < len(window) else "mean of all (SWA)"
         bench.measure(name, lambda count=count: bench.solution(bench.mean(count)))
     bench.measure("EMA", lambda: bench.solution(ema(window)))
-
-
-def of_run(metrics: list[dict]) -> dict:
-    """The entry of an SGD run: the last of its metrics."""
-    end = metrics[-1]
-    seconds = sum(m["seconds"] for m in metrics)
-    results = {"loss": end["test_loss"], "accuracy": end["test_accuracy"]}
-    return results | {"epochs": end["epoch"], "seconds": seconds}
 
 
 def checkpoints(bench: Bench) -> None:
@@ -323,8 +313,7 @@ def little(bench: Bench) -> None:
     training set are wrong in part, those of the held-out images are not.
     """
     averages(bench)
-    end = {"accuracy": bench.full[-1]["test_accuracy"], "loss": bench.full[-1]["test_loss"]}
-    bench.measure("SGD, full run", lambda: end | {"epochs": EPOCHS})
+    bench.measure("SGD, full run", partial(bench.end, EPOCHS, SAVES))
     for name, method in METHODS.items():
         bench.measure(f"{name} | training set", partial(bench.trained, method))
     for images in IMAGES:

@@ -26,7 +26,6 @@ from tables import (
     averages,
     between,
     error,
-    full,
     gains,
     listed,
     markdown,
@@ -136,7 +135,7 @@ def goal_table(runs: Runs) -> list[str]:
 
 def head(runs: Runs, figure: Path) -> list[str]:
     rows, budgets = split(runs)
-    accuracy, loss = scores(full(runs), "SGD")
+    accuracy, loss = scores(runs, "SGD")
     lines = [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
     lines += [*plain(runs), ""]
     lines += [
@@ -167,7 +166,7 @@ def with_full_run(runs: Runs, rows: list[str], budgets: list[str]) -> list[str]:
 def reached(runs: Runs, row: str) -> str:
     """From which budget on the method is as good as the full run, in the mean."""
     _, budgets = split(runs)
-    goal = statistics.mean(values(full(runs), "SGD"))
+    goal = statistics.mean(values(runs, "SGD"))
     means = {b: statistics.mean(v) for b in budgets if (v := values(runs, f"{row} | {b}"))}
     first = next((b for b in means if means[b] >= goal), None)
     return f"from {first}" if first else f"−{goal - max(means.values()):.2f}"

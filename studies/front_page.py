@@ -19,7 +19,6 @@ from tables import (
     averages,
     best,
     bullet,
-    full,
     gains,
     listed,
     markdown,
@@ -75,7 +74,7 @@ def four_rows(runs: Runs) -> list[str]:
         ("mean of the head's last 5 checkpoints", str(HEAD), *scores(runs, "mean of the last 5")),
         (BY_CHANNEL, spent, *scores(runs, f"{BY_CHANNEL} | {SHOWN[-1]}")),
         (TUNED, spent, *scores(runs, f"{TUNED} | {SHOWN[-1]}")),
-        ("SGD, the full run", str(EPOCHS), *scores(full(runs), "SGD")),
+        ("SGD, the full run", str(EPOCHS), *scores(runs, "SGD")),
     ]
     return markdown(("solution", "epochs", "test accuracy (%)", "test loss"), rows)
 
@@ -187,7 +186,7 @@ def no_epochs_saved(studies: Studies, met: dict[str, list[bool]]) -> str:
         for runs in studies["head"].values():
             budgets = budgets_of(runs, row)
             there += bool(budgets)
-            goal = mean(full(runs), "SGD", "accuracy")
+            goal = mean(runs, "SGD", "accuracy")
             good = [b for b in budgets if mean(runs, f"{row} | {b}", "accuracy") >= goal]
             first += good[:1]
         when = f", {listed(dict.fromkeys(first))} epochs after the head" if first else ""

@@ -130,6 +130,12 @@ class Bench:
             metrics = logs.read_lines(folder / "metrics.jsonl")
         return metrics
 
+    def end(self, epochs: int, saves: int) -> dict:
+        """The entry of such a run, its last checkpoint measured as any other solution."""
+        seconds = sum(m["seconds"] for m in self.sgd(epochs, saves))
+        last = self._folder / f"sgd{epochs}" / f"{epochs * saves}.pt"
+        return self.solution(last) | {"epochs": epochs, "seconds": seconds}
+
     @cached_property
     def full(self) -> list[dict]:
         """The metrics of the full run, one epoch each."""

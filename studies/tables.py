@@ -44,12 +44,6 @@ def values(runs: Runs, name: str, key: str = "accuracy") -> list[float]:
     return [run[name][key] for run in runs if name in run]
 
 
-def full(runs: Runs) -> Runs:
-    """The end of the full run as the entry "SGD" of each seed."""
-    ends = [run["SGD"]["curve"][-1] for run in runs]
-    return [{"SGD": {"accuracy": e["test_accuracy"], "loss": e["test_loss"]}} for e in ends]
-
-
 def spread(values: Sequence[float], form: str) -> str:
     """`mean ± deviation`, the sample's, which one value alone does not have; "" of none."""
     if not values:

@@ -120,10 +120,12 @@ def train_swa(args):
 
     if args.swa:
         ranks.save_model(average.module, save_dir / "swa.pt")
+    reestimate_bn(model, train, args.amp)  # As of the average.
+    tested = evaluate(model, test, args.amp)
     if ranks.rank() > 0:
         return
     sgd = report.SGDRun.read(log_dir)
-    results = {"SGD": sgd.end}
+    results = {"SGD": sgd.end | tested}
     if args.swa:
         last = {key: sgd.metrics[-1][f"SWA_{key}"] for key in ("loss", "accuracy")}
         results["SWA"] = sgd.end | last

@@ -101,10 +101,10 @@ def small(tmp_path_factory):
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(idx(draw(10, size=count)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "DATA", {"tiny": study.Data(384)})
-        patch.setattr(study, "EPOCHS", 2)
         for module in (study, evidence):
+            patch.setattr(module, "EPOCHS", 2)
             patch.setattr(module, "HEAD", 1)
-        patch.setattr(study, "SAVES", 3)
+            patch.setattr(module, "SAVES", 3)
         patch.setattr(study, "EVERY", 1)
         patch.setattr(study, "VALIDATION", 32)
         patch.setattr(study, "RESULTS", folder / "measured")

@@ -424,6 +424,25 @@ def test_zero_epochs_of_twa_report_the_start_point(run):
         assert results["TWA"][key] == results["checkpoint 3"][key]
 
 
+def test_the_end_of_the_sgd_run_has_batch_norm_of_its_own_as_every_solution(run, tmp_path):
+    flags = ("--params_end", 3, "--epochs", 0)
+    out = succeed(call(TWA, *where(run), *flags, "--out", tmp_path / "a")).out
+    end = json.loads((tmp_path / "a/twa.json").read_text())["sgd"]
+    model, (train, test) = preresnet(), loaders()
+    load_into(model, run / "checkpoints/4.pt")
+    as_tested = evaluate(model, test)
+    train.set_epoch(0)
+    torch.optim.swa_utils.update_bn(list(train), model)
+    assert end["loss"] == pytest.approx(evaluate(model, test)["loss"], rel=1e-4)
+    assert end["loss"] != pytest.approx(as_tested["loss"], rel=1e-3)
+    assert end["epochs"] == 4
+    assert f"SGD to its end {end['accuracy']:.2f} %" in " ".join(out.split())
+    # Where the checkpoint is gone, it is told as the run tested it.
+    (run / "checkpoints/4.pt").unlink()
+    succeed(call(TWA, *where(run), *flags, "--out", tmp_path / "b"))
+    assert json.loads((tmp_path / "b/twa.json").read_text())["sgd"]["loss"] == as_tested["loss"]
+
+
 def test_the_schedule_ends_with_the_epochs_also_where_batches_are_accumulated(run):
     """Eight batches by threes make three steps an epoch, nine in all."""
     flags = ("--params_end", 5, "--epochs", 3, "--schedule", "linear", "--lr", 0.3, "-acc", 3)
@@ -1051,7 +1070,13 @@ def test_swa_c_epochs_averages_every_second_epoch(tmp_path):
 def test_without_swa_the_run_is_plain_sgd(tmp_path):
     succeed(call(SWA, *swa_flags(tmp_path), "--epochs", 2, "--batch_size", 300))
     assert names(tmp_path / "checkpoints") == {"0.pt", "1.pt", "2.pt", "state.pt"}
-    assert list(json.loads((tmp_path / "swa.json").read_text())["results"]) == ["SGD"]
+    results = json.loads((tmp_path / "swa.json").read_text())["results"]
+    assert list(results) == ["SGD"]
+    model, (train, test) = preresnet(), loaders(300)
+    load_into(model, tmp_path / "checkpoints/2.pt")
+    train.set_epoch(0)
+    torch.optim.swa_utils.update_bn(list(train), model)
+    assert results["SGD"]["loss"] == pytest.approx(evaluate(model, test)["loss"], rel=1e-4)
     assert "SWA_loss" not in read_lines(tmp_path / "metrics.jsonl")[0]
 
 

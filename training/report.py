@@ -2,14 +2,16 @@
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torch import nn
 
 from training import flags, logs
 from training.files import replacing
+from twa.checkpoints import load_into
 
 # One colour a method in every figure.
 COLOURS = {
@@ -100,6 +102,21 @@ class SGDRun:
             self.unit: self._in_unit(last["epoch"]),
             "seconds": sum(m["seconds"] for m in self.metrics),
         }
+
+    def measured_end(
+        self, model: nn.Module, save_dir: Path, measure: Callable[[], dict[str, float]]
+    ) -> dict[str, float] | None:
+        """`end`, its checkpoint in `model` and measured as other solutions are, if it is there.
+
+        The run itself tests with batch norm's running statistics, which are those of its way.
+        """
+        if not self.metrics:
+            return None
+        last = save_dir / f"{self.metrics[-1]['epoch'] * (self.saves_per_epoch or 1)}.pt"
+        if not last.exists():
+            return self.end
+        load_into(model, last)
+        return self.end | measure()
 
 
 def more(spent: Mapping[str, float | None], **further: float) -> dict[str, float | None]:
