@@ -112,7 +112,7 @@ def goals(runs: Runs) -> dict[tuple[str, str], tuple[str, bool | None]]:
         found |= {
             (GOALS[0], key): (f"ahead at {listed(ahead)}", 2 * len(ahead) >= len(budgets)),
             (GOALS[1], key): (f"behind at {listed(behind)}", not behind if several else None),
-            (GOALS[2], key): (f"not ahead at {listed(lost)}", not lost),
+            (GOALS[2], key): (f"not ahead at {listed(lost)}" if lost else "ahead at all", not lost),
         }
     return found
 

@@ -197,8 +197,8 @@ def no_epochs_saved(studies: Studies, met: dict[str, list[bool]]) -> str:
         "**It saves no epochs that a decaying rate does not save.** Of the studies of the head, "
         f"the full run's accuracy after {EPOCHS} epochs is reached by plain SGD, decaying "
         f"from the head's last checkpoint, {reach('SGD, decaying, from the last checkpoint')}; "
-        f"by TWA as it was at its best (“the recipe”) {reach(RECIPE)}; by TWA as it is "
-        f"{reach(BY_CHANNEL)}, up to {budgets_of(runs, BY_CHANNEL)[-1]} epochs."
+        f"by TWA as it was at its best (“the recipe”) {reach(RECIPE)}; by TWA as it is, which was "
+        f"measured up to {budgets_of(runs, BY_CHANNEL)[-1]} epochs, {reach(BY_CHANNEL)}."
     )
 
 
@@ -283,12 +283,15 @@ def safety(studies: Studies, met: dict[str, list[bool]]) -> str:
         if how == stages.TOLD["new"]
     ]
     ratio, _, beyond, _, accurate = zip(*runs, strict=True)
+    above = [100 * (r - 1) for r, rose in zip(ratio, beyond, strict=True) if rose]
     return (
-        f"**Safety**: of {len(runs)} small runs at the defaults {sum(beyond)} end with a held-out "
-        f"loss above their start's by more than its error, the worst {100 * (max(ratio) - 1):.0f} "
-        f"% above; {100 * sum(accurate) / len(runs):.0f} % have at least the accuracy of the best "
-        "simple average ([runs](results/safety.md)). Where training images are learned by heart, "
-        "no sample of them can choose."
+        f"**Safety**: of {len(runs)} small runs at the defaults {len(above)} end with a held-out "
+        "loss above their start's by more than its standard error "
+        f"({listed(f'{rise:.0f}' for rise in above)} %; the largest rise, "
+        f"{100 * (max(ratio) - 1):.0f} %, is within its own); "
+        f"{100 * sum(accurate) / len(runs):.0f} % have at least the accuracy of the best simple "
+        "average ([runs](results/safety.md)). Where training images are learned by heart, no "
+        "sample of them can choose."
     )
 
 
