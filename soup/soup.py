@@ -119,6 +119,19 @@ def settings_of(paths: Sequence[Path], args) -> dict:
     }
 
 
+def twa_settings_of(args) -> dict:
+    """What TWA depends on besides: every flag of the coefficients that is not in its name."""
+    parser = flags.Parser("the coefficients alone")
+    coefficients.add_arguments(parser, schedule="linear")
+    keys = [*vars(parser.parse_args([])), "start", "epochs", "randomseed"]
+    return {key: getattr(args, key) for key in keys if key not in ("granularity", "bits")}
+
+
+def differing(record: dict, settings: dict) -> list[str]:
+    """The settings that a record has otherwise; a flag that it does not know was left out."""
+    return [key for key, value in settings.items() if record["settings"].get(key) != value]
+
+
 class Evaluator:
     """The model, which takes all weights in turn, and the data that they are evaluated on.
 
@@ -207,7 +220,7 @@ class Solutions:
                 "weights", which are then saved and evaluated.
         """
         record = self.records.get(name)
-        if record is None or record["settings"] != settings:
+        if record is None or differing(record, settings):
             started = time.perf_counter()
             values = function()
             if "weights" in values:
@@ -322,9 +335,7 @@ def make_soups(args):
     solutions.make("uniform", settings, lambda: {"weights": average(paths), "models": names})
     solutions.make("greedy", settings, greedy)
 
-    keys = ("extract", "components", "start", "epochs", "opt", "schedule", "lr", "momentum")
-    keys += ("weight_decay", "randomseed")
-    twa_settings = settings | {key: getattr(args, key) for key in keys}
+    twa_settings = settings | twa_settings_of(args)
     start, held_out = log_dir / f"{args.start}.pt", evaluator.held_out
     for kind in args.twa:
         name = f"TWA-{kind}"

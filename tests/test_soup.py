@@ -264,6 +264,22 @@ def test_a_second_call_adds_another_kind_and_makes_nothing_again(folder, capsys)
     assert after[:-1] == before and after[-1]["name"] == "TWA-v layer"
 
 
+def test_another_unit_is_another_solution(folder, tmp_path):
+    shutil.copytree(folder / "soup", tmp_path / "soup")
+    path, twa = tmp_path / "soup/results.jsonl", ["--epochs", 2, "--log-dir", tmp_path / "soup"]
+    twa += ["--twa", "v", "--granularity", "channel"]
+    call(soup, *soup_arguments(folder), *twa)
+    *others, record = lines_of(path)
+    record["settings"].pop("unit", None)  # as earlier versions wrote it
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*others, record]))
+    call(soup, *soup_arguments(folder), *twa)
+    assert lines_of(path)[-1] == record  # not made again
+    call(soup, *soup_arguments(folder), *twa, "--unit", "block")
+    again = lines_of(path)[-1]
+    assert again["name"] == record["name"] and again["settings"].get("unit") == "block"
+    assert again["averaging_weights"] != record["averaging_weights"]
+
+
 def test_a_solution_is_made_unless_it_is_there_with_the_same_settings(tmp_path):
     calls = []
 
