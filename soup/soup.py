@@ -10,7 +10,7 @@ Greedy and TWA-v look at the held-out part only; test data choose nothing.
 
 Writes `results.jsonl`, `soup.png` and each soup as an ordinary state_dict to --log-dir. A solution
 that `results.jsonl` has with the same settings is not made again, so that a second call can add TWA
-with other flags, and one that was stopped goes on.
+by another --granularity, --bits or --start, and one that was stopped goes on.
 """
 
 import glob
@@ -127,6 +127,14 @@ def twa_settings_of(args) -> dict:
     return {key: getattr(args, key) for key in keys if key not in ("granularity", "bits")}
 
 
+def name_of(kind: str, args) -> str:
+    """The name of a soup by TWA, "t" or "v": what its record and its file are called by."""
+    name = f"TWA-{kind}"
+    name += f" {args.granularity}" if args.granularity != "model" else ""
+    name += f" {args.bits} bits" if args.bits != 32 else ""
+    return name + (" from greedy" if args.start == "greedy" else "")
+
+
 def differing(record: dict, settings: dict) -> list[str]:
     """The settings that a record has otherwise; a flag that it does not know was left out."""
     return [key for key, value in settings.items() if record["settings"].get(key) != value]
@@ -211,6 +219,17 @@ class Solutions:
     def __init__(self, log_dir: Path, evaluator: Evaluator):
         self.path, self._evaluator = log_dir / "results.jsonl", evaluator
         self.records = {record["name"]: record for record in logs.read_lines(self.path)}
+
+    def refuse_other_flags(self, name: str, settings: dict, twa_settings: dict) -> None:
+        """Refuses to replace a soup by TWA of the same models and data, which other flags made."""
+        record = self.records.get(name)
+        if record is None or differing(record, settings):
+            return
+        for key in differing(record, twa_settings):
+            raise UserError(
+                f"{self.path}: {name} was made with {key} {record['settings'].get(key)} instead of "
+                f"{twa_settings[key]}; give another --log-dir, or remove this file to make all anew"
+            )
 
     def make(self, name: str, settings: dict, function: Callable[[], dict]) -> dict:
         """The record of the solution `name`, made unless the file has it with these settings.
@@ -305,9 +324,12 @@ def make_soups(args):
         load_verified(evaluator.model, path)
         warnings.filterwarnings("ignore", "ignored in the checkpoints")  # said of the first
 
+    solutions, settings = Solutions(log_dir, evaluator), settings_of(paths, args)
+    twa_settings = settings | twa_settings_of(args)
+    for kind in args.twa:
+        solutions.refuse_other_flags(name_of(kind, args), settings, twa_settings)
     utils.make_directory(log_dir)
     logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
-    solutions, settings = Solutions(log_dir, evaluator), settings_of(paths, args)
     started, names = time.perf_counter(), [str(path) for path in paths]
     for name, path in zip(names, paths, strict=True):
         solutions.make(name, settings, partial(evaluator.evaluate_single, path))
@@ -335,13 +357,9 @@ def make_soups(args):
     solutions.make("uniform", settings, lambda: {"weights": average(paths), "models": names})
     solutions.make("greedy", settings, greedy)
 
-    twa_settings = settings | twa_settings_of(args)
     start, held_out = log_dir / f"{args.start}.pt", evaluator.held_out
     for kind in args.twa:
-        name = f"TWA-{kind}"
-        name += f" {args.granularity}" if args.granularity != "model" else ""
-        name += f" {args.bits} bits" if args.bits != 32 else ""
-        name += " from greedy" if args.start == "greedy" else ""
+        name = name_of(kind, args)
         # As many images of either part, so that the two differ in what they see, not in how much.
         images = held_out if kind == "v" else evaluator.training.part(slice(len(held_out)))
         soup = partial(train_coefficients, name, paths, images, start, evaluator)

@@ -264,7 +264,7 @@ def test_a_second_call_adds_another_kind_and_makes_nothing_again(folder, capsys)
     assert after[:-1] == before and after[-1]["name"] == "TWA-v layer"
 
 
-def test_another_unit_is_another_solution(folder, tmp_path):
+def test_twa_by_other_flags_is_refused_and_what_stands_stays(folder, tmp_path, capsys):
     shutil.copytree(folder / "soup", tmp_path / "soup")
     path, twa = tmp_path / "soup/results.jsonl", ["--epochs", 2, "--log-dir", tmp_path / "soup"]
     twa += ["--twa", "v", "--granularity", "channel"]
@@ -274,10 +274,14 @@ def test_another_unit_is_another_solution(folder, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in [*others, record]))
     call(soup, *soup_arguments(folder), *twa)
     assert lines_of(path)[-1] == record  # not made again
-    call(soup, *soup_arguments(folder), *twa, "--unit", "block")
-    again = lines_of(path)[-1]
-    assert again["name"] == record["name"] and again["settings"].get("unit") == "block"
-    assert again["averaging_weights"] != record["averaging_weights"]
+    before = {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()}
+    for key, value in {"unit": "block", "lr": 0.5, "epochs": 3, "opt": "Adam"}.items():
+        line = error_of(capsys, soup, *soup_arguments(folder), *twa, f"--{key}", value)
+        assert str(path) in line and f"TWA-v channel was made with {key} " in line
+        assert f"instead of {value};" in line and "--log-dir" in line
+    assert {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()} == before
+    call(soup, *soup_arguments(folder), *twa, "--lr", 0.5, "--bn-images", 300)  # other data
+    assert lines_of(path)[-1]["settings"]["lr"] == 0.5
 
 
 def test_a_solution_is_made_unless_it_is_there_with_the_same_settings(tmp_path):
