@@ -71,7 +71,7 @@ def parse_arguments():
     add("--start", default="uniform", choices=("uniform", "greedy"), help="soup to start from")
     epochs_help = "passes over as many images as are held out"
     add("--epochs", type=number(int, 1), default=5, help=epochs_help)
-    coefficients.add_arguments(parser, schedule="linear")
+    coefficients.add_arguments(parser, schedule="linear", trajectory=False)
     args = parser.parse_args()
     if args.datasets == image_folders.NAME:
         args.image_size = args.image_size or image_folders.SIZE

@@ -284,6 +284,17 @@ def test_twa_by_other_flags_is_refused_and_what_stands_stays(folder, tmp_path, c
     assert lines_of(path)[-1]["settings"]["lr"] == 0.5
 
 
+def test_the_help_says_the_rate_that_many_steps_have(folder, tmp_path, capsys):
+    shutil.copytree(folder / "soup", tmp_path / "soup")
+    twa = ["--twa", "v", "--granularity", "channel", "--epochs", 12]  # of 5 steps each
+    call(soup, *soup_arguments(folder), *twa, "--log-dir", tmp_path / "soup")
+    assert "coefficients, rate 0.02, basis" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        call(soup, "--help")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "left out, direction" in told and "with --extract PCA: 0.02; for SGD 0.1" in told
+
+
 def test_a_solution_is_made_unless_it_is_there_with_the_same_settings(tmp_path):
     calls = []
 

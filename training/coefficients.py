@@ -19,8 +19,12 @@ from utils import UserError
 RATE_OF_SGD = 0.1
 
 
-def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
-    """The flags of every script that trains coefficients, but for epochs and start point."""
+def add_arguments(parser: argparse.ArgumentParser, schedule: str, trajectory: bool = True) -> None:
+    """The flags of every script that trains coefficients, but for epochs and start point.
+
+    Args:
+        trajectory: whether unit and rate, left out, go by the steps and images; see `optimizer_of`.
+    """
     add = parser.add_argument_group("coefficients").add_argument
     add(
         "--extract",
@@ -33,12 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
     add("--bits", type=int, default=32, choices=(32, 8, 4), help="of a stored basis element")
     parts, parts_help = ("model", "layer", "channel"), "what has coefficients of its own"
     add("--granularity", default="model", choices=parts, help=parts_help)
-    unit_help = (
-        "of coefficients, with PCA: the spread along each direction, or that of its block; left "
-        "out, block by layer and by channel for 50 steps or more of Adam(W) on images, else "
-        "direction"
-    )
-    add("--unit", choices=UNITS, help=unit_help)
+    unit, rate = "direction", "0.02"
+    if trajectory:
+        many = "for 50 steps or more of Adam(W) on images"
+        unit = f"block by layer and by channel {many}, else {unit}"
+        rate = f"{rate} to 0.14 by the steps and images"
+    unit_help = "of coefficients, with PCA: the spread along each direction, or that of its block"
+    add("--unit", choices=UNITS, help=f"{unit_help}; left out, {unit}")
     add(
         "--opt",
         default="AdamW",
@@ -46,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str) -> None:
         help="optimizer of the coefficients",
     )
     add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    rates = "left out, with --extract PCA: 0.02 to 0.14 by the steps and images; for SGD 0.1"
+    rates = f"left out, with --extract PCA: {rate}; for SGD 0.1"
     add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
