@@ -95,11 +95,21 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
     return [Path(path) for path in sorted(found, key=by_number)]
 
 
+def records_of(path: Path, *keys: str) -> list[dict]:
+    """The objects of a `.jsonl` file; a `UserError` names one of `keys` that one of them lacks."""
+    records = logs.read_lines(path)
+    for line, record in enumerate(records, start=1):
+        for key in keys:
+            if key not in record:
+                raise UserError(f"{path}: is damaged (object {line} has no {key!r}); remove it")
+    return records
+
+
 def refuse_other_split(paths: Sequence[Path], args) -> None:
     """Refuses models of `finetune.py` that were trained on what is held out here."""
     here = flags.held_out(args)
     for folder in sorted({path.parent for path in paths}):
-        for record in logs.read_lines(folder / "runs.jsonl"):
+        for record in records_of(folder / "runs.jsonl", "file", "settings"):
             path, there = folder / record["file"], record["settings"]["held_out"]
             if path in paths and there != here:
                 raise UserError(
@@ -218,7 +228,8 @@ class Solutions:
 
     def __init__(self, log_dir: Path, evaluator: Evaluator):
         self.path, self._evaluator = log_dir / "results.jsonl", evaluator
-        self.records = {record["name"]: record for record in logs.read_lines(self.path)}
+        records = records_of(self.path, "name", "settings", *PARTS)
+        self.records = {record["name"]: record for record in records}
 
     def refuse_other_flags(self, name: str, settings: dict, twa_settings: dict) -> None:
         """Refuses to replace a soup by TWA of the same models and data, which other flags made."""

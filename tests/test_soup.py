@@ -402,6 +402,16 @@ def test_models_that_were_trained_on_what_is_held_out(folder, tmp_path, capsys):
     assert "001.pt" in line and "--randomseed" in line
 
 
+@pytest.mark.parametrize("name", ["soup/results.jsonl", "models/runs.jsonl"])
+def test_a_record_without_what_it_has_to_hold(folder, tmp_path, capsys, name):
+    for part in ("soup", "models"):
+        shutil.copytree(folder / part, tmp_path / part)
+    with open(tmp_path / name, "a") as file:
+        file.write("{}\n")
+    line = error_of(capsys, soup, *soup_arguments(tmp_path))
+    assert str(tmp_path / name) in line and "is damaged" in line and "remove it" in line
+
+
 def test_pretrained_weights_that_are_not_to_be_had(tmp_path, capsys, monkeypatch):
     def refuse(name, weights, **_):
         if weights:
