@@ -1,7 +1,18 @@
-# Sets PYTHON to a Python that satisfies requirements.txt. To be sourced, from any folder.
-# The python on the PATH is used as it is if it will do; otherwise .venv is made and filled once.
+# Sets PYTHON to a Python that satisfies requirements.txt, and defines path_of. To be sourced, from any
+# folder. The python on the PATH is used as it is if it will do; otherwise .venv is made and filled
+# once.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# The path $1 that a script was given, as its caller means it: seen from the folder that the script has
+# left by cd. Without a path $2, as it is.
+path_of() {
+    case $1 in
+        "") echo "$2" ;;
+        /*) echo "$1" ;;
+        *) echo "$OLDPWD/$1" ;;
+    esac
+}
 
 satisfies() {
     "$1" - "$here/requirements.txt" <<'PY' 2>/dev/null

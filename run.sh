@@ -19,7 +19,7 @@ cd "$(dirname "$0")"
 
 datasets=${1:-Digits}
 model=${2:-PreResNet20}
-data_dir=${3:-./datasets}
+data_dir=$(path_of "${3-}" ./datasets)
 seed=${SEED:-1}
 DST=results/${model}_$datasets/seed$seed
 OUT=$DST

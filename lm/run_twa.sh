@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 . ../env.sh
 
 arch=${1:-gpt}
-data=(${2:+--data-dir "$2"})
+data=$(path_of "${2-}" "")
 seed=${SEED:-1}
 dir=../results/lm_$arch${2:+_$(basename "$2")}/seed$seed
 
@@ -18,7 +18,7 @@ case $arch in
     *) twa="--batch-size 64 --context 1024 --params_start 21 --params_end 81 --steps 1000" ;;
 esac
 
-"$PYTHON" -u ../train_twa.py --datasets Text "${data[@]}" --arch "$arch" $twa \
+"$PYTHON" -u ../train_twa.py --datasets Text ${data:+--data-dir "$data"} --arch "$arch" $twa \
     --granularity channel --amp --seed "$seed" --save-dir "$dir/checkpoints" --log-dir "$dir" \
     -p 100 --resume
 "$PYTHON" -u show.py --dir "$dir" --decay-dir "$dir/decay" --out "$dir"

@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 
 dataset=${1:-Digits}
 model=${2:-PreResNet20}
-data_dir=${3:-../datasets}
+data_dir=$(path_of "${3-}" ../datasets)
 seed=${SEED:-1}
 dir=../results/soup_${model}_$dataset/seed$seed
 

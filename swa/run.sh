@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 
 dataset=${1:-Digits}
 model=${2:-PreResNet20}
-data_path=${3:-../datasets}
+data_path=$(path_of "${3-}" ../datasets)
 seed=${SEED:-1}
 swa_lr=${SWA_LR:-0.05} # the paper also reports 0.10
 

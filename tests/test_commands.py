@@ -8,6 +8,7 @@ only the flags are parsed.
 """
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -75,13 +76,22 @@ def folder_of(document: str, command: str) -> Path:
 
 
 def recorded(document: str, imagenet: Path, folder: Path) -> list[tuple[Path, list[str]]]:
-    """What the document's commands start: the current folder, the program and its arguments."""
+    """What the document's commands start; see `started_by`."""
+    script = ""
+    for command in commands(document):
+        told = command.replace("/path/to/imagenet", str(imagenet))
+        script += f"cd '{folder_of(document, command)}'\n{told}\n"
+    return started_by(script, folder, document)
+
+
+def started_by(script: str, folder: Path, name: str) -> list[tuple[Path, list[str]]]:
+    """What a script of bash starts: the current folder, the program and its arguments."""
     programs, record = folder / "programs", folder / "record"
     programs.mkdir(parents=True)
     record.touch()
-    for name in (*FAKES, *OTHERS):
-        file = programs / name
-        file.write_text(f"#!/bin/bash\n{OTHERS[name]}\n" if name in OTHERS else FAKE)
+    for program in (*FAKES, *OTHERS):
+        file = programs / program
+        file.write_text(f"#!/bin/bash\n{OTHERS[program]}\n" if program in OTHERS else FAKE)
         file.chmod(0o755)
     environment = os.environ | {
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -91,13 +101,9 @@ def recorded(document: str, imagenet: Path, folder: Path) -> list[tuple[Path, li
         "SLURM_JOB_ID": "1",
         "HOST": "localhost",
     }
-    script = "set -euo pipefail\n"
-    for command in commands(document):
-        told = command.replace("/path/to/imagenet", str(imagenet))
-        script += f"cd '{folder_of(document, command)}'\n{told}\n"
     run = {"env": environment, "capture_output": True, "text": True}
-    done = subprocess.run(["bash", "-c", script], **run)
-    assert done.returncode == 0, f"{document}: {done.stderr}"
+    done = subprocess.run(["bash", "-c", f"set -euo pipefail\n{script}"], **run)
+    assert done.returncode == 0, f"{name}: {done.stderr}"
     calls = [call.split("\0") for call in record.read_text().split("\0\n\0") if call]
     return [(Path(cwd), [program, *arguments]) for cwd, program, *arguments in calls]
 
@@ -173,6 +179,24 @@ def test_commands_do_what_the_document_says(document, repository, sound, tmp_pat
             shutil.copy(next(root.rglob("soup_ViT*/*/checkpoints/2.pt")), here / "2.pt")
         result = call(script, *shorter(script, arguments))
         assert result.status == 0, f"{document}: {shlex.join(words)}: {result.err}"
+
+
+@pytest.mark.parametrize("stage", ["run.sh", "swa", "soup", "lm"])
+def test_a_folder_of_data_is_the_callers(stage, tmp_path):
+    scripts = [ROOT / stage] if stage == "run.sh" else sorted((ROOT / stage).glob("run*.sh"))
+    words = "gpt" if stage == "lm" else "Digits PreResNet20"
+    default = [] if stage == "lm" else [ROOT / "datasets"]
+    cases = [("my data", [tmp_path / "my data"]), ("/my data", [Path("/my data")]), ("", default)]
+    for script, (data, meant) in itertools.product(scripts, cases):
+        command = f"cd '{tmp_path}' && bash '{script}' {words} '{data}'"
+        folder = tmp_path / f"{script.stem} {data.replace('/', 'of root ')}"
+        calls = started_by(command, folder, str(script))
+        assert calls
+        for cwd, arguments in calls:
+            pairs = itertools.pairwise(arguments)
+            given = [path for flag, path in pairs if flag in ("--data-dir", "--data_path")]
+            found = [Path(os.path.normpath(cwd / path)) for path in given]
+            assert found == ([] if "show.py" in arguments else meant), shlex.join(arguments)
 
 
 def test_commands_of_every_kind_are_found(tmp_path):
