@@ -1,7 +1,9 @@
 """The fine-tune stage: held-out data, fine-tuning, soups against a plain computation, bad input."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +21,10 @@ from training.data import DATASETS, Split
 from training.files import save
 from training.optimizers import SCHEDULES, schedule_of
 from twa.checkpoints import average
+from twa.memory import Plan
 from utils import UserError
 
+ROOT = Path(soup.__file__).parents[1]
 DIGITS = ["--datasets", "Digits", "--batch-size", "64", "--device", "cpu"]
 HELD_OUT = ["--val-ratio", "20"]
 
@@ -327,9 +331,8 @@ def test_models_measured_among_others_are_measured_again(folder, tmp_path):
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_run_sh_has_a_folder_for_each_seed(tmp_path, monkeypatch):
     (tmp_path / "twa/soup").mkdir(parents=True)
-    root = Path(soup.__file__).parents[1]
     for name in ("soup/run.sh", "env.sh"):
-        shutil.copy(root / name, tmp_path / "twa" / name)
+        shutil.copy(ROOT / name, tmp_path / "twa" / name)
     (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = - ] || echo "$@"\n')
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
@@ -369,6 +372,23 @@ def test_a_model_of_the_users_own(folder, tmp_path, monkeypatch, capsys):
     line = error_of(capsys, soup, *arguments, "--model-factory", "torch.nn:PReLU")
     assert "torch.nn:PReLU" in line and "the data set needs [2, 10]" in line
     assert "MODULE:FUNCTION" in error_of(capsys, soup, *arguments, "--model-factory", "mine.net")
+
+
+@pytest.mark.parametrize(
+    "page, row, checkpoints, sizes",
+    [
+        ("docs/imagenet.md", "basis of 60+2", 301, [11_689_512, 86_567_656]),
+        ("docs/imagenet.md", "basis of 90+1", 150, [11_689_512, 86_567_656]),
+    ],
+)
+def test_the_memory_that_the_pages_name_is_what_a_basis_takes(page, row, checkpoints, sizes):
+    lines = (ROOT / page).read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| {row}")]
+    told = re.findall(r"[\d.]+", line)[-3 * len(sizes) :]
+    for (size, bits), figure in zip(itertools.product(sizes, (32, 8, 4)), told, strict=True):
+        taken = Plan(n=checkpoints, bits=bits).basis_bytes(size) / 1e9
+        digits = len(figure.partition(".")[2])
+        assert f"{taken:.{digits}f}" == figure, (size, bits)
 
 
 # --- bad input ---
