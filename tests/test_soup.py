@@ -379,6 +379,7 @@ def test_a_model_of_the_users_own(folder, tmp_path, monkeypatch, capsys):
     [
         ("docs/imagenet.md", "basis of 60+2", 301, [11_689_512, 86_567_656]),
         ("docs/imagenet.md", "basis of 90+1", 150, [11_689_512, 86_567_656]),
+        ("soup/README.md", "basis of 72 ViT-B/32", 72, [88_362_216]),
     ],
 )
 def test_the_memory_that_the_pages_name_is_what_a_basis_takes(page, row, checkpoints, sizes):
