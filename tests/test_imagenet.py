@@ -279,6 +279,16 @@ def test_sgd_then_twa(alone, folder, monkeypatch):
     assert (run / "log").read_text().count(skipped) == 2  # by SGD and by TWA
 
 
+def test_a_run_goes_on_with_the_same_classes_alone_wherever_they_lie(resnet, copy, tmp_path):
+    run = shutil.copytree(resnet, tmp_path / "run")
+    (copy / TRUNCATED).unlink()
+    succeed(call(SGD, *sgd_flags(copy, run), "--resume"))
+    for part in ("train", "val"):
+        (copy / part / "9").rename(copy / part / "nine")
+    line = one_line(call(SGD, *sgd_flags(copy, run), "--resume"))
+    assert "was saved with data_dir of 10 classes" in line
+
+
 def test_sgd_then_twa_on_two_ranks(alone, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(vision_transformer, "VisionTransformer", Reduced)
     arch, expected = alone

@@ -325,6 +325,19 @@ def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(base, words
     assert without_seconds(tmp_path / "metrics.jsonl") == without_seconds(base / "metrics.jsonl")
 
 
+def test_a_run_goes_on_with_the_same_text_alone_wherever_that_lies(run, words, tmp_path):
+    moved = shutil.copytree(words, tmp_path / "moved")
+    succeed(call(TRAIN, *where(run, moved), "--resume"))
+    path = run / "checkpoints/state.pt"
+    (moved / "0.txt").write_text("other text")
+    line = refuse(run, TRAIN, *where(run, moved), "--resume")
+    assert line.startswith(f"error: {path}: was saved with data_dir of ")
+    state = load(path)
+    del state["settings"]["data_dir"]  # as earlier versions did
+    save(state, path)
+    succeed(call(TRAIN, *where(run, moved), "--resume"))
+
+
 @pytest.mark.parametrize("shape", ["linear", "1-sqrt"])
 def test_a_decay_goes_on_from_the_saved_state_as_a_plain_loop_does(base, words, tmp_path, shape):
     state = base / "checkpoints/state.pt"

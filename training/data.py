@@ -39,6 +39,7 @@ class Spec:
     flip: bool  # whether mirrored images keep their class
     mean: tuple[float, ...]  # of each channel over the training images, in [0, 1]
     std: tuple[float, ...]
+    content: str | None = None  # tells folders of images apart, wherever they lie
 
 
 # For CIFAR100 too, the paper's release normalises by CIFAR10's figures.

@@ -64,7 +64,9 @@ class Run:
         self._args, self._trainer, self._save_every = args, trainer, save_every
         self._log_dir, self._prefix, self._first_epoch = log_dir, prefix, first_epoch
         self._state = trainer.state = state
-        self._settings, self._flag = flags.settings(args), flag
+        # What the data are counts, not where they lie.
+        self._settings = flags.settings(args) | {"data_dir": trainer.train.split.spec.content}
+        self._flag = flag
         self._parts = parts | {
             "model": trainer.model,
             "optimizer": trainer.optimizer,

@@ -67,10 +67,12 @@ def read_state(path: Path, settings: dict, flag: str) -> dict:
             f"{path}: has format {state['format']}, this version reads format {FORMAT}; "
             f"go on with the version that wrote it, or give another {flag} to start anew"
         )
+    # Earlier versions did not save what the data are.
+    saved = {"data_dir": settings.get("data_dir")} | state["settings"]
     for key, value in settings.items():
-        if state["settings"].get(key) != value:
+        if saved.get(key) != value:
             raise UserError(
-                f"{path}: was saved with {key} {state['settings'].get(key)}, "
+                f"{path}: was saved with {key} {saved.get(key)}, "
                 f"but this run has {key} {value}; give that, or another {flag} to start anew"
             )
     return state

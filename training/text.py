@@ -140,6 +140,7 @@ class Spec:
     vocabulary: Vocabulary
     context: int = CONTEXT
     name: str = NAME
+    content: str | None = None  # tells texts apart, wherever they lie
 
 
 @dataclass(frozen=True)
@@ -188,12 +189,13 @@ def load(data_dir: str | Path | None, vocabulary: Vocabulary, context: int) -> t
         UserError: the text is not there, empty, too short for one context in each part, or it is
             not UTF-8 where a tokenizer is given.
     """
-    spec = Spec(vocabulary, context)
     root, files = _files(data_dir)
     folder = _prepared(root, files, vocabulary)
+    sizes = {part: int((folder / f"{part}.size").read_text()) for part in PARTS}
+    content = f"of {sum(sizes.values())} bytes, SHA-256 {(folder / 'complete').read_text()}"
+    spec = Spec(vocabulary, context, content=content)
     splits = {}
-    for part in PARTS:
-        size = int((folder / f"{part}.size").read_text())
+    for part, size in sizes.items():
         path = folder / f"{part}.tokens"
         count = path.stat().st_size // np.dtype(vocabulary.dtype).itemsize
         if count <= context:
@@ -230,7 +232,8 @@ def _files(data_dir: str | Path | None) -> tuple[Path, list[Path]]:
 def _prepared(root: Path, files: list[Path], vocabulary: Vocabulary) -> Path:
     """The folder with the tokens of each part, written now unless they were before."""
     stats = [(str(path.relative_to(root)), path.stat()) for path in files]
-    key = [str(root.resolve()), vocabulary.name, PARTS]
+    # "hash": those of earlier versions do not tell the text's.
+    key = [str(root.resolve()), vocabulary.name, PARTS, "hash"]
     key += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twa"
     folder = cache / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
@@ -252,17 +255,19 @@ def _prepared(root: Path, files: list[Path], vocabulary: Vocabulary) -> Path:
         pieces = {part: [] for part in PARTS}
         for path in files:
             pieces[part_of(path.relative_to(root).as_posix())].append((path, None))
+    digest = hashlib.sha256()
     for part, contents in pieces.items():
         size = 0
         with replacing(folder / f"{part}.tokens") as temporary, open(temporary, "wb") as out:
             for path, content in contents:
                 content = path.read_bytes() if content is None else content
                 out.write(vocabulary.encode(content, path).tobytes())
+                digest.update(content)
                 size += len(content)
         with replacing(folder / f"{part}.size") as temporary:
             temporary.write_text(str(size))
     with replacing(folder / "complete") as temporary:
-        temporary.write_text(str(root))
+        temporary.write_text(digest.hexdigest()[:16])
     return folder
 
 
