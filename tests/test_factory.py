@@ -98,6 +98,7 @@ def test_the_users_modules_come_before_ours_of_the_same_names(folder, tmp_path):
     assert trained(done, tmp_path)["1.weight"].shape == (7, 64)
     # The same by Python itself: nothing of ours is imported before the script begins.
     again = tmp_path / "again"
+    own[-1] = again
     command = [sys.executable, ROOT / "train_sgd_cifar.py", *flags(again), *own]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     subprocess.run(list(map(str, command)), cwd=folder, env=environment, check=True)

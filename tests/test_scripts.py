@@ -723,6 +723,20 @@ def test_checkpoints_of_an_earlier_run_are_replaced_only_on_request(run):
     assert len(read_lines(run / "metrics.jsonl")) == 1
 
 
+def test_the_log_of_a_run_with_other_checkpoints_is_replaced_only_on_request(run, tmp_path):
+    flags = [*where(run), "--epochs", 1]
+    flags[flags.index("--save-dir") + 1] = tmp_path / "other"
+    for more in ([], ["--resume"]):  # there is nothing yet to go on from
+        line = refuse(run, SGD, *flags, *more)
+        assert str(run / "run.json") in line
+        assert "DST/checkpoints" in line
+        assert "--overwrite" in line
+    assert not (tmp_path / "other").exists()
+    succeed(call(SGD, *flags, "--overwrite"))
+    assert len(read_lines(run / "metrics.jsonl")) == 1
+    assert len(names(run / "checkpoints")) == 6  # the other run's stand
+
+
 # --- bad input: one line, exit status 2, and nothing is touched ---
 
 

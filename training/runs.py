@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from training import flags, ranks
-from training.logs import RunLog
+from training.logs import RunLog, read_json
 from training.loop import Trainer, device_of
 from training.signals import Signals
 from training.states import load_state, read_state, save_state
@@ -86,6 +87,22 @@ class Run:
         if self._state.exists() and not self.resumed:
             with contextlib.suppress(CheckpointError):  # which nobody can go on from
                 read_state(self._state, self._settings, self._flag)
+
+    def keep_other_log(self) -> None:
+        """Raises a `UserError` if the run would replace the log of one with other checkpoints."""
+        path = self._log_dir / f"{self._prefix}run.json"
+        other = read_json(path).get("arguments", {})
+        if "save_dir" not in other or self._args.resume or self._args.overwrite:
+            return  # a named state is gone on from, and so is the log
+        # From the folder of the log on, which may be called another way, or have been moved.
+        ours, its = (
+            os.path.relpath(a["save_dir"], a["log_dir"]) for a in (vars(self._args), other)
+        )
+        if ours != its:
+            raise UserError(
+                f"{path}: is of the run with the checkpoints in {other['save_dir']}; give another "
+                "--log-dir, or --overwrite to replace it"
+            )
 
     @property
     def is_before_first_step(self) -> bool:

@@ -93,6 +93,7 @@ def run(
             print("\n".join(filter(None, [f"test {describe(tested)}", skipped])))
         return
     if not run.resumed:
+        run.keep_other_log()
         clear(save_dir, args.overwrite)
     run.start(f"{args.arch} on {args.datasets}: epochs {run.done} to {args.epochs}")
     if run.is_before_first_step:
