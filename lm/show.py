@@ -50,7 +50,9 @@ def main():
     for path, found in ((args.dir, run.end), (args.decay_dir, decay.end), (args.out, twa)):
         if not found:
             raise UserError(f"{path}: holds no results; the run is not finished")
-    solutions = twa["results"]
+    solutions = twa.get("results", {})
+    if "steps" not in solutions.get("last", {}):
+        raise UserError(f"{args.out / 'twa.json'}: is not of language models; give their --out")
     best, window = solutions.pop("TWA"), list(twa["averaging_weights"])
     spent = {key: solutions["last"][key] for key in ("steps", "seconds")}
     name = f"decay, {decay.arguments['decay']}"

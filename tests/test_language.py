@@ -513,6 +513,36 @@ def test_show_refuses_a_run_that_is_not_finished(tmp_path):
     assert "is not finished" in refuse(tmp_path, "lm/show.py", *shown)
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """What SGD and TWA leave on images."""
+    run = tmp_path_factory.mktemp("images")
+    flags = ["--datasets", "Digits", "--arch", "PreResNet20", "--images", 256, "--epochs", 1]
+    flags += ["--save-dir", run / "checkpoints", "--log-dir", run]
+    succeed(call("train_sgd_cifar.py", *flags))
+    succeed(call(TWA, *flags, "--params_end", 2))
+    return run
+
+
+def test_the_folders_of_image_runs_are_refused(run, words, images):
+    shown = ["--dir", run, "--decay-dir", run, "--out", images]
+    assert f"{images / 'twa.json'}: is not of language" in refuse(images, "lm/show.py", *shown)
+    for flag in ("--dir", "--decay-dir"):
+        line = refuse(images, "lm/show.py", *shown, flag, images)
+        assert f"{images}: is of a run on images" in line
+    line = refuse(run, TWA, *twa_flags(run, words), "--log-dir", images, "--out", run)
+    assert f"{images}: is of a run on images" in line
+    flags = ["--datasets", "Digits", "--params_end", 2, "--save-dir", images / "checkpoints"]
+    line = refuse(images, TWA, *flags, "--arch", "PreResNet20", "--log-dir", run)
+    assert f"{run}: is of a run on text" in line
+
+
+def test_of_a_text_run_that_is_not_known_only_the_metrics_are_left_out(run, words):
+    (run / "run.json").unlink()
+    succeed(call(TWA, *twa_flags(run, words)))
+    assert json.loads((run / "twa.json").read_text())["results"]["TWA"]["steps"] is None
+
+
 def gpt2() -> nn.Module:
     """A model of transformers, from a config."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -835,9 +835,19 @@ def test_a_compiler_that_is_missing_is_named(run, monkeypatch):
     assert "No working C++ compiler found" in line
 
 
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
-def test_a_damaged_description_of_the_run_is_refused(run, name):
-    (run / name).write_text("{'epoch}\n")
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("run.json", b"{'epoch}\n"),
+        ("run.json", b'{"arguments": "\xff"}'),
+        ("run.json", b"[]"),
+        ("metrics.jsonl", b"{'epoch}\n"),
+        ("metrics.jsonl", b"{}\n"),
+        ("metrics.jsonl", b'{"epoch": 1}\n'),
+    ],
+)
+def test_a_damaged_description_of_the_run_is_refused(run, name, content):
+    (run / name).write_bytes(content)
     line = refuse(run, TWA, *where(run), "--params_end", 5, "--epochs", 1)
     assert str(run / name) in line
     assert "damaged" in line

@@ -44,7 +44,7 @@ class RunLog:
         make_directory(self._log.parent)
         append(self._log, "")
         self._metrics = directory / f"{prefix}metrics.jsonl"
-        self.epochs = [m for m in read_lines(self._metrics) if m["epoch"] <= done]
+        self.epochs = [m for m in read_lines(self._metrics, "epoch") if m["epoch"] <= done]
         write_lines(self.epochs, self._metrics)
         write_json({"arguments": vars(args), **provenance()}, directory / f"{prefix}run.json")
         self._trackers = Trackers(args, directory / f"{prefix}tensorboard", done)
@@ -105,11 +105,16 @@ def append(path: Path, text: str) -> None:
         raise CheckpointError(unwritten(path, error)) from None
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a `.jsonl` file, without an unfinished last line; [] if there is no file."""
+def read_lines(path: Path, *keys: str) -> list[dict]:
+    """The objects of a `.jsonl` file, without an unfinished last line; [] if there is no file.
+
+    Args:
+        keys: that each of them has; a `UserError` if one lacks them.
+    """
     if not path.exists():
         return []
-    return [parse(line, path) for line in path.read_text().splitlines() if line.endswith("}")]
+    lines = path.read_bytes().splitlines()
+    return [parse(line, path, *keys) for line in lines if line.endswith(b"}")]
 
 
 def write_lines(records: Iterable[dict], path: Path) -> None:
@@ -120,7 +125,7 @@ def write_lines(records: Iterable[dict], path: Path) -> None:
 
 def read_json(path: Path) -> dict:
     """The object in the JSON file `path`; {} if there is no file."""
-    return parse(path.read_text(), path) if path.exists() else {}
+    return parse(path.read_bytes(), path) if path.exists() else {}
 
 
 def write_json(content: dict, path: Path) -> None:
@@ -129,12 +134,18 @@ def write_json(content: dict, path: Path) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def parse(text: str, path: Path) -> dict:
-    """The JSON object `text` from the file `path`; a `UserError` if it is damaged."""
+def parse(text: bytes, path: Path, *keys: str) -> dict:
+    """The JSON object `text` from the file `path`; a `UserError` if it is damaged or lacks keys."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("holds no JSON object")
+        for key in keys:
+            if key not in content:
+                raise ValueError(f"an object in it lacks {key!r}")
+    except ValueError as error:  # or what is raised of no JSON or no UTF-8
         raise UserError(f"{path}: is damaged ({error}); remove it") from None
+    return content
 
 
 def provenance() -> dict:

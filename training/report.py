@@ -9,9 +9,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import nn
 
-from training import flags, logs
+from training import flags, logs, text
 from training.files import replacing
 from twa.checkpoints import load_into
+from utils import UserError
 
 # One colour a method in every figure.
 COLOURS = {
@@ -38,10 +39,20 @@ class SGDRun:
 
     @classmethod
     def read(cls, log_dir: Path, unit: str = "epochs") -> "SGDRun":
-        """What the files of the run say, if they are there."""
+        """What the files of the run say, if they are there.
+
+        Raises:
+            UserError: they are damaged, or of a run on text where `unit` is "epochs", or on images.
+        """
         arguments = logs.read_json(log_dir / "run.json").get("arguments", {})
+        on_text = arguments.get("datasets") == text.NAME
+        if arguments and on_text != (unit == "steps"):
+            its, wanted = ("text", "images") if on_text else ("images", "text")
+            raise UserError(f"{log_dir}: is of a run on {its}; give the folder of one on {wanted}")
+        # The steps of an epoch are told by the arguments.
+        known = arguments or unit == "epochs"
         return cls(
-            logs.read_lines(log_dir / "metrics.jsonl"),
+            logs.read_lines(log_dir / "metrics.jsonl", "epoch", "seconds") if known else [],
             arguments.get("saves_per_epoch", 1) if arguments else None,
             flags.held_out(argparse.Namespace(**{"split": False} | arguments)),
             arguments,
