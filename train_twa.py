@@ -81,6 +81,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     flags.check_launch(args)
+    flags.check_recipe(args)
     with lock(args.out, writes=not args.evaluate):
         train_twa(args)
 

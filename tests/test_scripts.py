@@ -765,6 +765,7 @@ def test_refusals_in_processes_of_their_own(run):
         (["--lr", "fast"], "--lr"),
         (["--epochs", "-1"], "--epochs"),
         (["--epochs", "1.5"], "--epochs"),
+        (["--epochs", "1", "--warmup-epochs", "2"], "--warmup-epochs 2 is more than --epochs 1"),
         (["--batch-size", "0"], "--batch-size"),
         (["--momentum", "2"], "--momentum"),
         (["--print-freq", "0"], "--print-freq"),

@@ -178,6 +178,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip-grad", type=number(float, 0), metavar="NORM", help=CLIP_HELP)
 
 
+def check_recipe(args: argparse.Namespace) -> None:
+    """Raises a `UserError` if the rate would never have risen."""
+    if args.warmup_epochs > args.epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
+        )
+
+
 def add_soup_arguments(
     parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
 ) -> None:

@@ -64,10 +64,7 @@ def run(
     Raises:
         UserError, CheckpointError: what a user can mend, as `Run` and `Trainer.epoch`.
     """
-    if args.warmup_epochs > args.epochs:
-        raise UserError(
-            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
-        )
+    flags.check_recipe(args)
     if args.saves_per_epoch > len(train):
         raise UserError(f"--saves-per-epoch: an epoch has only {len(train)} iterations")
     save_dir = Path(args.save_dir)
