@@ -641,6 +641,12 @@ def test_a_state_of_other_settings_is_refused_and_can_be_tested(run, flags, word
         succeed(call(SGD, *where(run), "--resume", *flags, "--evaluate"))
 
 
+def test_where_nothing_is_saved_nothing_is_evaluated_for_it(tmp_path):
+    line = refuse(tmp_path, SGD, *where(tmp_path / "run"), "--resume", "--evaluate")
+    assert f"there is no {tmp_path / 'run/checkpoints/state.pt'} to evaluate" in line
+    assert "accuracy" in succeed(call(SGD, *where(tmp_path / "run"), "--evaluate")).out
+
+
 def test_twa_refuses_the_state_of_another_window(run):
     flags = ["--params_end", 5, "--epochs", 1, "--images", 256]
     succeed(call(TWA, *where(run), "--params_start", 1, *flags))

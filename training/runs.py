@@ -77,8 +77,11 @@ class Run:
         self.done, self.resumed = first_epoch, False
         source = Path(args.resume or state)
         wanted = args.resume is not None or ranks.restarts() > 0
+        evaluates = vars(args).get("evaluate")
+        if evaluates and args.resume == "" and not source.exists():
+            raise UserError(f"--resume: there is no {source} to evaluate; train first")
         if wanted and (args.resume or source.exists()):
-            settings = {} if vars(args).get("evaluate") else self._settings
+            settings = {} if evaluates else self._settings
             self.done = load_state(source, settings, flag, **self._parts)
             self.resumed = source.resolve().parent == state.resolve().parent
 
