@@ -453,6 +453,8 @@ def test_folders_that_are_none_are_refused(script, how, words, copy, tmp_path):
         (["--start-epoch", 3], "--start-epoch"),
         (["--workers", -1], "--workers"),
         (["--warmup-epochs", 3], "--warmup-epochs"),
+        (["--device", "cpu", "--gpu", 3], "--gpu 3 and --device cpu"),
+        (["--gpu", 99], "--gpu 99: there are "),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )

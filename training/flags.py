@@ -156,7 +156,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_launch(args: argparse.Namespace) -> None:
-    """Takes `--gpu` as the device; a `UserError` tells of torchrun where it is needed."""
+    """Takes `--gpu` as the device; a `UserError` tells what is wrong, or where to use torchrun."""
     several = args.multiprocessing_distributed and torch.accelerator.device_count() > 1
     if args.world_size > 1 or (several and args.gpu is None and not ranks.launched()):
         flag = "--world-size" if args.world_size > 1 else "--multiprocessing-distributed"
@@ -166,8 +166,13 @@ def check_launch(args: argparse.Namespace) -> None:
             f"{flag}: start the script with torchrun {how} "
             f"--nproc_per_node {max(1, torch.accelerator.device_count())}, without this flag"
         )
-    if args.gpu is not None and args.device is None:
-        args.device = f"{torch.accelerator.current_accelerator() or 'cuda'}:{args.gpu}"
+    if args.gpu is not None:
+        count = torch.accelerator.device_count()
+        if args.device:
+            raise UserError(f"--gpu {args.gpu} and --device {args.device}: give one of them")
+        if args.gpu >= count:
+            raise UserError(f"--gpu {args.gpu}: there are {count} accelerators; try --device cpu")
+        args.device = f"{torch.accelerator.current_accelerator()}:{args.gpu}"
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
