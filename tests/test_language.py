@@ -570,6 +570,9 @@ def test_models_of_transformers_are_trained_and_averaged(words, tmp_path, monkey
     assert "no checkpoint-N with N in [2, 9)" in refuse(run, TWA, *flags, 9)
     succeed(call(TWA, *flags, 3001))
     assert_equal(*(load_state_dict(run / name) for name in ("other/twa.pt", "twa.pt")))
+    flags += [3001, "--out", run / "from", "--train_start"]
+    assert "folders/checkpoint-7: " in refuse(run, TWA, *flags, 7)
+    assert "from checkpoint 2000" in succeed(call(TWA, *flags, 2000)).out
 
 
 # --- coefficients and decays ---

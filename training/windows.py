@@ -55,7 +55,7 @@ def paths_of(args: argparse.Namespace) -> list[Path]:
     window = listed(args)
     start_point = []
     if args.train_start not in (None, -1):
-        start_point = [Path(args.save_dir) / f"{args.train_start}.pt"]
+        start_point = [_start_point(args)]
     for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
         verify(path)
     return window
@@ -75,7 +75,7 @@ def listed(args: argparse.Namespace) -> list[Path]:
         raise UserError(
             f"--params_start {start} --params_end {end}: the window [{start}, {end}) is empty"
         )
-    found = {int(p.stem) for p in save_dir.glob("*.pt") if p.stem.isdecimal()}
+    found = _files(save_dir)
     folders = {} if found else _folders_of_transformers(save_dir)
     missing = next((i for i in range(start, end) if i not in found), None)
     if folders:
@@ -89,6 +89,18 @@ def listed(args: argparse.Namespace) -> list[Path]:
     else:
         window = [save_dir / f"{i}.pt" for i in range(start, end)]
     return window
+
+
+def _start_point(args: argparse.Namespace) -> Path:
+    """The checkpoint of `--train_start`: a file, or a folder where the window takes folders."""
+    save_dir, number = Path(args.save_dir), args.train_start
+    folders = {} if _files(save_dir) else _folders_of_transformers(save_dir)
+    return save_dir / (f"checkpoint-{number}" if folders else f"{number}.pt")
+
+
+def _files(save_dir: Path) -> set[int]:
+    """The numbers N of the files `N.pt`."""
+    return {int(path.stem) for path in save_dir.glob("*.pt") if path.stem.isdecimal()}
 
 
 def _folders_of_transformers(save_dir: Path) -> dict[int, Path]:
@@ -120,7 +132,7 @@ def start_of(
         UserError: the window is shorter than `--start-average`.
     """
     if args.train_start not in (None, -1):
-        return f"checkpoint {args.train_start}", Path(args.save_dir) / f"{args.train_start}.pt", {}
+        return f"checkpoint {args.train_start}", _start_point(args), {}
     start = args.start if args.train_start is None else "SWA"
     count = args.start_average or {"auto": None, "last": 1, "SWA": len(window)}[start]
     if count is None:
