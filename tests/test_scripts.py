@@ -677,6 +677,16 @@ def test_two_settings_of_twa_run_side_by_side_and_replace_nothing(run, tmp_path)
     assert_equal(load_state_dict(tmp_path / "0.1/twa.pt"), kept)
 
 
+def test_epochs_of_other_images_than_the_checkpoints_run_had_are_noted(run):
+    flags = [*where(run), "--params_end", 5, "--epochs", 0, "--images", 256]
+    note = "note: --images is 256 here and left out in the checkpoints' run"
+    assert note in succeed(call(TWA, *flags)).out
+    description = json.loads((run / "run.json").read_text())
+    description["arguments"]["images"] = 256
+    (run / "run.json").write_text(json.dumps(description))
+    assert "note:" not in succeed(call(TWA, *flags)).out
+
+
 def test_twa_does_not_write_among_the_checkpoints(run):
     flags = ["--datasets", "Digits", "--arch", "PreResNet20", "--params_end", 5, "--epochs", 0]
     flags += ["--images", 256]

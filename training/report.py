@@ -95,6 +95,12 @@ class SGDRun:
                 f"the checkpoints' run held out {self.held_out or 'nothing'}, so its models know "
                 "images that the coefficients are trained on; give both the same --split"
             )
+        theirs = self.arguments.get("images")
+        if self.arguments and theirs != args.images:
+            yield (
+                f"--images is {args.images or 'left out'} here and {theirs or 'left out'} in the "
+                "checkpoints' run; the table counts an epoch of either as one"
+            )
         risen = math.ceil(self.arguments.get("warmup_epochs", 0) * (self.saves_per_epoch or 1))
         if args.params_start < risen:
             yield (
