@@ -795,6 +795,14 @@ def test_odd_values_are_refused(run, script, flags, words):
     assert words in refuse(run, script, *where(run), *window, *flags)
 
 
+@pytest.mark.parametrize("script", [SGD, TWA, "lm/train.py"])
+def test_help_tells_the_defaults_that_there_are(script):
+    told = " ".join(succeed(call(script, "--help")).out.split())
+    assert "seed of all randomness (default: 1)" in told
+    assert "left out" in told
+    assert "None" not in told
+
+
 FACTORIES = """
 from torch import nn
 

@@ -24,13 +24,20 @@ TRACKERS_HELP = "send the metrics of each epoch, of TWA also the coefficients α
 OVERWRITE_HELP = "replace the checkpoints of an earlier run"
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for None: the help says what a flag is that is left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that shows defaults in `--help` and says errors in one line."""
 
     def __init__(self, description: str):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
 
