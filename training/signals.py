@@ -1,9 +1,9 @@
 """Signals that end a run in order: SIGTERM, SIGINT and SIGUSR1."""
 
-import shlex
 import signal
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 
 from training import ranks
 
@@ -74,9 +74,12 @@ class Signals:
             return
         if save:
             save()
-        words = sys.argv if sys.argv[-1] == "--resume" else [*sys.argv, "--resume"]
-        command = f"{'torchrun …' if ranks.launched() else 'python'} {shlex.join(words)}"
-        remedy = f"the state is saved, go on with: {command}"
+        # Not spelled out: it may be that of a shell script, and paths depend on where it was given.
+        # A `--resume STATE` would begin there again, unless a plain one follows.
+        words = pairwise([*sys.argv, "-"])
+        plain = any(one == "--resume" and other.startswith("-") for one, other in words)
+        how = "which has --resume" if plain else "ending in --resume"
+        remedy = f"the state is saved, go on by the same command once more, {how}"
         raise Stopped(number, remedy, together=self._held)
 
 
