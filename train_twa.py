@@ -62,10 +62,7 @@ def parse_arguments():
     add("--steps", dest="epoch_steps", type=number(int, 1), help=steps_help)
     parser.set_defaults(print_freq=200)  # as in the paper's release
     args = parser.parse_args()
-    if args.datasets == image_folders.NAME:
-        args.image_size = args.image_size or image_folders.SIZE
-    elif args.image_size or args.strict_images:
-        parser.error(f"--image-size and --strict-images: only with --datasets {image_folders.NAME}")
+    image_folders.check_arguments(args, parser)
     if args.epochs is None:
         args.epochs = 1 if args.datasets == text.NAME else 100
     text.check_arguments(args, parser)

@@ -163,7 +163,7 @@ def fine_tune(args):
         **{key: getattr(args, key) for key in same},
     }
     runs = save_dir / "runs.jsonl"
-    records = {record["file"]: record for record in logs.read_lines(runs)}
+    records = {record["file"]: record for record in logs.read_lines(runs, "file", "settings")}
     for varied in settings_of_runs(args):
         settings, path = varied | fixed, save_dir / f"{varied['seed']:03}.pt"
         if is_finished(records.get(path.name), settings, path, model):

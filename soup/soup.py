@@ -73,10 +73,7 @@ def parse_arguments():
     add("--epochs", type=number(int, 1), default=5, help=epochs_help)
     coefficients.add_arguments(parser, schedule="linear", trajectory=False)
     args = parser.parse_args()
-    if args.datasets == image_folders.NAME:
-        args.image_size = args.image_size or image_folders.SIZE
-    elif args.image_size or args.strict_images:
-        parser.error(f"--image-size and --strict-images: only with --datasets {image_folders.NAME}")
+    image_folders.check_arguments(args, parser)
     return coefficients.check_arguments(args)
 
 
@@ -95,21 +92,11 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
     return [Path(path) for path in sorted(found, key=by_number)]
 
 
-def records_of(path: Path, *keys: str) -> list[dict]:
-    """The objects of a `.jsonl` file; a `UserError` names one of `keys` that one of them lacks."""
-    records = logs.read_lines(path)
-    for line, record in enumerate(records, start=1):
-        for key in keys:
-            if key not in record:
-                raise UserError(f"{path}: is damaged (object {line} has no {key!r}); remove it")
-    return records
-
-
 def refuse_other_split(paths: Sequence[Path], args) -> None:
     """Refuses models of `finetune.py` that were trained on what is held out here."""
     here = flags.held_out(args)
     for folder in sorted({path.parent for path in paths}):
-        for record in records_of(folder / "runs.jsonl", "file", "settings"):
+        for record in logs.read_lines(folder / "runs.jsonl", "file", "settings"):
             path, there = folder / record["file"], record["settings"]["held_out"]
             if path in paths and there != here:
                 raise UserError(
@@ -228,7 +215,7 @@ class Solutions:
 
     def __init__(self, log_dir: Path, evaluator: Evaluator):
         self.path, self._evaluator = log_dir / "results.jsonl", evaluator
-        records = records_of(self.path, "name", "settings", *PARTS)
+        records = logs.read_lines(self.path, "name", "settings", *PARTS)
         self.records = {record["name"]: record for record in records}
 
     def refuse_other_flags(self, name: str, settings: dict, twa_settings: dict) -> None:

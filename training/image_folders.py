@@ -3,6 +3,7 @@
 An image folder contains `train/` and `val/`, and each of these a folder per class.
 """
 
+import argparse
 import hashlib
 import os
 import signal
@@ -28,6 +29,14 @@ SIZE = 224  # pixels
 # a third of an epoch of training, for each solution.
 BN_IMAGES = 100_000
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images
+
+
+def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The size of the images where it is left out; of other data the flags are refused."""
+    if args.datasets == NAME:
+        args.image_size = args.image_size or SIZE
+    elif args.image_size or args.strict_images:
+        parser.error(f"--image-size and --strict-images: only with --datasets {NAME}")
 
 
 def load(directory: str | Path, size: int = SIZE) -> tuple[data.Split, data.Split]:

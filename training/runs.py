@@ -95,7 +95,7 @@ class Run:
         """Raises a `UserError` if the run would replace the log of one with other checkpoints."""
         path = self._log_dir / f"{self._prefix}run.json"
         other = read_json(path).get("arguments", {})
-        if "save_dir" not in other or self._args.resume or self._args.overwrite:
+        if not {"save_dir", "log_dir"} <= other.keys() or self._args.resume or self._args.overwrite:
             return  # a named state is gone on from, and so is the log
         # From the folder of the log on, which may be called another way, or have been moved.
         ours, its = (

@@ -71,8 +71,8 @@ class Columns:
         fit: what the model takes of a checkpoint.
 
     Raises:
-        ValueError: the model has no trainable parameters, or one that is complex, without values
-            (on `meta`), or not in its `state_dict`.
+        ValueError: the model has no trainable parameters, or one that is complex or that its
+            `state_dict` does not hold.
     """
 
     def __init__(self, model: nn.Module):
@@ -92,8 +92,6 @@ class Columns:
         for name, parameter in trained.items():
             if parameter.is_complex():
                 raise ValueError(f"{name} is complex: coefficients are real numbers")
-            if parameter.is_meta:
-                raise ValueError(f"{name} is on meta: give it a device first (model.to_empty)")
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
         """Views of `flat` [D] in the shapes of the parameters, or of their shards."""

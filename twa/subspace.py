@@ -97,9 +97,9 @@ class Subspace:
             infinity.
         MemoryError: the basis does not fit into the memory that is free.
         ValueError: an argument is out of its range; there are no checkpoints, or for "PCA" no two
-            that differ; the model has no trainable parameters, or some that are complex or not in
-            its `state_dict`; a rank of `process_group` has other parameters, arguments or
-            checkpoints than the first.
+            that differ; the model is on `meta`, has no trainable parameters, or some that are
+            complex or not in its `state_dict`; a rank of `process_group` has other parameters,
+            arguments or checkpoints than the first.
     """
 
     def __init__(
@@ -120,6 +120,8 @@ class Subspace:
         self._columns = Columns(model)
         self.parameters = self._columns.parameters
         device, total = self.parameters[0].device, self._columns.total
+        if device.type == "meta":
+            raise ValueError("the model is on meta: give it a device first, by model.to_empty")
         self._ranks = self._columns.ranks
         blocks, self._count = self._columns.blocks(granularity)
         n = len(checkpoints)
