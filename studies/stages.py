@@ -33,7 +33,7 @@ def tail_table() -> list[str]:
     names = [("SGD, rate to 0.01 · lr_init", "sgd", "SGD")]
     for rate in TAILS:
         names += [
-            (f"SGD in the tail (last checkpoint), swa_lr {rate}", f"swa{rate}", "SGD"),
+            (f"SGD in the tail (last checkpoint), swa_lr {rate}", f"swa{rate}.channel", "last"),
             (f"SWA, swa_lr {rate}", f"swa{rate}", "SWA"),
             (f"mean of the last 5, swa_lr {rate}", f"swa{rate}.channel", "mean of last 5"),
             (
