@@ -102,7 +102,8 @@ class TWA(torch.optim.Optimizer):
             them (`torch.optim.swa_utils.update_bn`) before you evaluate. If it is sharded only
             later, as `accelerate` does, the basis is built again.
         checkpoints: paths or `state_dict`s, in the order of training; see `Subspace`.
-        base: the class of the optimizer that steps on the coefficients, float32 of shape [n].
+        base: the class of the optimizer that steps on the coefficients, float32 of shape
+            [len(subspace)].
         start: the start point, a path or a `state_dict`, or `model` itself as it stands; the
             checkpoints' mean (SWA) if None.
         extract, components, bits, granularity, unit: the basis; see `Subspace`.
@@ -121,7 +122,7 @@ class TWA(torch.optim.Optimizer):
             `lr=rate_of(steps, samples, unit)` goes farther where there is time to.
 
     Attributes:
-        coefficients: z, float32 [n]; `origin`, the same, is the start point's.
+        coefficients: z, float32 [len(subspace)]; `origin`, the same, is the start point's.
         subspace: the basis.
         stop: whether this rank asks all ranks to stop; for the caller to set, and False at first.
             The next step's sum carries it, and `stopping` then says so on all ranks.
@@ -485,7 +486,7 @@ class TWA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def set_coefficients(self, coefficients: Tensor) -> None:
-        """Moves the model to these coefficients, float32 [n]; `origin` is the start point."""
+        """Moves the model to these coefficients; `origin` is the start point."""
         self.coefficients.copy_(coefficients)
         self._write_weights()
 
