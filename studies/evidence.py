@@ -190,13 +190,15 @@ def rates(bench: Bench) -> None:
 
 def units(bench: Bench) -> None:
     """What coefficients count in, each at its own rate, beside SGD at the rate that was tuned."""
-    tuned_rates = {0.5: 0.05, 1: 0.02, 2: 0.05, 5: 0.1}
+    tuned_rates = {0.1: 0.02, 0.2: 0.02, 0.5: 0.05, 1: 0.02, 2: 0.05, 5: 0.1}
     for budget, lr in tuned_rates.items():
         rival = Method(partial(sgd, lr=lr), lambda bench: bench.best[0])
         bench.measure(f"SGD on all weights | {budget:g}", partial(bench.trained, rival, budget))
         for unit in UNITS:
             method = in_spread(budget, "channel", unit)
             bench.measure(f"{unit} | {budget:g}", partial(bench.trained, method, budget))
+        method = in_spread(budget)
+        bench.measure(f"by model | {budget:g}", partial(bench.trained, method, budget))
 
 
 def settings(bench: Bench) -> None:
