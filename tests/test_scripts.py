@@ -436,7 +436,8 @@ def test_the_end_of_the_sgd_run_has_batch_norm_of_its_own_as_every_solution(run,
     assert end["loss"] == pytest.approx(evaluate(model, test)["loss"], rel=1e-4)
     assert end["loss"] != pytest.approx(as_tested["loss"], rel=1e-3)
     assert end["epochs"] == 4
-    assert f"SGD to its end {end['accuracy']:.2f} %" in " ".join(out.split())
+    row = f"SGD to its end {end['loss']:.4f} {end['accuracy']:.2f} %"
+    assert row in " ".join(out.split())
     # Where the checkpoint is gone, it is told as the run tested it.
     (run / "checkpoints/4.pt").unlink()
     succeed(call(TWA, *where(run), *flags, "--out", tmp_path / "b"))
