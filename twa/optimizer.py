@@ -150,7 +150,8 @@ class TWA(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         **base_arguments,
     ):
-        if extract == "PCA" and issubclass(base, torch.optim.AdamW):
+        adamw = isinstance(base, type) and issubclass(base, torch.optim.AdamW)
+        if extract == "PCA" and adamw:
             base_arguments = {"lr": RATE, "weight_decay": 0.0} | base_arguments
         # If `base` does not take these, it says so here, before the model is changed.
         defaults = base([nn.Parameter(torch.zeros(1))], **base_arguments).defaults
