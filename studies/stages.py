@@ -154,8 +154,8 @@ def from_auto() -> list[str]:
     told = [f"{sum(good)} of {len(good)} ({where})" for where, good in found.items()]
     return bullet(
         "From the start that the scripts choose, the accuracy is that of the best average or "
-        f"higher in {', '.join(told)}; from SWA and the last checkpoint, which may be far behind it, an "
-        "epoch is often not enough."
+        f"higher in {', '.join(told)}; from SWA and the last checkpoint, which may be far behind "
+        "it, an epoch is often not enough."
     )
 
 
