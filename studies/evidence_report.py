@@ -305,9 +305,11 @@ PAGES = {
                 "units",
                 "What coefficients count in",
                 "TWA by channel, in units of the spread along each direction or of the root mean "
-                "square of these in a block, each at its own rate (`rate_of`); and SGD on all "
-                "weights from the same start, at the rate that was tuned above. Other seeds, and "
-                "validation images: by these the unit and its rate were chosen.",
+                "square of these in a block, each at its own rate (`rate_of`); by model; and SGD "
+                "on all weights from the same start, at the rate that was tuned above. Other "
+                "seeds, and validation images: by these the unit and its rate were chosen. In "
+                "fewer than 50 steps (half an epoch has 47) the coefficients of the model are "
+                "enough.",
                 units,
             ),
         ],
