@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import digits
 import evidence
 import evidence_report
 import numpy as np
@@ -87,6 +88,14 @@ def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_pat
 
     rates = {f"AdamW | {f}": entry(a, 1.0) for f, a in (("0.1", 70.0), ("1", 71.0), ("10", 71.5))}
     assert evidence_report.best_rate([rates], "AdamW") == ("10", 0.5)
+
+
+def test_many_small_runs_are_compared_with_the_full_run_by_seed():
+    seeds = {"1": {"TWA": [0.3, 90.0], digits.FULL: [0.4, 91.0]}}
+    seeds["2"] = {"TWA": [0.7, 80.0], digits.FULL: [0.5, 82.0]}
+    _, _, ours, full = digits.table(seeds)
+    assert ours == "| TWA | 0.5000 | 85.00 | +0.0500 ± 0.1500 | 1 of 2 |"
+    assert full == f"| {digits.FULL} | 0.4500 | 86.50 |  |  |"
 
 
 @pytest.fixture(scope="module")
