@@ -289,10 +289,12 @@ def test_a_buffer_that_is_infinite_by_design_is_no_fault(value):
     ):
         with pytest.raises(CheckpointError, match=f"{key} holds NaN or infinity"):
             load_into(model, states[0] | {key: bad})
-    with torch.no_grad():
-        model.weight.zero_()
-    with pytest.raises(CheckpointError, match="weight holds NaN or infinity"):
-        average([*states, states[0] | {"weight": torch.full((2, 2), value)}], model)
+    # Also in a weight where the model itself has come to hold it, as after a run that diverged.
+    for held in (0.0, value):
+        with torch.no_grad():
+            model.weight.fill_(held)
+        with pytest.raises(CheckpointError, match="weight holds NaN or infinity"):
+            average([*states, states[0] | {"weight": torch.full((2, 2), value)}], model)
 
 
 @pytest.mark.parametrize(

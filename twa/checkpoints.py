@@ -241,13 +241,15 @@ def check_finite(
 
     Args:
         name: of what holds it, in the message.
-        like: a model's tensors. What these hold in the same places, as a buffer does that masks
-            attention, is no fault.
+        like: a model's tensors. What its buffers hold in the same places, as one does that masks
+            attention, is no fault; of its weights, it would be of the model as well.
     """
     for key, tensor in state.items():
         odd = ~tensor.isfinite()
         if odd.any():
-            own = sharding.local(like[key]).to(tensor)[odd] if like else tensor.new_zeros(())
+            own = tensor.new_zeros(())
+            if like and not isinstance(like[key], nn.Parameter):
+                own = sharding.local(like[key]).to(tensor)[odd]
             if not torch.allclose(tensor[odd], own, equal_nan=True):
                 raise NotFiniteError(f"{name}: {key} holds NaN or infinity")
 
@@ -322,7 +324,7 @@ def last_means(
     if not checkpoints:
         raise ValueError("no checkpoints were given")
     fit = Fit(load_state_dict(checkpoints[-1]) if like is None else like)
-    by_design = None if like is None else fit.tensors
+    by_design = fit.tensors if isinstance(like, nn.Module) else None
     total: dict[str, Tensor | None] = {}
     for count in range(1, counts[-1] + 1):
         name = name_of(checkpoints[-count], len(checkpoints) - count)
