@@ -284,11 +284,12 @@ def safety(studies: Studies, met: dict[str, list[bool]]) -> str:
     ]
     ratio, _, beyond, _, accurate = zip(*runs, strict=True)
     above = [100 * (r - 1) for r, rose in zip(ratio, beyond, strict=True) if rose]
+    largest, rose = max(zip(ratio, beyond, strict=True))
     return (
         f"**Safety**: of {len(runs)} small runs at the defaults {len(above)} end with a held-out "
         "loss above their start's by more than its standard error "
         f"({listed(f'{rise:.0f}' for rise in above)} %; the largest rise, "
-        f"{100 * (max(ratio) - 1):.0f} %, is within its own); "
+        f"{100 * (largest - 1):.0f} %, is {'beyond' if rose else 'within'} its own); "
         f"{100 * sum(accurate) / len(runs):.0f} % have at least the accuracy of the best simple "
         "average ([runs](results/safety.md)). Where training images are learned by heart, no "
         "sample of them can choose."

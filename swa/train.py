@@ -120,7 +120,7 @@ def train_swa(args):
 
     if args.swa:
         ranks.save_model(average.module, save_dir / "swa.pt")
-    reestimate_bn(model, train, args.amp)  # As of the average.
+    reestimate_bn(model, train, args.amp)  # the two are compared, and the average has its own
     tested = evaluate(model, test, args.amp)
     if ranks.rank() > 0:
         return

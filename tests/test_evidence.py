@@ -98,6 +98,11 @@ def test_many_small_runs_are_compared_with_the_full_run_by_seed():
     assert full == f"| {digits.FULL} | 0.4500 | 86.50 |  |  |"
 
 
+def test_the_page_of_the_head_stage_has_the_table_of_the_small_runs():
+    rows = digits.table(json.loads(digits.RESULTS.read_text()))
+    assert "\n".join(rows) in (digits.ROOT / "docs/head-stage.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Studies of one SGD run of two epochs on FashionMNIST's format."""
