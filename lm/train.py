@@ -94,7 +94,7 @@ def train_language_model(args):
     def factor(x: float) -> float:
         return 1.0 if x <= begins else SCHEDULES[args.decay]((x - begins) / (1 - begins))
 
-    sgd.run(args, model, train, test, factor, state=state)
+    sgd.run(args, model, train, test, factor, state=state, flag="--dir")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Whether TWA ever leaves a model worse than it found it: many small runs, held-out images.
+"""Whether TWA ever leaves a model worse than it found it: many small runs, held-out data.
 
     python studies/safety.py [CASE ...]
 
-Every SGD run leaves checkpoints at a constant rate; TWA runs over windows of them, with the
-defaults of `train_twa.py` and with those of before (the window's mean, SGD on Gram-Schmidt's
-coefficients at a measured rate). SGD and TWA train on the same images; the held-out ones judge
-and choose nothing. What is in `studies/safety.json` is not run again; checkpoints go to
-`results/safety`. `python studies/evidence.py report` makes the table.
+Every SGD run (of the GPT, AdamW on text) leaves checkpoints at a constant rate; TWA runs over
+windows of them, with the defaults of `train_twa.py` and with those of before (the window's mean,
+SGD on Gram-Schmidt's coefficients at a measured rate). The run and TWA train on the same data; the
+held-out ones judge and choose nothing. What is in `studies/safety.json` is not run again;
+checkpoints go to `results/safety`. `python studies/evidence.py report` makes the table.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import language
 import torch
 from curvature import curvature
 from torch import Tensor
 from torch.nn import functional as F
 
 import utils
-from training import data
+from training import data, text
 from training.coefficients import LateMean, keep_best, unit_of
 from training.files import save
 from training.logs import write_json
@@ -41,18 +42,20 @@ from twa.optimizer import RATE
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "studies/safety.json"
 WORK = ROOT / "results/safety"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Case:
-    """An SGD run that leaves checkpoints.
+    """A run that leaves checkpoints.
 
     Attributes:
-        data: of `training.data.DATASETS`; images of 28x28 are padded to `size`.
-        arch: an architecture that `models.build` knows.
-        images: to train on.
-        held_out, test: to judge by: other training images, and test images.
-        epochs, saves, batch: of SGD; checkpoints an epoch; images a step.
+        data: of `training.data.DATASETS`, or Python's library as text; images of 28x28 are padded
+            to `size`.
+        arch: an architecture that `training.loop.build` knows.
+        images: to train on; of text, windows that are drawn for an epoch.
+        held_out, test: to judge by: other training images, and test images; or windows.
+        epochs, saves, batch: of the run; checkpoints an epoch; images a step.
         apart: checkpoints from one to the next of a window, unless that asks for too many.
     """
 
@@ -76,6 +79,7 @@ CASES = {
     "FashionMNIST cnn": Case("FashionMNIST", "studies.architectures:cnn", 12_000, 2000, 6, 20, 4),
     "FashionMNIST vit": Case("FashionMNIST", "studies.architectures:vit", 12_000, 2000, 6, 20, 4),
     "FashionMNIST VGG16BN": Case("FashionMNIST", "VGG16BN", 512, 512, 20, 1, 1, batch=64, size=32),
+    "Text gpt": Case(text.NAME, "gpt", 800, 512, 30, 4, 2, test=512, batch=8),
 }
 
 
@@ -121,11 +125,12 @@ PLAN: dict[str, tuple[tuple[Setting, ...], int]] = {
     "FashionMNIST cnn": (FEW, 2),
     "FashionMNIST vit": (FEW, 2),
     "FashionMNIST VGG16BN": (SLOW, 1),
+    "Text gpt": (MANY, 3),
 }
 
 
 class Bench:
-    """A finished SGD run, its checkpoints and the images to judge by.
+    """A finished run, its checkpoints and the images or the text to judge by.
 
     Args:
         folder: of the checkpoints; a run that is not finished there is made.
@@ -134,41 +139,70 @@ class Bench:
 
     def __init__(self, case: Case, seed: int, folder: Path, data_dir: Path):
         utils.set_seed(seed)
-        cpu = torch.device("cpu")
-        images, test = (resized(split, case.size) for split in data.load(case.data, data_dir, cpu))
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        known, held_out = order[: case.images], order[case.images :][: case.held_out]
-        self.case, self.seed, self.amp = case, seed, case.data == "FashionMNIST"
-        self.train = self.loader(images.part(known))
-        judges = (images.part(held_out), test.part(slice(case.test)))
-        self.judges = [data.Loader(j, 500, train=False, channels_last=self.amp) for j in judges]
+        self.case, self.seed, self.amp = case, seed, case.data != "Digits"
+        self.on_text = case.data == text.NAME
+        spec = self._text() if self.on_text else self._images(data_dir)
         layout = argparse.Namespace(amp=self.amp, compile=False)
-        self.model = build(case.arch, images.spec, cpu, layout)
+        self.model = build(case.arch, spec, CPU, layout)
         self.count = case.epochs * case.saves
         self.paths = [folder / f"{i + 1}.pt" for i in range(self.count)]
         if not self.paths[-1].exists():
-            self._sgd(folder)
+            self._run(folder)
+
+    def _images(self, data_dir: Path) -> data.Spec:
+        case = self.case
+        images, test = (resized(split, case.size) for split in data.load(case.data, data_dir, CPU))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+        known, held_out = order[: case.images], order[case.images :][: case.held_out]
+        self.train = self.loader(images.part(known))
+        judges = (images.part(held_out), test.part(slice(case.test)))
+        self.judges = [data.Loader(j, 500, train=False, channels_last=self.amp) for j in judges]
+        return images.spec
+
+    def _text(self) -> text.Spec:
+        case = self.case
+        train, test = text.load(None, text.Vocabulary(), text.CONTEXT)
+        self.train = text.Loader(
+            *(train, case.batch),
+            **{"train": True, "steps": case.images // case.batch, "seed": self.seed, "device": CPU},
+        )
+        judges = ((train.held_out, case.held_out), (test, case.test))
+        self.judges = [language.Evenly(split, windows, CPU) for split, windows in judges]
+        return train.spec
 
     def loader(self, split: data.Split) -> data.Loader:
         return data.Loader(
             split, self.case.batch, train=True, seed=self.seed, channels_last=self.amp
         )
 
-    def _sgd(self, folder: Path) -> None:
+    def _run(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        steps, loader = len(self.train), self.train
+        steps, loader, parameters = len(self.train), self.train, list(self.model.parameters())
         after = {round(i * steps / self.case.saves) for i in range(1, self.case.saves + 1)}
-        optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+        optimizer: torch.optim.Optimizer
+        if self.on_text:
+            settings = {"lr": language.RATE, "weight_decay": language.DECAY}
+            optimizer, warmup = torch.optim.AdamW(parameters, **settings), 100
+            language.clip(optimizer, parameters)
+        else:
+            optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=1e-4)
+            warmup = 0
         paths = iter(self.paths)
-        for step in self.steps(loader, optimizer, self.case.epochs * steps, "constant"):
+        for step in self.steps(loader, optimizer, self.case.epochs * steps, "constant", warmup):
             if (step - 1) % steps + 1 in after:
                 save(self.model.state_dict(), next(paths))
 
     def steps(
-        self, loader: data.Loader, optimizer: torch.optim.Optimizer, steps: int, schedule: str
+        self,
+        loader: data.Loader,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        schedule: str,
+        warmup: int = 0,
     ) -> Iterator[int]:
         """Trains for `steps` steps, and yields after each how many are done."""
-        scheduler, done, epoch = schedule_of(SCHEDULES[schedule], optimizer, steps), 0, 0
+        scheduler = schedule_of(SCHEDULES[schedule], optimizer, steps, warmup)
+        done, epoch = 0, 0
         while done < steps:
             epoch += 1
             loader.set_epoch(epoch)
@@ -185,7 +219,7 @@ class Bench:
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(images.device, self.amp):
-            return F.cross_entropy(self.model(images), labels)
+            return F.cross_entropy(self.model(images).flatten(0, -2), labels)
 
     def window(self, count: int) -> list[Path]:
         """The last `count` of evenly spaced checkpoints; few of them an epoch where that does."""
@@ -193,7 +227,10 @@ class Bench:
         return self.paths[::-spacing][:count][::-1]
 
     def judged(self) -> list[Tensor]:
-        """The losses of the held-out and of the test images, and which are recognised: [2, N]."""
+        """The losses of the held-out and of the test images, and which are recognised: [2, N].
+
+        Of text they are means over each window, whose tokens say little more than one does.
+        """
         reestimate_bn(self.model, self.train, self.amp, self.train.sample)
         found = []
         for judge in self.judges:
@@ -201,7 +238,8 @@ class Bench:
                 torch.cat, zip(*predict(self.model, judge, self.amp), strict=True)
             )
             losses = F.cross_entropy(outputs, labels, reduction="none")
-            found.append(torch.stack([losses, outputs.argmax(1) == labels]).double())
+            told = torch.stack([losses, outputs.argmax(1) == labels]).double()
+            found.append(told.unflatten(1, (-1, judge.labels_in(0) // judge.images_in(0))).mean(2))
         return found
 
     def averages(self, count: int) -> dict[str, float]:
@@ -252,7 +290,7 @@ class Recipe:
             count = {"last": 1, "SWA": len(window)}[name]
             start = average(window[-count:], model)
         steps = max(1, round(setting.epochs * len(train)))
-        samples = len(train.split)
+        samples = math.inf if bench.on_text else len(train.split)
         unit = unit_of(setting.granularity, steps, samples)
         optimizer = TWA(
             model,
@@ -293,7 +331,7 @@ class Before:
             momentum=0.9,
         )
         bench.train.set_epoch(0)
-        images, labels = (part[:128] for part in next(iter(bench.train)))
+        images, labels = next(iter(bench.train))
 
         def closure() -> Tensor:
             optimizer.zero_grad()

@@ -7,6 +7,7 @@ import pytest
 import safety
 from safety import CASES, Before, Bench, Recipe, Setting
 
+from training.loop import evaluate
 from twa.checkpoints import last_means, load_into
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,3 +54,14 @@ def test_the_end_is_no_worse_than_any_simple_average_on_images_that_nobody_saw(
     # What the defaults were: from the mean of the window, SGD in the paper's coordinates.
     before = Before().run(bench, setting)
     assert before["held out"]["end"] > 1.05 * min(simple)
+
+
+def test_of_text_a_window_counts_once(tmp_path):
+    case = replace(CASES["Text gpt"], epochs=1, saves=1, images=16, held_out=4, test=4)
+    bench = Bench(case, 1, tmp_path / "run", tmp_path)
+    for judge, told in zip(bench.judges, bench.judged(), strict=True):
+        assert told.shape == (2, judge.windows)
+        plain = evaluate(bench.model, judge, bench.amp)
+        losses, hits = told.mean(1)
+        assert losses.item() == pytest.approx(plain["loss"], rel=1e-5)
+        assert 100 * hits.item() == pytest.approx(plain["accuracy"], rel=1e-5)

@@ -51,6 +51,7 @@ def run(
     start_epoch: int = 0,
     top5: bool = False,
     state: dict | None = None,
+    flag: str = "--save-dir",
 ) -> None:
     """Trains `model` as the arguments say, from where a resumed run stopped, or evaluates it.
 
@@ -60,6 +61,7 @@ def run(
         start_epoch: how many epochs count as done if there is no state to go on from.
         top5: whether the accuracy among the five best classes is reported, too.
         state: of the optimizer, to begin with; its rate and weight decay are those of `args`.
+        flag: what names the folder of the checkpoints on the command line.
 
     Raises:
         UserError, CheckpointError: what a user can mend, as `Run` and `Trainer.epoch`.
@@ -80,7 +82,7 @@ def run(
         *(args, trainer),
         state=save_dir / "state.pt",
         log_dir=Path(args.log_dir),
-        flag="--save-dir",
+        flag=flag,
         first_epoch=start_epoch,
     )
     if args.evaluate:
