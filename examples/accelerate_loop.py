@@ -61,8 +61,9 @@ def train_epoch(accelerator, model, loader, optimizer, scheduler=None):
 @torch.no_grad()
 def evaluate(accelerator, model, loader) -> float:
     model.eval()
-    losses = [loss_of(model, text).repeat(len(text)) for text in loader]
-    return accelerator.gather(torch.cat(losses)).mean().item()
+    gather = accelerator.gather_for_metrics  # without what the last batch was filled up with
+    losses = [gather(loss_of(model, text).repeat(len(text))) for text in loader]
+    return torch.cat(losses).mean().item()
 
 
 def main():

@@ -42,6 +42,7 @@ def network() -> nn.Module:
 def train_epoch(model, loader, optimizer, scaler, scheduler=None):
     """The same for SGD and for TWA."""
     model.train()
+    optimizer.zero_grad()  # an odd batch of the epoch before may have left a gradient
     for step, (images, labels) in enumerate(loader, start=1):
         with torch.autocast(device.type, torch.float16, enabled=half):
             loss = cross_entropy(model(images.to(device)), labels.to(device)) / ACCUMULATE

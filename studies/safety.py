@@ -125,7 +125,7 @@ PLAN: dict[str, tuple[tuple[Setting, ...], int]] = {
     "FashionMNIST cnn": (FEW, 2),
     "FashionMNIST vit": (FEW, 2),
     "FashionMNIST VGG16BN": (SLOW, 1),
-    "Text gpt": (MANY, 3),
+    "Text gpt": (MANY, 2),
 }
 
 

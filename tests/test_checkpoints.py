@@ -121,7 +121,27 @@ def test_load_into_tells_the_modules_their_versions():
     assert_same(target.state_dict(), source.state_dict())
 
 
+def test_a_module_may_save_more_than_it_loads():
+    """As quantized ones do, of which a checkpoint has the adapters alone."""
+
+    class Quantized(nn.Linear):
+        def _save_to_state_dict(self, state, prefix, keep_vars):
+            super()._save_to_state_dict(state, prefix, keep_vars)
+            state[f"{prefix}weight.absmax"] = torch.zeros(1)
+
+    source, target = nn.Linear(2, 2), Quantized(2, 2)
+    load_into(target, source.state_dict())
+    assert torch.equal(target.weight, source.weight)
+    assert torch.equal(target.bias, source.bias)
+
+
 # --- what is refused ---
+
+
+def test_another_module_than_the_one_that_was_saved_is_said_to_be_that():
+    whole = nn.ModuleDict({"network": small_model(), "criterion": nn.BatchNorm1d(2)})
+    message = refusal(load_into, whole["network"], whole.state_dict())
+    assert "network.0.weight there, 0.weight in the model; give the module that" in message
 
 
 @pytest.mark.parametrize("name", ["5.pt", "5.safetensors"])

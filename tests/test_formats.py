@@ -492,6 +492,21 @@ def test_an_adapter_for_another_rank_is_refused(tmp_path):
     assert "lora_A.default.weight is [2, 4] there and [3, 4] in the model" in message
 
 
+def test_an_adapter_that_is_scaled_otherwise_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted(**how) -> nn.Module:
+        return peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["body.0"], **how))
+
+    adapted(lora_alpha=8).save_pretrained(tmp_path)
+    load_into(adapted(lora_alpha=8), tmp_path)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        message = refusal(load_into, adapted(lora_alpha=64), path)
+        assert f"{path}: is an adapter of lora_alpha 8, the model's has 64" in message
+    message = refusal(load_into, adapted(lora_alpha=8, use_rslora=True), tmp_path)
+    assert "of use_rslora False, the model's has True" in message
+
+
 # --- what is refused ---
 
 

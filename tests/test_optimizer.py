@@ -514,6 +514,9 @@ def test_the_rate_grows_with_the_steps_within_limits():
     assert rates == pytest.approx([0.02, 0.02, 0.04, 0.14, 0.14])
     rates = [rate_of(400, samples, "block") for samples in (10, 1000, 4000, 16_000, 10**6)]
     assert rates == pytest.approx([0.02, 0.04, 0.08, 0.14, 0.14])
+    for numbers in ((-1,), (100, -1)):
+        with pytest.raises(ValueError, match="must not be negative"):
+            rate_of(*numbers)
 
 
 def test_a_state_brings_the_weights_along():
@@ -1109,6 +1112,17 @@ def test_a_model_that_was_moved_since_is_refused():
     optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
     with pytest.raises(RuntimeError, match="on meta, and was on cpu"):
         optimizer.step()
+
+
+def test_a_model_whose_parameters_were_replaced_since_is_refused():
+    """As `fully_shard` does; without this, it would train nothing and say nothing."""
+    model = Small()
+    optimizer = TWA(model, small_run())
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+    with pytest.raises(RuntimeError, match="other parameters than when TWA was made"):
+        train(model, optimizer, range(1))
 
 
 def test_the_start_may_be_the_model_as_it_stands():

@@ -43,6 +43,14 @@ def test_the_means_of_the_last_are_plain_means_and_each_file_is_read_once(tmp_pa
     assert torch.equal(average(paths)["w"], next(last_means(paths, [7]))["w"])
 
 
+def test_the_model_trains_on_after_a_loss_that_evaluates():
+    model = nn.Sequential(model_of(0), nn.Dropout())
+    model[1].eval()
+    checkpoints = [{f"0.{key}": value for key, value in w.items()} for w in window(1, 2)]
+    best_start(model, checkpoints, lambda: float(model.eval()[0].weight[0]))
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
 def test_the_best_start_is_the_mean_with_the_lowest_loss():
     checkpoints = window(9, 1, 5, 2, 8, 4)  # means of the last: 4, 6 (2), 4.75 (4), 4.83 (6)
     model = model_of(0)

@@ -95,9 +95,11 @@ def optimizer_of(
         arguments: further ones of `TWA`, `start` above all.
 
     Raises:
-        UserError: all checkpoints are the same.
+        UserError: all checkpoints are the same, or there is one alone.
         twa.CheckpointError: a file of the window cannot be used.
     """
+    if args.extract == "PCA" and len(window) < 2:
+        raise UserError(f"{window[0]}: is alone; give two checkpoints or more: one has no spread")
     names = ("extract", "components", "bits", "granularity", "unit")
     basis = {name: getattr(args, name) for name in names}
     if args.unit is None:

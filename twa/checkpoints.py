@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from twa import sharding
-from twa.formats import CheckpointError, Stored, load, tensor_of
+from twa.formats import CheckpointError, Stored, adapter_config, load, tensor_of
 
 Checkpoint = str | os.PathLike | Mapping
 # Where training scripts put the model's `state_dict` among other things.
-CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
+CONTAINERS = ("state_dict", "model_state_dict", "model", "module", "app")
 # What wrappers put before the names of a model: DDP, Lightning modules and the like, PEFT.
 PREFIXES = ("module", "model", "base_model")
 # What `torch.compile`, FSDP1 and activation checkpointing put anywhere into names.
 INSERTED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# By what PEFT scales the product of an adapter's matrices, which do not show it.
+SCALING = ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")
 
 
 class NotFiniteError(CheckpointError):
@@ -153,7 +155,10 @@ class Fit:
             for prefix in _prefixes(self.tensors)
         ]
         modules = like.modules() if module else ()
-        for adapter in {a: None for m in modules for a in getattr(m, "peft_config", ())}:
+        self._adapters: dict[str, object] = {}
+        for configurations in (getattr(m, "peft_config", {}) for m in modules):
+            self._adapters |= configurations
+        for adapter in self._adapters:
             self._readings.append({_in_file(name, adapter): name for name in self.tensors})
         self._ignored: set[str] = set()
         self._compared: set[str] = set()
@@ -171,8 +176,15 @@ class Fit:
                 model ties.
         """
         state = _weights(checkpoint, name)
+        self._check_scaling(checkpoint, name)
         keys = self._keys(state)
         found = {own: state[keys[own]] for own in self.tensors if own in keys}
+        if state and self._needed and self._needed.isdisjoint(found):
+            own = next(name for name in self.tensors if name in self._needed)
+            raise CheckpointError(
+                f"{name}: holds nothing by the model's names: {next(iter(state))} there, {own} in "
+                "the model; give the module that was saved, or a state_dict of its part"
+            )
         for key, own in self.tensors.items():
             there = found.get(key)
             if there is None:
@@ -202,6 +214,19 @@ class Fit:
             )
             self._ignored |= surplus
         return found
+
+    def _check_scaling(self, checkpoint: Checkpoint, name: str) -> None:
+        """Raises a `CheckpointError` for an adapter that no adapter of the model is scaled as."""
+        if isinstance(checkpoint, Mapping) or not self._adapters:
+            return
+        there = adapter_config(checkpoint)
+        for key in SCALING if there else ():
+            own = [getattr(adapter, key, None) for adapter in self._adapters.values()]
+            if (there.get(key) or None) not in [value or None for value in own]:
+                raise CheckpointError(
+                    f"{name}: is an adapter of {key} {there.get(key)}, the model's has {own[0]}: "
+                    "their weights do not count alike"
+                )
 
     def _keys(self, state: Mapping[str, object]) -> dict[str, str]:
         """Under which key `state` has what the model calls so, as far as it has it."""
@@ -272,10 +297,12 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, name: str | None = None)
         for key, value in fit(checkpoint, name).items()
     }
     check_finite(state, name, fit.tensors)
-    # Into the model's own `state_dict`, whose metadata holds the versions of the modules.
+    # In the model's own `state_dict`, whose metadata holds the versions of the modules, but not
+    # what else is in it: modules may save more than they load, as quantized ones do.
     own = model.state_dict()
+    own.clear()
     own.update({fit.keys[k]: sharding.shard(v, fit.tensors[k]) for k, v in state.items()})
-    model.load_state_dict(own)
+    model.load_state_dict(own, strict=False)
 
 
 def average(

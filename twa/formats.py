@@ -108,6 +108,14 @@ def load(path: str | os.PathLike):
     return _sharded(path) if path.name.endswith(".index.json") else _single(path)
 
 
+@_refusing
+def adapter_config(path: Path) -> dict:
+    """What PEFT wrote of an adapter beside its weights, to which `path` leads; {} if nothing."""
+    folder = Path(path) if os.path.isdir(path) else Path(path).parent
+    file = folder / "adapter_config.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def verify(path: str | os.PathLike) -> None:
     """Reads the file or folder `path` in full and compares the checksums that `torch.save` made.
 

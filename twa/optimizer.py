@@ -43,11 +43,13 @@ def rate_of(steps: int, samples: float = math.inf, unit: str = "direction") -> f
         unit: as of `Subspace`.
 
     Raises:
-        ValueError: there is no such unit.
+        ValueError: there is no such unit, or a number is negative.
     """
-    root = math.sqrt(samples / 1000)
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}, not {unit!r}")
+    if steps < 0 or samples < 0:
+        raise ValueError(f"steps and samples must not be negative, not {steps} and {samples}")
+    root = math.sqrt(samples / 1000)
     if unit == "block":
         growth = min(steps / 50, 2 * root, 7)
     else:
@@ -99,8 +101,8 @@ class TWA(torch.optim.Optimizer):
         model: the module to train, whole or sharded by FSDP2 (`fully_shard`). Its trainable
             parameters are set to the start point, and so are its buffers and frozen parameters.
             Batch norm's running statistics belong to the data, not to the average: re-estimate
-            them (`torch.optim.swa_utils.update_bn`) before you evaluate. If it is sharded only
-            later, as `accelerate` does, the basis is built again.
+            them (`torch.optim.swa_utils.update_bn`) before you evaluate. If `accelerate` shards
+            it later, and tells the optimizer, the basis is built again.
         checkpoints: paths or `state_dict`s, in the order of training; see `Subspace`.
         base: the class of the optimizer that steps on the coefficients, float32 of shape
             [len(subspace)].
@@ -419,9 +421,15 @@ class TWA(torch.optim.Optimizer):
             `loss`, and whether the gradients of a rank overflowed; both of all ranks.
         """
         given = [p.grad for p in self.subspace.parameters]
-        if not self._many and all(gradient is None for gradient in given):
-            self.coefficients.grad = None  # Then `base` leaves them alone, as any optimizer does.
-            return loss, False
+        if all(gradient is None for gradient in given):
+            if {*self.subspace.parameters}.isdisjoint(self._model.parameters()):
+                raise RuntimeError(
+                    "the model has other parameters than when TWA was made (as fully_shard makes): "
+                    "make it after that"
+                )
+            if not self._many:
+                self.coefficients.grad = None  # Then `base` leaves them alone, as any optimizer.
+                return loss, False
         gradients = self.subspace.flatten(given, out=self._flat)
         skip = False
         if self._many:

@@ -27,7 +27,7 @@ def best_start(
 
     Args:
         model: takes the averages one after the other, whole or sharded; it holds the last of them
-            afterwards.
+            afterwards, and is in training mode or not as before.
         checkpoints: paths or `state_dict`s, in the order of training; each is read once for all
             uniform means, and once more for each exponential one.
         loss: the loss of the model as it is, always on the same sample of training data (some
@@ -43,6 +43,7 @@ def best_start(
         ValueError: there are no checkpoints, or one is the model's own `state_dict`, uncopied.
     """
     checkpoints = listed(model, checkpoints)
+    modes = [(module, module.training) for module in model.modules()]
     losses: dict[float, float] = {}
 
     def means() -> Iterator[tuple[float, dict[str, Tensor]]]:
@@ -60,4 +61,6 @@ def best_start(
         losses[key] = value if math.isfinite(value) else math.inf
         if key == min(losses, key=losses.get):  # of equals the first
             best = mean
+    for module, mode in modes:  # `loss` has most likely called `model.eval()`
+        module.training = mode
     return best, losses
