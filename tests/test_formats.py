@@ -102,6 +102,8 @@ CONTAINERS: dict[str, Callable[[dict], dict]] = {
     "model_state_dict": lambda s: {"epoch": 1, "model_state_dict": s},
     "module, as DeepSpeed": lambda s: {"module": s, "global_steps": 7},
     "one in another": lambda s: {"state_dict": {"model": s}, "args": {"lr": 1}},
+    "the tutorial of DCP": lambda s: {"app": {"model": s, "optim": {"state": {}}}},
+    "torchtitan": lambda s: s | {"optimizer": {"state.fc.weight.exp_avg": torch.ones(2)}},
     "Lightning": in_lightning,
     "AveragedModel": lambda s: {"n_averaged": torch.tensor(3)} | prefixed("module.", s),
     "DDP": lambda s: prefixed("module.", s),
@@ -385,6 +387,9 @@ WRITERS: dict[str, Callable[[Path, dict], Path]] = {
     "DCP": write_dcp,
     "DCP of a training": lambda p, s: write_dcp(
         p, {"model": s, "optim": {"state": {"0": {"exp_avg": torch.ones(3)}}}, "epoch": 3}
+    ),
+    "DCP of torchtitan": lambda p, s: write_dcp(
+        p, s | {"optimizer": {"state.fc.weight.exp_avg": torch.ones(3)}, "train_state": b"step"}
     ),
     "DCP of accelerate": in_folder(write_dcp, "pytorch_model_fsdp_0"),
 }

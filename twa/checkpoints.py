@@ -66,8 +66,8 @@ def name_of(checkpoint: Checkpoint, index: int | None = None) -> str:
 def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The `state_dict` of `checkpoint`: a path is read (`twa.formats.load`), a mapping is searched.
 
-    It may be the value of one of `CONTAINERS`. What wrappers insert (`INSERTED`) is removed from
-    its keys, and so is `module.` where all have it.
+    It may be the value of one of `CONTAINERS`; mappings beside its tensors are left out. What
+    wrappers insert (`INSERTED`) is removed from its keys, and so is `module.` where all have it.
 
     Raises:
         CheckpointError: as `twa.formats.load`, or there is no `state_dict`.
@@ -87,6 +87,9 @@ def _weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor | Stored]:
         raise CheckpointError(f"{name}: is not a state_dict (names to tensors)")
     # Modules may unpickle their extra state: it stays the model's own.
     state = {k: v for k, v in content.items() if not str(k).endswith("_extra_state")}
+    if any(isinstance(value, Tensor | Stored) for value in state.values()):
+        # What torchtitan saves has the model's tensors beside the optimizer.
+        state = {k: v for k, v in state.items() if not isinstance(v, Mapping)}
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor | Stored):
             places = ", ".join(CONTAINERS)
