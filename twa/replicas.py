@@ -80,5 +80,5 @@ def hash_of(tensor: Tensor) -> Tensor:
     It is the sum of the elements' bits: of two checkpoints it tells that they differ, of an order
     nothing.
     """
-    parts = tensor.detach().contiguous().view(torch.int32).split(2**19, dim=-1)
+    parts = tensor.view(torch.int32).split(2**19, dim=-1)
     return torch.stack([part.sum(-1, dtype=torch.int64) for part in parts]).sum(0)
