@@ -55,9 +55,7 @@ class Window:
         self._hashed = hashed
         self.hashes = torch.zeros(len(checkpoints), dtype=torch.int64, device=device)
 
-    def differences(
-        self, batch: Blocks, dtype: torch.dtype = torch.float64
-    ) -> Iterator[tuple[int, Tensor]]:
+    def differences(self, batch: Blocks, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """X: the first checkpoint, and the difference of each other one from the one before it.
 
         Yields the columns of `batch` in chunks, or all at once if they are of more than one block
@@ -77,13 +75,11 @@ class Window:
             differences[:, 1:] -= rows[:, :-1]
             yield start, differences
 
-    def products(
-        self, batch: Blocks, transform: Tensor | None = None, dtype: torch.dtype = torch.float64
-    ) -> Tensor:
+    def products(self, batch: Blocks, transform: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`X Xᵀ` of each block, or `(T X)(T X)ᵀ` computed from the rows `T X` themselves.
 
         Args:
-            transform: T, float64 [blocks, rows, n].
+            transform: T, float64 [blocks, rows, n]; None for the rows of X.
             dtype: of the factors; their sums are float64.
 
         Returns:
