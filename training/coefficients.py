@@ -12,7 +12,8 @@ from training import flags, optimizers
 from training.flags import number
 from training.optimizers import SCHEDULES
 from twa import TWA, rate_of
-from twa.subspace import UNITS
+from twa.memory import BITS
+from twa.subspace import EXTRACTS, GRANULARITIES, UNITS
 from utils import UserError
 
 # In units of the window's spread it holds for every model and granularity that was tried.
@@ -29,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str, trajectory: bo
     add(
         "--extract",
         default="PCA",
-        choices=("PCA", "Schmidt"),
+        choices=EXTRACTS,
         help="the basis: the window's principal directions, coefficients in units of its spread "
         "along each (PCA), or as in the paper Gram-Schmidt, coefficients in units of the weights",
     )
     add("--components", type=number(int, 1), help="directions to keep, of PCA; left out, all")
-    add("--bits", type=int, default=32, choices=(32, 8, 4), help="of a stored basis element")
-    parts, parts_help = ("model", "layer", "channel"), "what has coefficients of its own"
-    add("--granularity", default="model", choices=parts, help=parts_help)
+    add("--bits", type=int, default=32, choices=BITS, help="of a stored basis element")
+    parts_help = "what has coefficients of its own"
+    add("--granularity", default="model", choices=GRANULARITIES, help=parts_help)
     unit, rate = "direction", "0.02"
     if trajectory:
         many = "for 50 steps or more of Adam(W) on images"
