@@ -57,8 +57,8 @@ class Evenly(text.Loader):
 
     def __init__(self, split: text.Split, windows: int, device: torch.device):
         super().__init__(split, 32, train=False, device=device)
-        self._stride = max(1, self.windows // windows)
-        self.windows //= self._stride
+        self._stride = max(1, self.count // windows)
+        self.count //= self._stride
 
     def _starts(self) -> np.ndarray:
         return super()._starts() * self._stride

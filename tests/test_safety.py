@@ -60,7 +60,7 @@ def test_of_text_a_window_counts_once(tmp_path):
     case = replace(CASES["Text gpt"], epochs=1, saves=1, images=16, held_out=4, test=4)
     bench = Bench(case, 1, tmp_path / "run", tmp_path)
     for judge, told in zip(bench.judges, bench.judged(), strict=True):
-        assert told.shape == (2, judge.windows)
+        assert told.shape == (2, judge.count)
         plain = evaluate(bench.model, judge, bench.amp)
         losses, hits = told.mean(1)
         assert losses.item() == pytest.approx(plain["loss"], rel=1e-5)

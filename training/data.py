@@ -145,6 +145,7 @@ class Loader:
         world: how many there are.
 
     Attributes:
+        count: images in an epoch.
         skipped: files that could not be read and were left out so far.
     """
 
@@ -163,7 +164,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ):
-        self.split = split
+        self.split, self.count = split, len(split)
         self.batch_size = batch_size
         self.train = train
         self.seed = seed
@@ -179,7 +180,7 @@ class Loader:
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
-        return math.ceil(len(self.split) / self.batch_size)
+        return math.ceil(self.count / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches()
@@ -190,7 +191,7 @@ class Loader:
 
     def images_in(self, batch: int) -> int:
         """The number of images in a batch, on all ranks together."""
-        return min(self.batch_size, len(self.split) - batch * self.batch_size)
+        return min(self.batch_size, self.count - batch * self.batch_size)
 
     def labels_in(self, batch: int) -> int:
         """The number of labels in a batch, on all ranks together."""

@@ -316,15 +316,9 @@ class Loader(data.Loader):
     ):
         self.split, self.batch_size, self.train, self.seed = split, batch_size, train, seed
         self.device, self.rank, self.world, self.epoch = device, rank, world, 0
-        self.windows = len(split)
+        self.count = len(split)  # windows, which are to a text what images are to other data
         if train:
-            self.windows = (steps or math.ceil(self.windows / batch_size)) * batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(self.windows / self.batch_size)
-
-    def images_in(self, batch: int) -> int:
-        return min(self.batch_size, self.windows - batch * self.batch_size)
+            self.count = (steps or math.ceil(self.count / batch_size)) * batch_size
 
     def labels_in(self, batch: int) -> int:
         return self.images_in(batch) * self.split.spec.context
@@ -350,10 +344,10 @@ class Loader(data.Loader):
             yield windows[:, :-1], windows[:, 1:].flatten()
 
     def _starts(self) -> np.ndarray:
-        """The place at which each window of the epoch begins, int64 [windows]."""
+        """The place at which each window of the epoch begins, int64 [count]."""
         context = self.split.spec.context
         if not self.train:
-            return np.arange(self.windows) * context
+            return np.arange(self.count) * context
         draws = data.generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
         last = len(self.split.tokens) - context
-        return torch.randint(last, (self.windows,), generator=draws).numpy()
+        return torch.randint(last, (self.count,), generator=draws).numpy()
