@@ -75,20 +75,18 @@ def listed(args: argparse.Namespace) -> list[Path]:
         raise UserError(
             f"--params_start {start} --params_end {end}: the window [{start}, {end}) is empty"
         )
-    found = _files(save_dir)
-    folders = {} if found else _folders_of_transformers(save_dir)
-    missing = next((i for i in range(start, end) if i not in found), None)
-    if folders:
-        window = [path for number, path in sorted(folders.items()) if start <= number < end]
+    files, folders = _files(save_dir), _folders_of_transformers(save_dir)
+    if folders and not files:
+        window = [folders[number] for number in sorted(folders) if start <= number < end]
         if not window:
             holds = f"it holds checkpoint-{min(folders)} to checkpoint-{max(folders)}"
             raise UserError(f"{save_dir}: no checkpoint-N with N in [{start}, {end}); {holds}")
-    elif missing is not None:
-        holds = f"it holds {min(found)} to {max(found)}" if found else "it holds no checkpoints"
+        return window
+    missing = next((i for i in range(start, end) if i not in files), None)
+    if missing is not None:
+        holds = f"it holds {min(files)} to {max(files)}" if files else "it holds no checkpoints"
         raise UserError(f"{save_dir}: {missing}.pt is missing from [{start}, {end}); {holds}")
-    else:
-        window = [save_dir / f"{i}.pt" for i in range(start, end)]
-    return window
+    return [save_dir / f"{i}.pt" for i in range(start, end)]
 
 
 def _start_point(args: argparse.Namespace) -> Path:
