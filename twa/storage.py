@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twa.columns import Blocks
+from twa.formats import one_line
 
 # Columns of a tile at 32 bits: a longer matrix-vector product would use one core only.
 PIECE = 2**16
@@ -165,8 +166,7 @@ class Storage:
             try:
                 return run(_compiled(product), PART)
             except Exception as error:  # Any failure of the compiler: the kernels below need none.
-                reason = str(error).strip().partition("\n")[0]
-                _warn_once(f"the compressed basis runs uncompiled, and slower: {reason}")
+                _warn_once(f"the compressed basis runs uncompiled, and slower: {one_line(error)}")
                 self._compiled = False
         kernel = {"project": _project, "expand": _expand}[product]
         run(kernel, PART if out.device.type == "cuda" else CACHED_PART)
