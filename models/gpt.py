@@ -80,13 +80,13 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary positions: turns channels i and i + C/2 of x [..., T, C] by t · base^(-2i/C).
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions: turns channels i and i + C/2 of x [..., T, C] by t · 10000^(-2i/C).
 
     The product of a query and a key then depends on the distance of their positions alone.
     """
     length, half = x.shape[-2], x.shape[-1] // 2
-    speeds = base ** (-torch.arange(half, device=x.device) / half)
+    speeds = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
     angles = torch.arange(length, device=x.device).outer(speeds)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
