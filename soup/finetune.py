@@ -151,7 +151,6 @@ def fine_tune(args):
     start, origin = start_point(args, model)
 
     save_dir = Path(args.save_dir)
-    utils.make_directory(save_dir)
     logs.write_json({"arguments": vars(args), **logs.provenance()}, save_dir / "run.json")
     same = ("batch_size", "optimizer", "momentum", "schedule", "amp", "warmup_epochs", "clip_grad")
     fixed = {

@@ -326,7 +326,6 @@ def make_soups(args):
     twa_settings = settings | twa_settings_of(args)
     for kind in args.twa:
         solutions.refuse_other_flags(name_of(kind, args), settings, twa_settings)
-    utils.make_directory(log_dir)
     logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
     started, names = time.perf_counter(), [str(path) for path in paths]
     for name, path in zip(names, paths, strict=True):
