@@ -33,7 +33,7 @@ class RunLog:
         epochs: the metrics of every epoch so far.
     """
 
-    def __init__(self, args: argparse.Namespace, directory: Path, prefix: str = "", done: int = 0):
+    def __init__(self, args: argparse.Namespace, directory: Path, prefix: str, done: int):
         self.epochs: list[dict] = []
         self._has_header = False
         self._tracked = args.wandb or args.tensorboard

@@ -156,8 +156,7 @@ class Run:
                 metrics = self._trainer.epoch(epoch, step_done)
                 if after_epoch:
                     after_epoch(epoch, metrics)
-                alpha = getattr(self._trainer.optimizer, "averaging_weights", None)
-                self.log.epoch(metrics, alpha)
+                self.log.epoch(metrics, getattr(optimizer, "averaging_weights", None))
                 self.done = epoch
                 if epoch % self._save_every == 0 or epoch == self._trainer.epochs:
                     self.save()
