@@ -13,7 +13,7 @@ from twa.formats import load, verify
 from utils import UserError
 
 # 1: without progress within an epoch; 2: fewer settings; 3: no fingerprint of TWA; 4: settings
-# were chosen by name.
+# were chosen by name; 5: the coefficients lay beside the state of the optimizer, not in it.
 FORMAT = 6
 
 
