@@ -6,7 +6,6 @@ Reads what `train.py` left in --dir, its decay in --decay-dir and `train_twa.py`
 `lm.json` and `lm.png` there.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+import models
 from training import entry, flags, report, text
 from training.logs import read_json, write_json
-from training.loop import build
 from twa.checkpoints import average, load_into
 from utils import UserError
 
@@ -79,9 +78,7 @@ def main():
     checkpoints |= {name: [decayed / f"{number}.pt"], "TWA": [args.out / "twa.pt"]}
     vocabulary = text.Vocabulary.read(run.arguments["tokenizer"])
     context = run.arguments["context"]
-    layout = argparse.Namespace(amp=False, compile=False)
-    spec, cpu = text.Spec(vocabulary, context), torch.device("cpu")
-    model = build(run.arguments["arch"], spec, cpu, layout).eval()
+    model = models.gpt.build(run.arguments["arch"], vocabulary.size, context).eval()
     prompt = vocabulary.encode(args.prompt.encode(), args.out).tolist()
     for key, paths in checkpoints.items():
         load_into(model, average(paths))
