@@ -37,6 +37,7 @@ from training.flags import number
 from training.loop import (
     Trainer,
     build,
+    data_of,
     describe,
     evaluate,
     predict,
@@ -150,14 +151,7 @@ class Evaluator:
     def __init__(self, args):
         self.args = args
         device = utils.choose_device(args.device)
-        if args.datasets == image_folders.NAME:
-            training, test = image_folders.load(args.data_dir, args.image_size)
-            decoding = {"workers": args.workers, "strict": args.strict_images}
-            loader = partial(image_folders.Loader, device=device, **decoding)
-            batch_size = args.batch_size
-        else:
-            training, test = data.load(args.datasets, args.data_dir, device)
-            loader, batch_size = data.Loader, 1000
+        training, test, loader, batch_size = data_of(args, device)
         self._loader = partial(loader, channels_last=args.amp)
         self.training, self.held_out = training.hold_out(args.val_ratio, args.randomseed)
         self.model = build(args.arch, training.spec, device, args)

@@ -61,28 +61,7 @@ def set_up(
             f"--batch-size {args.batch_size}: does not divide among {among['world']} ranks; "
             f"give a multiple of {among['world']}"
         )
-    if args.datasets == image_folders.NAME:
-        train_set, test_set = image_folders.load(args.data_dir, args.image_size)
-        test_batch_size = args.batch_size
-        loader = partial(
-            image_folders.Loader, device=device, workers=args.workers, strict=args.strict_images
-        )
-    elif args.datasets == text.NAME:
-        if ranks.local_rank() > 0:
-            ranks.barrier()  # until the first rank of the machine has written the tokens
-        vocabulary = text.Vocabulary.read(args.tokenizer)
-        train_set, test_set = text.load(args.data_dir, vocabulary, args.context)
-        if ranks.local_rank() == 0:
-            ranks.barrier()
-        test_batch_size = args.batch_size
-        loader = partial(text.Loader, device=device, steps=args.epoch_steps)
-    else:
-        if ranks.local_rank() > 0:
-            ranks.barrier()  # until the first rank of the machine has downloaded what is missing
-        train_set, test_set = data.load(args.datasets, args.data_dir, device)
-        if ranks.local_rank() == 0:
-            ranks.barrier()
-        test_batch_size, loader = 1000, data.Loader
+    train_set, test_set, loader, test_batch_size = data_of(args, device)
     if args.split:
         rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
         train_set = held_out if on_held_out else rest
@@ -96,6 +75,34 @@ def set_up(
     test = loader(test_set, test_batch_size, train=False, **among)
     model = build(args.arch, train_set.spec, device, args, shard)
     return model, train, test
+
+
+def data_of(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[data.Split, data.Split, Callable[..., data.Loader], int]:
+    """The training and the test set, what makes a loader of either, and a batch size for the test.
+
+    Raises:
+        UserError: the data set is not to be had.
+    """
+    if args.datasets == image_folders.NAME:
+        splits = image_folders.load(args.data_dir, args.image_size)
+        decoding = {"workers": args.workers, "strict": args.strict_images}
+        loader = partial(image_folders.Loader, device=device, **decoding)
+        return *splits, loader, args.batch_size
+    if ranks.local_rank() > 0:
+        ranks.barrier()  # until the first rank of the machine has written what is missing
+    if args.datasets == text.NAME:
+        vocabulary = text.Vocabulary.read(args.tokenizer)
+        splits = text.load(args.data_dir, vocabulary, args.context)
+        loader = partial(text.Loader, device=device, steps=args.epoch_steps)
+        test_batch_size = args.batch_size
+    else:
+        splits = data.load(args.datasets, args.data_dir, device)
+        loader, test_batch_size = data.Loader, 1000
+    if ranks.local_rank() == 0:
+        ranks.barrier()
+    return *splits, loader, test_batch_size
 
 
 def build(
