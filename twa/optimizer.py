@@ -502,7 +502,7 @@ class TWA(torch.optim.Optimizer):
     @torch.no_grad()
     def _write_weights(self) -> None:
         moved = self.coefficients - self.origin
-        self.subspace.assign(self.subspace.expand(moved, out=self._flat).add_(self._start))
+        self.subspace.assign(self._start, self.subspace.expand(moved, out=self._flat))
 
 
 def _copy_hyperparameters(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:

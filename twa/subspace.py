@@ -359,11 +359,12 @@ class Subspace:
         return out
 
     @torch.no_grad()
-    def assign(self, flat: Tensor) -> None:
-        """Writes `flat` [D] into the model's parameters."""
+    def assign(self, start: Tensor, moved: Tensor) -> None:
+        """Writes the sum of both, float32 [D], into the model's parameters."""
         self._ranks.reshard()
-        for parameter, columns in zip(self.parameters, self._columns.split(flat), strict=True):
-            local(parameter).copy_(columns)
+        parts = (self._columns.split(flat) for flat in (start, moved))
+        for parameter, *terms in zip(self.parameters, *parts, strict=True):
+            torch.add(*terms, out=local(parameter))
 
     @torch.no_grad()
     def fingerprint(self, flat: Tensor) -> Tensor:
