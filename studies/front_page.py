@@ -288,7 +288,7 @@ def safety(studies: Studies, met: dict[str, list[bool]]) -> str:
     return (
         f"**Safety**: of {len(runs)} small runs at the defaults {len(above)} end with a held-out "
         "loss above their start's by more than its standard error "
-        f"({listed(f'{rise:.0f}' for rise in above)} %; the largest rise, "
+        f"({listed(f'{rise:.1f}' for rise in above)} %; the largest rise, "
         f"{100 * (largest - 1):.0f} %, is {'beyond' if rose else 'within'} its own); "
         f"{100 * sum(accurate) / len(runs):.0f} % have at least the accuracy of the best simple "
         "average ([runs](results/safety.md)). Where training images are learned by heart, no "

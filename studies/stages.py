@@ -138,7 +138,20 @@ def safety_table() -> list[str]:
         )
     heads = ("TWA", "SGD run", "runs", "end / start, median", "largest", "above 1.05")
     heads += ("above by more than its error", "worst epoch / start", "accuracy")
-    return [*markdown(heads, table), "", *from_auto(), *against_before()]
+    return [*markdown(heads, table), "", *by_test_data(), *from_auto(), *against_before()]
+
+
+def by_test_data() -> list[str]:
+    """How many of the runs at the defaults end above their start by the other data kept away."""
+    records, _ = safety_records()
+    runs = [entry["test"] for key, entry in records.items() if key.endswith(": new")]
+    ratios = [run["end"] / run["start"] for run in runs]
+    beyond = sum(run["end"] - run["start"] > run["error"] for run in runs)
+    return bullet(
+        f"Judged by test data in place of held-out ones, {sum(r > 1.05 for r in ratios)} of the "
+        f"{len(runs)} runs at the defaults end above 1.05 times their start's loss, at most at "
+        f"{max(ratios):.3f}, and {beyond} above it by more than their error."
+    )
 
 
 def from_auto() -> list[str]:
