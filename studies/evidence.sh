@@ -27,6 +27,9 @@ for seed; do
     study head PreResNet20 FashionMNIST
 done
 for seed in 4 5; do study units PreResNet20; done
+for seed in 6 7; do
+    for part in head spread; do study $part PreResNet20; done
+done
 seed=1
 study plane PreResNet20
 study cost PreResNet20

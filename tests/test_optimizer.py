@@ -1114,11 +1114,12 @@ def test_a_model_that_was_moved_since_is_refused():
         optimizer.step()
 
 
-def test_a_model_whose_parameters_were_replaced_since_is_refused():
-    """As `fully_shard` does; without this, it would train nothing and say nothing."""
+@pytest.mark.parametrize("part", ["all", "fc"])
+def test_a_model_whose_parameters_were_replaced_since_is_refused(part):
+    """As `fully_shard` does; without this, it would not train them and say nothing."""
     model = Small()
     optimizer = TWA(model, small_run())
-    for module in model.modules():
+    for module in (model if part == "all" else model.fc).modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
     with pytest.raises(RuntimeError, match="other parameters than when TWA was made"):

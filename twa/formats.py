@@ -113,7 +113,7 @@ def adapter_config(path: Path) -> dict:
     """What PEFT wrote of an adapter beside its weights, to which `path` leads; {} if nothing."""
     folder = Path(path) if os.path.isdir(path) else Path(path).parent
     file = folder / "adapter_config.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
 def verify(path: str | os.PathLike) -> None:

@@ -421,15 +421,15 @@ class TWA(torch.optim.Optimizer):
             `loss`, and whether the gradients of a rank overflowed; both of all ranks.
         """
         given = [p.grad for p in self.subspace.parameters]
-        if all(gradient is None for gradient in given):
-            if {*self.subspace.parameters}.isdisjoint(self._model.parameters()):
-                raise RuntimeError(
-                    "the model has other parameters than when TWA was made (as fully_shard makes): "
-                    "make it after that"
-                )
-            if not self._many:
-                self.coefficients.grad = None  # Then `base` leaves them alone, as any optimizer.
-                return loss, False
+        missing = sum(gradient is None for gradient in given)
+        if missing and not {*self.subspace.parameters} <= {*self._model.parameters()}:
+            raise RuntimeError(
+                "the model has other parameters than when TWA was made (as fully_shard makes): "
+                "make it after that"
+            )
+        if missing == len(given) and not self._many:
+            self.coefficients.grad = None  # Then `base` leaves them alone, as any optimizer does.
+            return loss, False
         gradients = self.subspace.flatten(given, out=self._flat)
         skip = False
         if self._many:
