@@ -9,7 +9,9 @@ import language_report as language
 import stages
 from study import EPOCHS, HEAD, ROOT
 from tables import (
+    ADVISED,
     BY_CHANNEL,
+    MANY,
     RECIPE,
     SPREAD,
     START,
@@ -90,7 +92,7 @@ def stage_rows(runs: Runs) -> list[str]:
     for budget in SHOWN:
         mean_of = best(runs, averages(runs))
         rival = best(runs, trained(runs, budget))
-        ours = cell(runs, f"{BY_CHANNEL} | {budget}", "by channel")
+        ours = cell(runs, f"{ADVISED} | {budget}", "as advised")
         stage = f"[head](results/head-stage.md), {budget} epochs"
         rows.append((stage, ours, cell(runs, mean_of), cell(runs, rival)))
     tail = stages.tail()
@@ -140,9 +142,9 @@ def head_against_tuned(studies: Studies, met: dict[str, list[bool]]) -> str:
     told = []
     for name, verdicts in met.items():
         runs = studies["head"][name]
-        budgets = budgets_of(runs, BY_CHANNEL, TUNED)
+        budgets = budgets_of(runs, ADVISED, TUNED)
         loss, accuracy = (
-            [statistics.mean(gains(runs, BY_CHANNEL, b, key, f"{TUNED} | {b}")) for b in budgets]
+            [statistics.mean(gains(runs, ADVISED, b, key, f"{TUNED} | {b}")) for b in budgets]
             for key in ("loss", "accuracy")
         )
         told.append(
@@ -151,9 +153,10 @@ def head_against_tuned(studies: Studies, met: dict[str, list[bool]]) -> str:
             f"{len(verdicts)} goals met"
         )
     return (
-        "**Head stage: untuned, a match for a decay that is tuned.** TWA by channel less SGD on "
-        f"all weights at the best of four rates, both from the best mean, at {listed(budgets)} "
-        f"epochs: {'. '.join(told)} ([which](results/head-stage.md))."
+        "**Head stage: untuned, a match for a decay that is tuned.** TWA (by model in fewer than "
+        f"{MANY} steps, by channel from there on) less SGD on all weights at the best of four "
+        f"rates, both from the best mean, at {listed(budgets)} epochs: {'. '.join(told)} "
+        "([which](results/head-stage.md))."
     )
 
 
@@ -169,12 +172,12 @@ def head_against_averages(studies: Studies, met: dict[str, list[bool]]) -> str:
         average = best(runs, averages(runs), key)
         ahead[key] = [
             b
-            for b in budgets_of(runs, BY_CHANNEL)
-            if statistics.mean(gains(runs, BY_CHANNEL, b, key, average)) > 0
+            for b in budgets_of(runs, ADVISED)
+            if statistics.mean(gains(runs, ADVISED, b, key, average)) > 0
         ]
     return (
-        "**Ahead of the averages, which cost nothing**: there, TWA by channel is better in the "
-        f"mean than the best of them by loss at {listed(ahead['loss'])} epochs, by accuracy at "
+        "**Ahead of the averages, which cost nothing**: there, this TWA is better in the mean "
+        f"than the best of them by loss at {listed(ahead['loss'])} epochs, by accuracy at "
         f"{listed(ahead['accuracy'])}."
     )
 

@@ -9,10 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 
+from study import DATA
+
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
 SPREAD = "TWA, in units of the spread"  # nothing tuned
 BY_CHANNEL, BY_MODEL = f"{SPREAD}, by channel", f"{SPREAD}, by model"
+ADVISED = f"{SPREAD}, as advised"  # by channel from so many steps on, in fewer by model
+MANY = 50
 TUNED = "SGD, decaying, from the best mean, tuned rate"
 RECIPE = "TWA, the recipe"  # as it was, in the paper's coordinates
 START = "mean of the last 10"  # the entry of the point that TWA started from, as it was
@@ -35,8 +39,20 @@ def read(measurements: Path) -> Studies:
         if part != "spread" and runs:
             more = found.get(("spread", name), {}) if part == "head" else {}
             whole = [run | more.get(seed, {}) for seed, run in runs.items()]
-            studies.setdefault(part, {})[name] = whole
+            studies.setdefault(part, {})[name] = [run | advised(run, name) for run in whole]
     return studies
+
+
+def advised(run: dict[str, dict], study: str) -> dict[str, dict]:
+    """The entries of TWA as the README advises it, of those by model and by channel in `run`."""
+    found = {}
+    for name, made in run.items():
+        row, _, budget = name.partition(" | ")
+        if row in (BY_CHANNEL, BY_MODEL):
+            steps = float(budget) * DATA[study.partition(" on ")[2]].steps
+            if row == (BY_CHANNEL if steps >= MANY else BY_MODEL):
+                found[f"{ADVISED} | {budget}"] = made
+    return found
 
 
 def values(runs: Runs, name: str, key: str = "accuracy") -> list[float]:

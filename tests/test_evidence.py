@@ -79,8 +79,14 @@ def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_pat
     runs = [seed]
     assert tables.rival(runs, "1", "loss") == f"{tables.TUNED} | 1"
     assert tables.rival(runs, "1", "loss", tuned=False) == "mean of all"
+    models = {f"{tables.BY_MODEL} | {b}": entry(81.0, 0.5) for b in ("0.5", "1")}
+    advised = tables.advised(seed | models, "A on FashionMNIST-12k")  # of 94 steps an epoch
+    assert advised == {
+        f"{tables.ADVISED} | 0.5": models[f"{tables.BY_MODEL} | 0.5"],
+        f"{tables.ADVISED} | 1": seed[f"{tables.BY_CHANNEL} | 1"],
+    }
     half, nowhere, usual = evidence_report.GOALS
-    goals = evidence_report.goals(runs)
+    goals = evidence_report.goals(runs, tables.BY_CHANNEL)
     assert goals[half, "accuracy"] == ("ahead at 1", True)
     assert goals[usual, "accuracy"] == ("not ahead at 1", False)
     assert goals[half, "loss"] == ("ahead at none", False)
