@@ -383,8 +383,9 @@ METHOD = (
     "which the start was chosen and where it has an advantage). The training sets are "
     "FashionMNIST's 60,000 images or the first 12,000 of them (12k). The cnn and the vit of "
     "`studies/architectures.py` have no batch norm; where there is one, it is re-estimated for "
-    "every solution but SGD's whole schedules and the full run on 60,000 images, which were told "
-    "as the runs tested themselves (of the full run on 12,000 that is 0.0008 of loss more). "
+    "every solution but SGD's whole schedules of seeds 1 to 3 and the full run on 60,000 images, "
+    "which were told as the runs tested themselves (of the full run on 12,000 that was 0.0008 of "
+    "loss more). "
     "“Epochs” count what is trained on; comparing start points and ends takes forward passes "
     "beside them, on 2,048 images for each of ten points, which is about half an epoch's work."
 )
