@@ -19,7 +19,6 @@ from tables import (
     ADVISED,
     BY_CHANNEL,
     BY_MODEL,
-    MANY,
     RECIPE,
     SPREAD,
     START,
@@ -45,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from training import data
+from training.coefficients import MANY_STEPS
 
 BEGIN, END = "<!-- python studies/evidence.py report -->", "<!-- end of the report -->"
 
@@ -302,8 +302,8 @@ PAGES = {
         "whole schedule in as many epochs as head and budget; where the rate is tuned, it is the "
         "best of 0.01, 0.02, 0.05 and 0.1 by loss on 4,000 validation images, tried for each "
         f"budget on the first seed, from the start point of TWA. “{SPREAD}” is TWA as the scripts "
-        f"have it; as advised: by model in fewer than {MANY} steps, by channel from there on, "
-        "which validation images of other seeds chose (below). The other rows of TWA are as it "
+        f"have it; as advised: by model in fewer than {MANY_STEPS} steps, by channel from there "
+        "on, which validation images of other seeds chose (below). The other rows of TWA are as it "
         "was: the paper's coordinates, from the mean of the last ten, at a rate from the curvature "
         "of the loss; “the recipe” was AdamW (below one epoch SGD) by channel, from the mean of "
         "the last five, chosen by validation images beside the 12,000.",

@@ -11,7 +11,6 @@ from study import EPOCHS, HEAD, ROOT
 from tables import (
     ADVISED,
     BY_CHANNEL,
-    MANY,
     RECIPE,
     SPREAD,
     START,
@@ -33,6 +32,8 @@ from tables import (
     trained,
     values,
 )
+
+from training.coefficients import MANY_STEPS
 
 SHOWN = ("0.5", "2")  # epochs after the head, in the tables
 SHOWN_STEPS = (20, 100, 400)  # of language models
@@ -92,7 +93,9 @@ def stage_rows(runs: Runs) -> list[str]:
     for budget in SHOWN:
         mean_of = best(runs, averages(runs))
         rival = best(runs, trained(runs, budget))
-        ours = cell(runs, f"{ADVISED} | {budget}", "as advised")
+        ours, finer = (values(runs, f"{row} | {budget}", "loss") for row in (ADVISED, BY_CHANNEL))
+        how = "by channel" if ours == finer else "by model"
+        ours = cell(runs, f"{ADVISED} | {budget}", how)
         stage = f"[head](results/head-stage.md), {budget} epochs"
         rows.append((stage, ours, cell(runs, mean_of), cell(runs, rival)))
     tail = stages.tail()
@@ -154,8 +157,8 @@ def head_against_tuned(studies: Studies, met: dict[str, list[bool]]) -> str:
         )
     return (
         "**Head stage: untuned, a match for a decay that is tuned.** TWA (by model in fewer than "
-        f"{MANY} steps, by channel from there on) less SGD on all weights at the best of four "
-        f"rates, both from the best mean, at {listed(budgets)} epochs: {'. '.join(told)} "
+        f"{MANY_STEPS} steps, by channel from there on) less SGD on all weights at the best of "
+        f"four rates, both from the best mean, at {listed(budgets)} epochs: {'. '.join(told)} "
         "([which](results/head-stage.md))."
     )
 

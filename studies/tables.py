@@ -11,12 +11,13 @@ from textwrap import fill
 
 from study import DATA
 
+from training.coefficients import MANY_STEPS
+
 Runs = list[dict[str, dict]]  # the entries of each seed
 Studies = dict[str, dict[str, Runs]]  # by part, then by "ARCH on DATA"
 SPREAD = "TWA, in units of the spread"  # nothing tuned
 BY_CHANNEL, BY_MODEL = f"{SPREAD}, by channel", f"{SPREAD}, by model"
-ADVISED = f"{SPREAD}, as advised"  # by channel from so many steps on, in fewer by model
-MANY = 50
+ADVISED = f"{SPREAD}, as advised"  # by channel from MANY_STEPS on, in fewer by model
 TUNED = "SGD, decaying, from the best mean, tuned rate"
 RECIPE = "TWA, the recipe"  # as it was, in the paper's coordinates
 START = "mean of the last 10"  # the entry of the point that TWA started from, as it was
@@ -50,7 +51,7 @@ def advised(run: dict[str, dict], study: str) -> dict[str, dict]:
         row, _, budget = name.partition(" | ")
         if row in (BY_CHANNEL, BY_MODEL):
             steps = float(budget) * DATA[study.partition(" on ")[2]].steps
-            if row == (BY_CHANNEL if steps >= MANY else BY_MODEL):
+            if row == (BY_CHANNEL if steps >= MANY_STEPS else BY_MODEL):
                 found[f"{ADVISED} | {budget}"] = made
     return found
 

@@ -18,6 +18,8 @@ from utils import UserError
 
 # In units of the window's spread it holds for every model and granularity that was tried.
 RATE_OF_SGD = 0.1
+# From so many steps on, on samples that are seen again, finer coefficients and a coarser unit pay.
+MANY_STEPS = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser, schedule: str, trajectory: bool = True) -> None:
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, schedule: str, trajectory: bo
     add("--granularity", default="model", choices=GRANULARITIES, help=parts_help)
     unit, rate = "direction", "0.02"
     if trajectory:
-        many = "for 50 steps or more of Adam(W) on images"
+        many = f"for {MANY_STEPS} steps or more of Adam(W) on images"
         unit = f"block by layer and by channel {many}, else {unit}"
         rate = f"{rate} to 0.14 by the steps and images"
     unit_help = "of coefficients, with PCA: the spread along each direction, or that of its block"
@@ -74,7 +76,7 @@ def unit_of(granularity: str, steps: int, samples: float) -> str:
     In few steps, or where no sample is seen twice, as of a text, the window knows best where to go.
     Samples that are seen again and again tell more, where there are coefficients to take it in.
     """
-    many = granularity != "model" and steps >= 50 and samples < math.inf
+    many = granularity != "model" and steps >= MANY_STEPS and samples < math.inf
     return "block" if many else "direction"
 
 
