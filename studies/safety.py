@@ -121,11 +121,11 @@ PLAN: dict[str, tuple[tuple[Setting, ...], int]] = {
     "Digits PreResNet20": (MANY, 3),
     "Digits cnn": (MANY, 3),
     "Digits PreResNet56": (FEW, 3),
-    "FashionMNIST PreResNet20": (FEW, 2),
+    "FashionMNIST PreResNet20": (FEW, 3),
     "FashionMNIST cnn": (FEW, 3),
-    "FashionMNIST vit": (FEW, 2),
-    "FashionMNIST VGG16BN": (SLOW, 1),
-    "Text gpt": (MANY, 2),
+    "FashionMNIST vit": (FEW, 3),
+    "FashionMNIST VGG16BN": (SLOW, 3),
+    "Text gpt": (MANY, 3),
 }
 
 

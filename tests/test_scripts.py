@@ -511,7 +511,7 @@ def test_the_start_is_handed_over_where_training_makes_it_worse(run, tmp_path):
     losses = summary["sample_losses"]["end"]
     assert losses["start"] < min(losses["end"], losses["mean of the last half"])
     assert summary["results"]["TWA"]["loss"] == summary["results"][summary["start"]]["loss"]
-    assert "end: loss on a sample of training images: start" in log
+    assert "end: loss on a sample of training data: start" in log
     # The paper's method reports its end, whatever that is.
     paper = ["--params_end", 5, "--epochs", 1, "--opt", "SGD", "--extract", "Schmidt", "--lr", 30]
     succeed(call(TWA, *where(run), *paper, "--out", tmp_path / "paper"))
