@@ -2,10 +2,12 @@
 
 import codecs
 import contextlib
+import importlib
 import json
 import os
 import pickle
 import random
+import re
 import sys
 import time
 import warnings
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -521,6 +524,19 @@ def test_pickled_objects_are_refused_by_the_name_of_their_class(tmp_path):
     message = refusal(load_state_dict, path)
     assert str(path) in message
     assert "PosixPath" in message
+
+
+def test_what_the_message_says_to_name_is_enough_for_a_number_of_numpy(tmp_path):
+    """As best accuracies are: its function, its dtype and that one's class, one after the other."""
+    path, named = tmp_path / "1.pt", []
+    torch.save({"state_dict": state_of(1), "best": np.float64(0.9)}, path)
+    for _ in range(3):
+        with torch.serialization.safe_globals(named):
+            asked = re.search(r"code \((\S+)\)", refusal(load_state_dict, path))
+        module, _, name = asked[1].rpartition(".")
+        named.append(getattr(importlib.import_module(module), name))
+    with torch.serialization.safe_globals(named):
+        assert load_state_dict(path).keys() == state_of(1).keys()
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x.bin", "..", ""])

@@ -73,7 +73,7 @@ def _refusing(read: Callable) -> Callable:
             raise CheckpointError(f"{path}: there is no such checkpoint") from None
         except pickle.UnpicklingError as e:
             # A damaged archive raises other errors; this one asked for a class or a function.
-            asked = re.search(r"GLOBAL (\S+)", str(e))
+            asked = re.search(r"(?:GLOBAL |got <class ')([\w.]+)", str(e))
             what = f"pickled code ({asked[1]})" if asked else "pickled code or is no checkpoint"
             raise CheckpointError(
                 f"{path}: holds {what}; only plain tensors are read. If you trust it, name that to "
