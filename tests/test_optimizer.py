@@ -1060,6 +1060,54 @@ def test_numbers_that_the_base_keeps_in_its_group_are_in_the_state():
     assert resumed.base.param_groups[0]["k"] == 3
 
 
+class Averaging(SGD):
+    """A base optimizer that evaluates elsewhere than it trains, and is told so, as schedulefree."""
+
+    def __init__(self, params, **kwargs):
+        super().__init__(params, **kwargs)
+        self.param_groups[0]["train_mode"] = False
+
+    @torch.no_grad()
+    def _tell(self, train: bool):
+        if train != self.param_groups[0]["train_mode"]:
+            self.param_groups[0]["train_mode"] = train
+            self.param_groups[0]["params"][0].mul_(2 if train else 0.5)
+
+    def train(self):
+        self._tell(True)
+
+    def eval(self):
+        self._tell(False)
+
+    def step(self, closure=None):
+        assert self.param_groups[0]["train_mode"]
+        return super().step(closure)
+
+
+def test_the_weights_go_along_where_the_base_evaluates_elsewhere_than_it_trains():
+    model = Small()
+    optimizer = TWA(model, small_run(), Averaging, lr=0.4)
+    start = weights_of(model)
+    optimizer.train()
+    train(model, optimizer, range(3))
+    trained = weights_of(model)
+    optimizer.eval()
+    assert_follows(weights_of(model), (start + trained) / 2, start, 1e-4)
+    optimizer.train()
+    assert_follows(weights_of(model), trained, start, 1e-4)
+    train(model, optimizer, range(3))  # in the mode for it
+
+
+def test_a_base_that_knows_no_modes_is_left_alone_by_them():
+    model = Small()
+    optimizer = TWA(model, small_run())
+    train(model, optimizer, range(2))
+    before = state_of(model)
+    optimizer.eval()  # as transformers does with any optimizer that can be told
+    optimizer.train()
+    assert_equal(model.state_dict(), before)
+
+
 def test_the_group_holds_the_trainable_parameters_and_a_second_is_refused():
     model = Small()
     optimizer = TWA(model, small_run(), SGD, lr=0.1)

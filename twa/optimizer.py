@@ -296,6 +296,24 @@ class TWA(torch.optim.Optimizer):
         self._share_state()
         return loss
 
+    def train(self) -> None:
+        """Has `base` train, if it is one that has to be told, as those of schedulefree."""
+        self._tell("train")
+
+    def eval(self) -> None:
+        """Has such a `base` move to where it evaluates, and the weights with it, until `train`."""
+        self._tell("eval")
+
+    def _tell(self, mode: str) -> None:
+        tell = getattr(self.base, mode, None)
+        if tell is None:
+            return
+        before = self.coefficients.detach().clone()
+        tell()
+        _copy_hyperparameters(self.base, self)  # The mode is kept there.
+        if not torch.equal(self.coefficients, before):
+            self._write_weights()
+
     @property
     def stopping(self) -> bool:
         """Whether a rank had set `stop` before the last step; the same on all ranks."""
