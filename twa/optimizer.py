@@ -409,7 +409,10 @@ class TWA(torch.optim.Optimizer):
             found = state[key].to(own)
             same &= found.shape == own.shape and torch.allclose(found, own, rtol=0, atol=near)
         if not same:
-            raise ValueError("the state belongs to another window of checkpoints or start point")
+            raise ValueError(
+                "the state belongs to another window of checkpoints, start point or kind of basis "
+                "(extract, components, granularity, unit)"
+            )
 
     def _follow_parameters(self) -> None:
         """Builds the basis again where a framework has sharded the model since."""
