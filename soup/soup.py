@@ -51,6 +51,7 @@ from twa.checkpoints import Checkpoint, average, load_into
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on
+RESULTS = "results.jsonl"
 
 
 def parse_arguments():
@@ -106,6 +107,18 @@ def refuse_other_split(paths: Sequence[Path], args) -> None:
                 )
 
 
+def refuse_own_soups(paths: Sequence[Path]) -> None:
+    """Refuses soups that an earlier call made of others of `paths`: a glob took them for models."""
+    names = set(map(str, paths))
+    for folder in sorted({path.parent for path in paths}):
+        for record in logs.read_lines(folder / RESULTS, "name", "settings", *PARTS):
+            soup = folder / file_of(record["name"])
+            if soup in paths and not names.isdisjoint(record.get("models", ())):
+                raise UserError(
+                    f"{soup}: is a soup of the other models; give --checkpoints that leave it out"
+                )
+
+
 def settings_of(paths: Sequence[Path], args) -> dict:
     """What every solution depends on: the files (by name, size and time) and the data."""
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -131,6 +144,11 @@ def name_of(kind: str, args) -> str:
     name += f" {args.granularity}" if args.granularity != "model" else ""
     name += f" {args.bits} bits" if args.bits != 32 else ""
     return name + (" from greedy" if args.start == "greedy" else "")
+
+
+def file_of(name: str) -> str:
+    """The file of the soup that is called so."""
+    return f"{name.replace(' ', '-')}.pt"
 
 
 def differing(record: dict, settings: dict) -> list[str]:
@@ -208,7 +226,7 @@ class Solutions:
     """What is made of the models: a record each in `results.jsonl`, and the soups beside it."""
 
     def __init__(self, log_dir: Path, evaluator: Evaluator):
-        self.path, self._evaluator = log_dir / "results.jsonl", evaluator
+        self.path, self._evaluator = log_dir / RESULTS, evaluator
         records = logs.read_lines(self.path, "name", "settings", *PARTS)
         self.records = {record["name"]: record for record in records}
 
@@ -236,7 +254,7 @@ class Solutions:
             values = function()
             if "weights" in values:
                 self._evaluator.load(values.pop("weights"))
-                soup = self.path.with_name(f"{name.replace(' ', '-')}.pt")
+                soup = self.path.with_name(file_of(name))
                 save(self._evaluator.model.state_dict(), soup)
                 values["seconds"] = time.perf_counter() - started
                 values |= {part: self._evaluator.evaluate(part) for part in PARTS}
@@ -310,6 +328,7 @@ def main():
 def make_soups(args):
     utils.set_seed(args.randomseed)
     log_dir, paths = Path(args.log_dir), files_of(args.checkpoints)
+    refuse_own_soups(paths)
     refuse_other_split(paths, args)
     evaluator = Evaluator(args)
     for path in paths:

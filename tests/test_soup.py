@@ -423,6 +423,19 @@ def test_models_that_were_trained_on_what_is_held_out(folder, tmp_path, capsys):
     assert "001.pt" in line and "--randomseed" in line
 
 
+def test_soups_among_the_models_that_they_were_made_of(folder, tmp_path, capsys):
+    """As a glob finds them where the soups were written beside the models."""
+    paths = ["--checkpoints", tmp_path / "*.pt", "--twa"]
+    shutil.copytree(folder / "models", tmp_path, dirs_exist_ok=True)
+    arguments = [*soup_arguments(folder), *paths, "--log-dir", tmp_path]
+    call(soup, *arguments)
+    for log_dir in (tmp_path, tmp_path / "other"):
+        line = error_of(capsys, soup, *arguments, "--log-dir", log_dir)
+        assert "uniform.pt" in line and "--checkpoints" in line
+    soups = [tmp_path / name for name in ("greedy.pt", "uniform.pt")]  # without the models
+    call(soup, *arguments, "--checkpoints", *soups, "--log-dir", tmp_path / "other")
+
+
 @pytest.mark.parametrize("name", ["soup/results.jsonl", "models/runs.jsonl"])
 def test_a_record_without_what_it_has_to_hold(folder, tmp_path, capsys, name):
     for part in ("soup", "models"):
