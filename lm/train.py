@@ -86,9 +86,12 @@ def train_language_model(args):
     model, train, test = set_up(args)
     state = None
     if args.initial:
-        state = load(args.initial)
-        load_into(model, state["model"] if "format" in state else state, name=args.initial)
-        state = state.get("optimizer")
+        load_into(model, args.initial)
+        content = load(args.initial)
+        settings = content.get("settings")
+        # Other checkpoints may hold an optimizer too, which may be another, as TWA's states do.
+        if isinstance(settings, dict) and settings.get("optimizer") == args.optimizer:
+            state = content["optimizer"]
     begins = 1 - args.decay_steps / max(1, args.total_steps - args.warmup)
 
     def factor(x: float) -> float:

@@ -372,6 +372,20 @@ def test_a_decay_begins_from_any_checkpoint(base, words, tmp_path):
     assert_equal(load_state_dict(tmp_path / "run/checkpoints/0.pt"), mean)
 
 
+def test_of_other_checkpoints_a_decay_takes_the_weights_alone(run, words, tmp_path):
+    """What they hold of an optimizer is no moments of AdamW: that of TWA, or of a loop with SGD."""
+    succeed(call(TWA, *twa_flags(run, words)))
+    weights = load_state_dict(run / "checkpoints/6.pt")
+    moments = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []}
+    save({"model": weights, "optimizer": moments}, run / "loop.pt")
+    for name, expected in (("twa_state.pt", run / "twa_state.pt"), ("loop.pt", weights)):
+        flags = ["--warmup", 0, "--decay-steps", 6, "--initial", run / name]
+        succeed(call(TRAIN, *where(tmp_path / name, words, steps=6), *flags))
+        assert_equal(
+            load_state_dict(tmp_path / name / "checkpoints/0.pt"), load_state_dict(expected)
+        )
+
+
 def test_twa_and_the_table_at_the_end(run, words, tmp_path):
     decay = ["--warmup", 0, "--decay-steps", 6, "--initial", run / "checkpoints/state.pt"]
     succeed(call(TRAIN, *where(run / "decay", words, steps=6), *decay))
@@ -489,10 +503,13 @@ def test_texts_that_are_too_short_are_refused(tmp_path, make, words_of_it):
         (["--decay-steps", 20], "--decay-steps"),
         (["--lr", "nan"], "--lr"),
         (["--initial", "gone.pt"], "gone.pt"),
+        (["--initial", "list.pt"], "list.pt: is not a state_dict"),
         (["--arch", "VGG16"], "--arch"),
     ],
 )
-def test_odd_values_are_refused(words, tmp_path, flags, words_of_it):
+def test_odd_values_are_refused(words, tmp_path, flags, words_of_it, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save([1, 2], "list.pt")
     line = refuse(tmp_path, TRAIN, *where(tmp_path / "run", words), *flags)
     assert words_of_it in line
 
