@@ -28,7 +28,10 @@ def parse_arguments():
     add("--out", type=Path, required=True, help="of TWA; the table and the figure go there")
     add("--prompt", default="def ", help="what the models go on from")
     add("--tokens", type=flags.number(int, 0), default=60, help="that each of them writes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.prompt:
+        parser.error("--prompt: is empty; give something to go on from")
+    return args
 
 
 @torch.no_grad()

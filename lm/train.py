@@ -62,7 +62,10 @@ def check_arguments(args, parser):
     """`args` with what the engine knows by other names: an epoch is what lies between two tests."""
     steps, every = args.total_steps, args.epoch_steps or min(400, args.total_steps) or 1
     if args.warmup + args.decay_steps > steps:
-        parser.error(f"--warmup and --decay-steps: more than the {steps} of --steps")
+        parser.error(
+            f"--warmup {args.warmup} and --decay-steps {args.decay_steps}: more than the {steps} "
+            "of --steps"
+        )
     if steps % every or every % args.save_every:
         parser.error(
             f"--steps {steps}, --test-every {every}, --save-every {args.save_every}: each has to "

@@ -500,7 +500,7 @@ def test_texts_that_are_too_short_are_refused(tmp_path, make, words_of_it):
     ("flags", "words_of_it"),
     [
         (["--steps", 7], "multiple"),
-        (["--decay-steps", 20], "--decay-steps"),
+        (["--decay-steps", 20], "--warmup 4 and --decay-steps 20: more than the 12"),
         (["--lr", "nan"], "--lr"),
         (["--initial", "gone.pt"], "gone.pt"),
         (["--initial", "list.pt"], "list.pt: is not a state_dict"),
@@ -529,6 +529,7 @@ def test_twa_refuses_flags_that_do_not_go_with_text(run, words, flags, words_of_
 def test_show_refuses_a_run_that_is_not_finished(tmp_path):
     shown = ["--dir", tmp_path, "--decay-dir", tmp_path, "--out", tmp_path]
     assert "is not finished" in refuse(tmp_path, "lm/show.py", *shown)
+    assert "--prompt" in refuse(tmp_path, "lm/show.py", *shown, "--prompt", "")
 
 
 @pytest.fixture(scope="module")
