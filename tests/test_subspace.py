@@ -255,6 +255,16 @@ def test_memory_format_does_not_change_the_columns():
     torch.testing.assert_close(basis.flatten(basis.parameters), flat + 1)
 
 
+def test_parameters_on_another_device_than_the_basis_are_written():
+    """As `device_map="auto"` spreads a model over accelerators; `meta` stands for the second."""
+    model = make_model()
+    states = walk(model, 3)
+    model[5].to("meta")
+    basis = Subspace(model, states)
+    basis.assign(basis.empty().fill_(1), basis.empty().fill_(2))
+    assert all((p == 3).all() for p in basis.parameters if p.device == basis.empty().device)
+
+
 def test_files_of_both_formats_and_wrapped_models_give_the_same_basis(tmp_path):
     model = make_model()
     states = walk(model, 3)

@@ -364,7 +364,11 @@ class Subspace:
         self._ranks.reshard()
         parts = (self._columns.split(flat) for flat in (start, moved))
         for parameter, *terms in zip(self.parameters, *parts, strict=True):
-            torch.add(*terms, out=local(parameter))
+            own = local(parameter)
+            if own.device == start.device:
+                torch.add(*terms, out=own)
+            else:  # of a model that is spread over several accelerators
+                own.copy_(torch.add(*terms))
 
     @torch.no_grad()
     def fingerprint(self, flat: Tensor) -> Tensor:
