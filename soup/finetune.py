@@ -10,6 +10,7 @@ its settings and its validation accuracy. Finished runs are not run again.
 """
 
 import argparse
+import copy
 import hashlib
 import itertools
 import math
@@ -94,7 +95,7 @@ def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
     else:
         load_verified(model, args.base)
         origin = hashlib.sha256(Path(args.base).read_bytes()).hexdigest()[:16]
-    return {key: value.clone() for key, value in model.state_dict().items()}, origin
+    return copy.deepcopy(model.state_dict()), origin
 
 
 def is_finished(record: dict | None, settings: dict, path: Path, model: torch.nn.Module) -> bool:

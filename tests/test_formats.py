@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import twa.checkpoints
+from training.states import save_state
 from twa import TWA, Subspace, best_start
 from twa.checkpoints import (
     CheckpointError,
@@ -675,18 +676,29 @@ def test_tensors_of_other_kinds_are_refused(kind):
     assert "body.0.weight is no ordinary tensor" in refusal(Subspace, net(), [state_of(2), state])
 
 
+class Extra(nn.Linear):
+    """Its `state_dict` holds what is no tensor."""
+
+    def get_extra_state(self):
+        return {"plain": 1}
+
+    def set_extra_state(self, state):
+        assert state == {"plain": 1}
+
+
 def test_the_extra_state_of_a_module_is_not_taken_from_a_checkpoint():
     """Some modules unpickle it."""
-
-    class Extra(nn.Linear):
-        def get_extra_state(self):
-            return {"plain": 1}
-
-        def set_extra_state(self, state):
-            assert state == {"plain": 1}
-
     model = Extra(2, 2)
     load_into(model, Extra(2, 2).state_dict() | {"_extra_state": Trap("/nowhere")})
+
+
+def test_a_model_with_an_extra_state_is_trained_and_its_state_is_finite(tmp_path):
+    model, window = Extra(2, 2), [Extra(2, 2).state_dict() for _ in range(3)]
+    optimizer = TWA(model, window, start=window[0])
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, window[0]["weight"])
+    save_state(tmp_path / "state.pt", 1, {}, model=model)
 
 
 # --- memory and damage at random ---

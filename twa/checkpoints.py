@@ -273,6 +273,8 @@ def check_finite(
             attention, is no fault; of its weights, it would be of the model as well.
     """
     for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):  # the extra state of a module
+            continue
         odd = ~tensor.isfinite()
         if odd.any():
             own = tensor.new_zeros(())

@@ -229,8 +229,8 @@ class TWA(torch.optim.Optimizer):
         if self._start_point is self._model:
             return []
         trained = {id(parameter) for parameter in self.subspace.parameters}
-        state = self._model.state_dict(keep_vars=True)
-        others = [tensor for tensor in state.values() if id(tensor) not in trained]
+        state = self._model.state_dict(keep_vars=True).values()  # modules may add what is no tensor
+        others = [t for t in state if isinstance(t, Tensor) and id(t) not in trained]
         before = [local(tensor).clone() for tensor in others]
         start = self._start_point
         if start is None:
