@@ -1,6 +1,7 @@
 """Checkpoints on disk: what is read, what is refused, averages, and writes that are whole."""
 
 import argparse
+import copy
 import math
 import os
 import pickle
@@ -487,8 +488,8 @@ def test_average_takes_integer_buffers_from_the_last():
     assert states[-1]["1.num_batches_tracked"] == 4  # a copy, not the checkpoint's own
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_average_of_half_precision_has_the_precision_of_the_model(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_average_of_half_precision_and_less_has_the_precision_of_the_model(dtype):
     states = [
         {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         for state in trained_states(3)
@@ -498,6 +499,21 @@ def test_average_of_half_precision_has_the_precision_of_the_model(dtype):
     assert mean["0.weight"].dtype == torch.float32
     assert torch.equal(mean["0.weight"], exact.float())
     assert average(states)["0.weight"].dtype == dtype
+
+
+def test_a_frozen_weight_of_8_bits_is_averaged_and_loaded():
+    """As of a quantized model of transformers: torch computes nothing with such a tensor."""
+    model = small_model()
+    model[0].requires_grad_(False).to(torch.float8_e4m3fn)
+    states = [copy.deepcopy(model.state_dict()) for _ in range(2)]
+    states[1]["0.weight"] = torch.full_like(states[1]["0.weight"], 3)
+    mean = average(states, model)
+    load_into(model, mean)
+    expected = (states[0]["0.weight"].float() + 3) / 2
+    assert torch.equal(model[0].weight.float(), expected.to(torch.float8_e4m3fn).float())
+    states[1]["0.weight"] = torch.full_like(states[1]["0.weight"], math.nan)
+    with pytest.raises(CheckpointError, match=r"0.weight holds NaN or infinity"):
+        load_into(model, states[1])
 
 
 def test_average_of_one_is_that_one_and_leaves_it_alone():

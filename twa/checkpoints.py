@@ -262,6 +262,12 @@ def _in_file(name: str, adapter: str) -> str:
     return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
+def _computable(tensor: Tensor) -> Tensor:
+    """`tensor`, at 32 bits if its floats have 8, with which torch computes nothing."""
+    eight = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    return tensor.float() if eight else tensor
+
+
 def check_finite(
     state: Mapping[str, Tensor], name: str, like: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -275,6 +281,7 @@ def check_finite(
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):  # the extra state of a module
             continue
+        tensor = _computable(tensor)
         odd = ~tensor.isfinite()
         if odd.any():
             own = tensor.new_zeros(())
@@ -363,7 +370,7 @@ def last_means(
         state = fit(checkpoints[-count], name)
         total = {key: total.get(key) for key in total or state if key in state}
         for key in total:
-            value = sharding.part(tensor_of(state[key]), fit.tensors[key])
+            value = _computable(sharding.part(tensor_of(state[key]), fit.tensors[key]))
             check_finite({key: value}, name, by_design)
             value = value.cpu() if value.is_mps else value  # which has no float64
             if count == 1:
