@@ -19,8 +19,8 @@ def best_start(
     How many to average is a matter of the run: of noisy checkpoints at a constant rate the mean of
     a few is far better than the last one, and better than the mean of many where the early ones
     are far away. Compared are the last checkpoint, the means of the last 2, 4, 8, … and of all;
-    then two exponential averages whose weights fall as fast as the best of these, k, suggests, by
-    1 − 2/k and 1 − √2/k from one checkpoint to the one before.
+    where the best of these is that of k > 2, also two exponential averages whose weights fall as
+    fast as it suggests, by 1 − 2/k and 1 − √2/k from one checkpoint to the one before.
 
         start, losses = best_start(model, checkpoints, lambda: training_loss(model))
         optimizer = TWA(model, checkpoints, start=start)
