@@ -1,6 +1,7 @@
 """Writes docs/RESULTS.md, the pages behind it, their figures, and the tables of swa/ and soup/.
 
-No number in them is typed by hand: they come from the JSON beside this file.
+The numbers in their tables and conclusions come from the JSON beside this file. What stands in
+texts (`PAGES` here, `MACHINES` in front_page.py) is typed, from this code and from network.md.
 """
 
 from __future__ import annotations

@@ -386,7 +386,7 @@ METHOD = (
     "rate 0.1, a tenth of it from the middle on and a hundredth from three quarters on. The *head* "
     f"is its first {HEAD} epochs, all at rate 0.1. “{SPREAD}” is what `train_twa.py` "
     "does: principal directions, AdamW at a rate that grows with the steps from 0.02 to 0.14, "
-    "falling linearly to 0, by channel from one epoch on in units of the "
+    f"falling linearly to 0, by channel from {MANY_STEPS} steps on in units of the "
     "block's spread, from the best mean of the last checkpoints; "
     "of start, end and the mean of the last half of training the best is kept, by loss on 1,024 "
     "training images, the last of an epoch (in the study of language, made before, the first, by "
@@ -397,5 +397,6 @@ METHOD = (
     "which were told as the runs tested themselves (of the full run on 12,000 that was 0.0008 of "
     "loss more). "
     "“Epochs” count what is trained on; comparing start points and ends takes forward passes "
-    "beside them, on 2,048 images for each of ten points, which is about half an epoch's work."
+    "beside them, on 2,048 images for each of twelve points: about two thirds of the work of an "
+    "epoch on 12,000 images."
 )
