@@ -353,15 +353,6 @@ def measure(args: argparse.Namespace, arch: str, way: str, wire: str) -> None:
         print(json.dumps(results))
 
 
-def epochs_of(train: data.Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches without end, from epoch 1 on."""
-    epoch = 0
-    while True:
-        epoch += 1
-        train.set_epoch(epoch)
-        yield from train
-
-
 def curve(
     args: argparse.Namespace,
     trained: Trained,
@@ -376,7 +367,7 @@ def curve(
         trained.optimizer.param_groups[0]["lr"] = rate
     scheduler = schedule_of(SCHEDULES["linear"], trained.optimizer, steps)
     tests = []
-    batches = chain([None], islice(epochs_of(train), steps))  # tested before the first step, too
+    batches = chain([None], islice(train.endless(), steps))  # tested before the first step, too
     for done, batch in enumerate(batches):
         if batch is not None:
             trained.model.train()
@@ -392,7 +383,7 @@ def curve(
 
 def rate(args: argparse.Namespace, trained: Trained, train: data.Loader) -> dict:
     """The seconds that a step takes, and the bytes that a rank sends in it."""
-    batches = epochs_of(train)
+    batches = train.endless()
     trained.model.train()
     results = {"seconds": 0.0, "bytes": 0.0}
 

@@ -37,6 +37,7 @@ from study import (
     loss_of,
     sgd,
     twa,
+    weighted,
 )
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
@@ -87,14 +88,11 @@ METHODS = {
     "TWA": Method(twa()),
     "TWA by layer": Method(twa(**LAYER)),
     "TWA by channel": Method(twa(**CHANNEL)),
-    "TWA, the recipe": Method(twa(torch.optim.AdamW, **CHANNEL), partial(Bench.mean, count=5)),
+    tables.RECIPE: Method(twa(torch.optim.AdamW, **CHANNEL), partial(Bench.mean, count=5)),
 }
-IN_SPREAD = {
-    f"{tables.SPREAD}, by model": {},
-    f"{tables.SPREAD}, by channel": CHANNEL,
-}
+IN_SPREAD = {tables.BY_MODEL: {}, tables.BY_CHANNEL: CHANNEL}
 # Below one epoch: Adam's first steps are too long for the few that follow.
-BRIEF = {"TWA, the recipe": Method(twa(**CHANNEL), partial(Bench.mean, count=5))}
+BRIEF = {tables.RECIPE: Method(twa(**CHANNEL), partial(Bench.mean, count=5))}
 
 
 def head(bench: Bench) -> None:
@@ -156,7 +154,7 @@ def averages(bench: Bench) -> None:
     for count in (5, 10, len(window)):
         name = f"mean of the last {count}" if count < len(window) else "mean of all (SWA)"
         bench.measure(name, lambda count=count: bench.solution(bench.mean(count)))
-    bench.measure("EMA", lambda: bench.solution(ema(window)))
+    bench.measure("EMA", lambda: bench.solution(weighted(window, ema(0.9, len(window)))))
 
 
 def checkpoints(bench: Bench) -> None:

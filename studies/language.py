@@ -23,28 +23,26 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import language_report
 import numpy as np
 import torch
+from language_report import BUDGETS, STEPS, WHOLE, of_decay
+from study import ROOT, ema, fit, weighted
 from torch import Tensor, nn
 
 import utils
-from studies import language_report, study
 from training import entry, flags, logs, text
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import build, evaluate, sample_loss
 from twa import TWA, best_start, rate_of
-from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
+from twa.checkpoints import Checkpoint, average, load_into
 from twa.formats import load
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "studies/lm"
 # The folder of each text, and the seed that its rates are tuned with, which is measured first.
 # None: Python's standard library; the other is of Debian's package linux-doc-6.1.
 TEXTS = {"python": (None, 1), "linux": (Path("/usr/share/doc/linux-doc-6.1/html/_sources"), 4)}
-STEPS, EVERY, BATCH, RATE, DECAY = 4000, 25, 8, 2e-3, 0.1  # of the run
-BUDGETS = (10, 20, 40, 100, 200, 400)  # steps: 0.25, 0.5, 1, 2.5, 5 and 10 % of the run
+EVERY, BATCH, RATE, DECAY = 25, 8, 2e-3, 0.1  # of the run
 SOME = (20, 100, 400)
 SPACING, WINDOW = 50, 60  # steps between the checkpoints of the usual window, and their number
 FACTORS = (1, 1 / 3.2, 1 / 10, 1 / 32)  # of the rival's rate
@@ -83,16 +81,10 @@ class Bench:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.records = logs.read_json(self.path)
         if not self.checkpoint(STEPS).exists():
-            command = [
-                sys.executable,
-                ROOT / "lm/train.py",
-                "--dir",
-                self._folder,
-                "--steps",
-                STEPS,
-            ]
-            command += ["--save-every", EVERY, "--test-every", 2000, "--batch-size", BATCH]
-            command += ["--lr", RATE, "--amp", "--seed", seed, "--arch", arch, "--resume"]
+            command = [sys.executable, ROOT / "lm/train.py", "--dir", self._folder]
+            command += ["--steps", STEPS, "--save-every", EVERY, "--test-every", 2000]
+            command += ["--batch-size", BATCH, "--lr", RATE, "--amp"]
+            command += ["--seed", seed, "--arch", arch, "--resume"]
             command += ["--device", device] if device else []
             command += ["--data-dir", folder] if folder else []
             subprocess.run([str(word) for word in command], check=True)
@@ -155,7 +147,7 @@ class Bench:
         self.measure(name, make)
 
     def fitted(self, optimizer: torch.optim.Optimizer, steps: int, shape: str) -> None:
-        study.fit(self.model, self.train, optimizer, steps, shape)
+        fit(self.model, self.train, optimizer, steps, shape)
 
     def twa(self, name: str, steps: int, window: list[Path], **arguments) -> None:
         """The entry of TWA as it is by default: nothing is tuned."""
@@ -234,21 +226,12 @@ def averages(bench: Bench) -> None:
         bench.solution(f"mean | {count}", lambda count=count: average(bench.window(count)))
     window = bench.window()
     for rate in (0.8, 0.9, 0.95):
-        alpha = language_report.ema(rate, len(window))
+        alpha = ema(rate, len(window))
         bench.solution(f"EMA | {rate}", lambda alpha=alpha: weighted(window, alpha))
     for count in (8, 16, 32, 60):
-        alpha = language_report.of_decay("1-sqrt", count)
+        alpha = of_decay("1-sqrt", count)
         name = f"WSM, 1-sqrt | {count}"
         bench.solution(name, lambda alpha=alpha, count=count: weighted(bench.window(count), alpha))
-
-
-def weighted(window: Sequence[Path], alpha: Sequence[float]) -> dict[str, Tensor]:
-    """Σ α_i w_i over the window."""
-    total: dict[str, Tensor] = {}
-    for path, weight in zip(window, alpha, strict=True):
-        for key, tensor in load_state_dict(path).items():
-            total[key] = total.get(key, 0) + weight * tensor.double()
-    return {key: tensor.float() for key, tensor in total.items()}
 
 
 def core(bench: Bench, budgets: Sequence[int]) -> None:
@@ -322,7 +305,7 @@ def schedule_free(bench: Bench) -> None:
         optimizer.eval()
         return {"steps": 0, "seconds": {"training": time.process_time() - started}}
 
-    bench.measure(language_report.WHOLE, make)
+    bench.measure(WHOLE, make)
 
 
 PARTS = {

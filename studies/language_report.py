@@ -19,7 +19,7 @@ BEGIN, END = "<!-- python studies/language.py report -->", "<!-- end of the repo
 # Where the tables of each text are. TWA's defaults were found on the second.
 PAGES = {"linux": "lm/README.md", "python": "docs/results/language.md"}
 STEPS = 4000  # of the run
-BUDGETS = (10, 20, 40, 100, 200, 400)
+BUDGETS = (10, 20, 40, 100, 200, 400)  # steps: 0.25, 0.5, 1, 2.5, 5 and 10 % of the run
 TWAS = ("TWA by model", "TWA by layer", "TWA by channel")
 UNTUNED = {  # the rivals at the run's own rate
     "decay, linear, from the last": "decay, linear, from the last, rate x 1",
@@ -254,12 +254,6 @@ def coefficients_figure(runs: Sequence[Run], path: Path) -> None:
 def _save(fig: Figure, path: Path) -> None:
     fig.tight_layout()
     fig.savefig(path, dpi=120)
-
-
-def ema(rate: float, count: int) -> list[float]:
-    """The coefficients of an exponential moving average over `count` checkpoints, oldest first."""
-    powers = [rate**age for age in reversed(range(count))]
-    return [powers[0], *((1 - rate) * power for power in powers[1:])]
 
 
 def of_decay(shape: str, count: int) -> list[float]:

@@ -14,32 +14,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import language
 import torch
-from curvature import curvature
+from study import ROOT, safe_rate, train_steps
 from torch import Tensor
 from torch.nn import functional as F
 
 import utils
-from training import data, text
+from training import data, text, windows
 from training.coefficients import LateMean, keep_best, unit_of
 from training.files import save
 from training.logs import write_json
-from training.loop import autocast, build, predict, reestimate_bn, sample_loss
-from training.optimizers import SCHEDULES, schedule_of
-from training.windows import name_of
-from twa import TWA, best_start, rate_of
-from twa.checkpoints import average, last_means, load_into
+from training.loop import build, predict, reestimate_bn, sample_loss
+from twa import TWA, rate_of
+from twa.checkpoints import load_into
 from twa.optimizer import RATE
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "studies/safety.json"
 WORK = ROOT / "results/safety"
 CPU = torch.device("cpu")
@@ -177,7 +171,7 @@ class Bench:
 
     def _run(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        steps, loader, parameters = len(self.train), self.train, list(self.model.parameters())
+        steps, parameters = len(self.train), list(self.model.parameters())
         after = {round(i * steps / self.case.saves) for i in range(1, self.case.saves + 1)}
         optimizer: torch.optim.Optimizer
         if self.on_text:
@@ -187,39 +181,11 @@ class Bench:
         else:
             optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=1e-4)
             warmup = 0
-        paths = iter(self.paths)
-        for step in self.steps(loader, optimizer, self.case.epochs * steps, "constant", warmup):
-            if (step - 1) % steps + 1 in after:
+        paths, total = iter(self.paths), self.case.epochs * steps
+        way = train_steps(self.model, self.train, optimizer, total, "constant", warmup, self.amp)
+        for step, _ in enumerate(way):
+            if step % steps + 1 in after:
                 save(self.model.state_dict(), next(paths))
-
-    def steps(
-        self,
-        loader: data.Loader,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-        schedule: str,
-        warmup: int = 0,
-    ) -> Iterator[int]:
-        """Trains for `steps` steps, and yields after each how many are done."""
-        scheduler = schedule_of(SCHEDULES[schedule], optimizer, steps, warmup)
-        done, epoch = 0, 0
-        while done < steps:
-            epoch += 1
-            loader.set_epoch(epoch)
-            for images, labels in loader:
-                self.model.train()
-                self.loss(images, labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                scheduler.step()
-                done += 1
-                yield done
-                if done == steps:
-                    return
-
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with autocast(images.device, self.amp):
-            return F.cross_entropy(self.model(images).flatten(0, -2), labels)
 
     def window(self, count: int) -> list[Path]:
         """The last `count` of evenly spaced checkpoints; few of them an epoch where that does."""
@@ -244,14 +210,11 @@ class Bench:
 
     def averages(self, count: int) -> dict[str, float]:
         """Held-out accuracy in percent of the averages that TWA is compared with."""
-        window = self.window(count)
-        names = {"last": 1, "mean of last 5": min(5, count), "SWA": count}
-        means = last_means(window, sorted(set(names.values())), self.model)
         found = {}
-        for size, mean in zip(sorted(set(names.values())), means, strict=True):
+        for name, mean in windows.averages_of(self.window(count), self.model).items():
             load_into(self.model, mean)
-            found[size] = 100 * float(self.judged()[0][1].mean())
-        return {name: found[size] for name, size in names.items()}
+            found[name] = 100 * float(self.judged()[0][1].mean())
+        return found
 
 
 @dataclass(frozen=True)
@@ -262,14 +225,11 @@ class Recipe:
         lr: None: by the steps and the images.
         weight_decay: towards the start point (z = 0).
         kept_out: share of the training images that TWA does not train on; they choose the end.
-        worse: how much lower the sample's loss has to be than the start's, in relation to it.
     """
 
     lr: float | None = None
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
     kept_out: float = 0.0
-    worse: float = 0.0
 
     def run(self, bench: Bench, setting: Setting) -> dict:
         window, model, train = bench.window(setting.window), bench.model, bench.train
@@ -282,13 +242,8 @@ class Recipe:
         def loss(last: bool = False) -> float:
             return sample_loss(model, chooser, bench.amp, last)
 
-        if setting.start == "auto":
-            start, losses = best_start(model, window, loss)
-            name = name_of(min(losses, key=losses.get), window)
-        else:
-            name = setting.start
-            count = {"last": 1, "SWA": len(window)}[name]
-            start = average(window[-count:], model)
+        flags = argparse.Namespace(start=setting.start, train_start=None, start_average=None)
+        name, start, _ = windows.start_of(window, flags, model, loss)
         steps = max(1, round(setting.epochs * len(train)))
         samples = math.inf if bench.on_text else len(train.split)
         unit = unit_of(setting.granularity, steps, samples)
@@ -300,16 +255,11 @@ class Recipe:
             unit=unit,
             lr=self.lr or rate_of(steps, samples, unit),
             weight_decay=self.weight_decay,
-            betas=self.betas,
         )
         late = LateMean(optimizer, steps)
         entry, points = trained(bench, train, optimizer, steps)
         sample = keep_best(optimizer, late, lambda: loss(last=True))
-        if min(sample.values()) > (1 - self.worse) * sample["start"]:
-            optimizer.set_coefficients(optimizer.origin)
-            kept = "start"
-        else:
-            kept = min(sample, key=sample.get)
+        kept = min(sample, key=sample.get)
         if kept == "mean of the last half":
             points[kept] = bench.judged()
         return entry | {"from": name} | told(points, kept) | {"sample": rounded(sample)}
@@ -330,17 +280,7 @@ class Before:
             lr=0.0,
             momentum=0.9,
         )
-        bench.train.set_epoch(0)
-        images, labels = next(iter(bench.train))
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = bench.loss(images, labels)
-            loss.backward()
-            return loss
-
-        bench.model.train()
-        rate = (1 - 0.9) / max(curvature(optimizer, bench.model, closure), 1e-12)
+        rate = safe_rate(optimizer, bench.model, bench.train, 0.9, bench.amp)
         optimizer.param_groups[0]["lr"] = rate
         steps = max(1, round(setting.epochs * len(bench.train)))
         entry, points = trained(bench, bench.train, optimizer, steps)
@@ -366,7 +306,8 @@ def trained(
     """
     points = {"start": bench.judged()}
     after = []
-    for step in bench.steps(train, optimizer, steps, "linear"):
+    way = train_steps(bench.model, train, optimizer, steps, "linear", amp=bench.amp)
+    for step, _ in enumerate(way, start=1):
         if step % len(train) == 0 or step == steps:
             points["end"] = bench.judged()
             after.append(float(points["end"][0][0].mean()))

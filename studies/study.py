@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -250,30 +251,36 @@ def fit(
     steps: int,
     schedule: str,
 ) -> float:
-    """Trains for `steps` steps, from epoch 1 of the loader on.
-
-    Returns:
-        the mean training loss of the last tenth of the steps.
-    """
-    scheduler = schedule_of(SCHEDULES[schedule], optimizer, steps)
-    losses, epoch = [], 0
-    model.train()
-    while len(losses) < steps:
-        epoch += 1
-        loader.set_epoch(epoch)
-        for images, labels in loader:
-            losses.append(loss_of(model, images, labels))
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            if len(losses) == steps:
-                break
+    """Trains as `train_steps` does; returns the mean loss of the last tenth of the steps."""
+    losses = list(train_steps(model, loader, optimizer, steps, schedule))
     return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
 
 
-def loss_of(model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0) -> Tensor:
+def train_steps(
+    model: nn.Module,
+    loader: data.Loader,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    schedule: str,
+    warmup: int = 0,
+    amp: bool = True,
+) -> Iterator[Tensor]:
+    """Trains for `steps` steps, from epoch 1 of the loader on; yields the loss after each."""
+    scheduler = schedule_of(SCHEDULES[schedule], optimizer, steps, warmup)
+    for images, labels in islice(loader.endless(), steps):
+        model.train()  # whoever takes the loss may evaluate in between
+        loss = loss_of(model, images, labels, amp=amp)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        yield loss
+
+
+def loss_of(
+    model: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0, amp: bool = True
+) -> Tensor:
     """Adds `share` of the mean loss's gradient to the model's; returns that share of the loss."""
-    with autocast(images.device, True):
+    with autocast(images.device, amp):
         loss = F.cross_entropy(model(images).flatten(0, -2), labels) * share
     loss.backward()
     return loss.detach()
@@ -318,7 +325,11 @@ def twa(
 
 
 def safe_rate(
-    optimizer: TWA, model: nn.Module, loader: data.Loader, momentum: float | None
+    optimizer: TWA,
+    model: nn.Module,
+    loader: data.Loader,
+    momentum: float | None,
+    amp: bool = True,
 ) -> float:
     """A rate in the paper's coordinates: by curvature on a batch for SGD, by length for AdamW.
 
@@ -334,20 +345,24 @@ def safe_rate(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        return loss_of(model, *batch)
+        return loss_of(model, *batch, amp=amp)
 
-    return (1 - momentum) / curvature(optimizer, model, loss)
+    return (1 - momentum) / max(curvature(optimizer, model, loss), 1e-12)
 
 
-def ema(window: list[Path], decay: float = 0.9) -> dict[str, Tensor]:
-    """The exponential moving average over the checkpoints."""
-    state = load_state_dict(window[0])
-    total = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
-    for path in window[1:]:
-        for key, value in load_state_dict(path).items():
-            if value.is_floating_point():
-                total[key] = decay * total[key] + (1 - decay) * value
-    return {key: value.to(state[key].dtype) for key, value in total.items()}
+def ema(rate: float, count: int) -> list[float]:
+    """The coefficients of an exponential moving average over `count` checkpoints, oldest first."""
+    powers = [rate**age for age in reversed(range(count))]
+    return [powers[0], *((1 - rate) * power for power in powers[1:])]
+
+
+def weighted(window: Sequence[Path], alpha: Sequence[float]) -> dict[str, Tensor]:
+    """Σ α_i w_i over the window."""
+    total: dict[str, Tensor] = {}
+    for path, weight in zip(window, alpha, strict=True):
+        for key, tensor in load_state_dict(path).items():
+            total[key] = total.get(key, 0) + weight * tensor.double()
+    return {key: tensor.float() for key, tensor in total.items()}
 
 
 def write_noisy_labels(source: Path, target: Path, made: Data, seed: int) -> None:

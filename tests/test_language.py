@@ -11,7 +11,8 @@ import language_report
 import numpy as np
 import pytest
 import torch
-from language_report import as_decay, ema, of_decay
+from language_report import as_decay, of_decay
+from study import ema
 from test_parallel import succeed as succeed_under_torchrun
 from test_scripts import (
     assert_equal,

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import http.client
 import io
+import itertools
 import math
 import random
 import socket
@@ -188,6 +189,12 @@ class Loader:
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration."""
         self.epoch = epoch
+
+    def endless(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates over the batches of epoch 1, 2, … without end."""
+        for epoch in itertools.count(1):
+            self.set_epoch(epoch)
+            yield from self
 
     def images_in(self, batch: int) -> int:
         """The number of images in a batch, on all ranks together."""
