@@ -8,13 +8,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import tables
 from matplotlib.figure import Figure
-from tables import between, error, markdown, spread
+from tables import Runs, between, error, markdown, values
 
 from training.optimizers import SCHEDULES
 from training.report import COLOURS
 
-Run = dict[str, dict]  # the entries of a seed, by name
 BEGIN, END = "<!-- python studies/language.py report -->", "<!-- end of the report -->"
 # Where the tables of each text are. TWA's defaults were found on the second.
 PAGES = {"linux": "lm/README.md", "python": "docs/results/language.md"}
@@ -46,7 +46,7 @@ def write(measurements: Path, root: Path) -> None:
         "Steps more: test loss": budgets,
         "TWA less its rivals": differences,
         "Seconds": seconds,
-        "Windows": lambda runs: variants(runs, "every"),
+        "Windows": lambda runs: variants(runs, ("every",)),
         "Fewer directions, fewer bits": lambda runs: variants(runs, ("12 directions", "4 bits")),
     }
     drawn = {"Loss over the budget": loss_figure, "Coefficients and decays": coefficients_figure}
@@ -62,24 +62,22 @@ def write(measurements: Path, root: Path) -> None:
         between(page, BEGIN, END, lines[:-1])
 
 
-def read(measurements: Path) -> list[Run]:
+def read(measurements: Path) -> Runs:
     """The entries of each seed of one text."""
     return [json.loads(path.read_text()) for path in sorted(measurements.glob("seed*.json"))]
 
 
-def values(runs: Sequence[Run], name: str | None, key: str = "loss") -> list[float]:
-    """What the seeds that have the entry say."""
-    return [run[name][key] for run in runs if name in run]
+def losses(runs: Runs, name: str | None) -> list[float]:
+    """The test losses of the seeds that have the entry."""
+    return values(runs, name, "loss")
 
 
-def told(runs: Sequence[Run], name: str | None) -> str:
+def told(runs: Runs, name: str | None) -> str:
     """Mean ± deviation over the seeds; "–" of none, and the number of seeds if some lack it."""
-    found = values(runs, name)
-    few = f" ({len(found)} of {len(runs)} seeds)" if 0 < len(found) < len(runs) else ""
-    return (spread(found, ".4f") or "–") + few
+    return tables.told(runs, name, "loss", ".4f") or "–"
 
 
-def chosen(runs: Sequence[Run], where: str, steps: int) -> str | None:
+def chosen(runs: Runs, where: str, steps: int) -> str | None:
     """The decay that the validation text of the first seed prefers, of those that start there.
 
     None where no rate but the run's own was tried.
@@ -93,12 +91,12 @@ def chosen(runs: Sequence[Run], where: str, steps: int) -> str | None:
     return None if own_rate_only else min(tried, key=tried.get)
 
 
-def untrained(runs: Sequence[Run]) -> list[str]:
+def untrained(runs: Runs) -> list[str]:
     """The entries that need no step after the run: the last checkpoint and the averages."""
     return [name for name in runs[0] if not runs[0][name]["steps"] and name != WHOLE]
 
 
-def averages(runs: Sequence[Run]) -> list[str]:
+def averages(runs: Runs) -> list[str]:
     names = [*untrained(runs), *([WHOLE] if WHOLE in runs[0] else [])]
     best = "its start: the best mean by training loss"
     rows = [(titled(name), told(runs, name)) for name in names]
@@ -110,53 +108,53 @@ def titled(name: str) -> str:
     return name.replace("mean | ", "mean of the last ").replace(" | ", ", ")
 
 
-def start_of(run: Run) -> str:
+def start_of(run: dict[str, dict]) -> str:
     entry = next(entry for name, entry in run.items() if name.startswith("TWA by model |"))
     best = min(entry["starts"], key=entry["starts"].get)
     return f"the exponential one of {float(best):.2f}" if float(best) < 1 else f"that of {best}"
 
 
-def names_at(runs: Sequence[Run], steps: int) -> dict[str, str | None]:
+def names_at(runs: Runs, steps: int) -> dict[str, str | None]:
     """The rows of the table of budgets, and the entry of each."""
     names = {title: f"{name} | {steps}" for title, name in UNTUNED.items()}
     names |= {title: chosen(runs, where, steps) for title, where in TUNED.items()}
     return names | {name: f"{name} | {steps}" for name in TWAS}
 
 
-def budgets(runs: Sequence[Run]) -> list[str]:
+def budgets(runs: Runs) -> list[str]:
     headings = ("method", *(f"{steps} ({steps / STEPS:.2%})" for steps in BUDGETS))
     columns = [names_at(runs, steps) for steps in BUDGETS]
     rows = [(title, *(told(runs, names[title]) for names in columns)) for title in columns[0]]
     return markdown(headings, rows)
 
 
-def paired(runs: Sequence[Run], one: str, other: str) -> tuple[float, float]:
+def paired(runs: Runs, one: str, other: str) -> tuple[float, float]:
     """The mean of the differences over the seeds, and its standard error."""
     found = [run[one]["loss"] - run[other]["loss"] for run in runs]
     return statistics.mean(found), error(found)
 
 
-def best_of(runs: Sequence[Run], names: Iterable[str | None]) -> str | None:
+def best_of(runs: Runs, names: Iterable[str | None]) -> str | None:
     """The entry with the lowest mean, of those that every seed has; None if there is none."""
-    known = [name for name in names if len(values(runs, name)) == len(runs)]
-    return min(known, key=lambda name: statistics.mean(values(runs, name)), default=None)
+    known = [name for name in names if len(losses(runs, name)) == len(runs)]
+    return min(known, key=lambda name: statistics.mean(losses(runs, name)), default=None)
 
 
-def rivals(runs: Sequence[Run], steps: int) -> tuple[str | None, str | None]:
+def rivals(runs: Runs, steps: int) -> tuple[str | None, str | None]:
     """The best of the untuned rivals, all averages included, and the best of the tuned."""
     names = names_at(runs, steps)
     untuned = best_of(runs, [*untrained(runs), *(names[title] for title in UNTUNED)])
     return untuned, best_of(runs, [names[title] for title in TUNED])
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
+def differences(runs: Runs) -> list[str]:
     """TWA less the best of its rivals, by the mean over the seeds: negative where TWA is ahead."""
     rows = []
     for steps in BUDGETS:
         for twa in ("TWA by model", "TWA by channel"):
             cells, ours = [], f"{twa} | {steps}"
             for best in rivals(runs, steps):
-                if not best or len(values(runs, ours)) < len(runs):
+                if not best or len(losses(runs, ours)) < len(runs):
                     cells.append("–")
                     continue
                 mean, apart = paired(runs, ours, best)
@@ -168,7 +166,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return markdown(headings, rows)
 
 
-def seconds(runs: Sequence[Run]) -> list[str]:
+def seconds(runs: Runs) -> list[str]:
     """Seconds of the processor on one thread, the mean over the seeds."""
     rows = []
     for name in (*UNTUNED.values(), *TWAS):
@@ -186,8 +184,8 @@ def seconds(runs: Sequence[Run]) -> list[str]:
     return [note, "", *markdown(("method", *map(str, BUDGETS)), rows)]
 
 
-def variants(runs: Sequence[Run], words: str | Sequence[str]) -> list[str]:
-    words = (words,) if isinstance(words, str) else words
+def variants(runs: Runs, words: Sequence[str]) -> list[str]:
+    """The entries of TWA with one of these words in their names, beside TWA as usual."""
     names = dict.fromkeys(
         name
         for run in runs
@@ -203,12 +201,12 @@ def variants(runs: Sequence[Run], words: str | Sequence[str]) -> list[str]:
     return markdown(("method", "steps", "test loss", "as usual"), rows) if rows else []
 
 
-def loss_figure(runs: Sequence[Run], path: Path) -> None:
+def loss_figure(runs: Runs, path: Path) -> None:
     fig = Figure(figsize=(7, 4.5))
     axes = fig.subplots()
     colours = dict(zip((*UNTUNED, *TUNED), ("C7", "C7", "C0", "C0", "C2", "C1"), strict=True))
     for title in names_at(runs, BUDGETS[0]):
-        points = [(s, values(runs, names_at(runs, s)[title])) for s in BUDGETS]
+        points = [(s, losses(runs, names_at(runs, s)[title])) for s in BUDGETS]
         points = [(steps, statistics.mean(found)) for steps, found in points if found]
         if points:
             style = "--" if "1-sqrt" in title else "-"
@@ -216,7 +214,7 @@ def loss_figure(runs: Sequence[Run], path: Path) -> None:
             mark = {"TWA by model": "o", "TWA by layer": "s", "TWA by channel": "*"}.get(title, "")
             line = {"color": colour, "marker": mark, "linestyle": style}
             axes.plot(*zip(*points, strict=True), **line, label=title)
-    best = min(statistics.mean(values(runs, n)) for n in runs[0] if n.startswith("mean"))
+    best = min(statistics.mean(losses(runs, n)) for n in runs[0] if n.startswith("mean"))
     axes.axhline(best, color="k", linewidth=0.8, linestyle=":", label="the best mean, no step more")
     axes.set(xscale="log", xlabel="steps after the run", ylabel="test loss (nats a byte)")
     axes.set_xticks(BUDGETS, [str(steps) for steps in BUDGETS])
@@ -226,7 +224,7 @@ def loss_figure(runs: Sequence[Run], path: Path) -> None:
     _save(fig, path)
 
 
-def coefficients_figure(runs: Sequence[Run], path: Path) -> None:
+def coefficients_figure(runs: Runs, path: Path) -> None:
     """α over the window, and the decay of the rate that it stands for, of the first seed."""
     fig = Figure(figsize=(11, 4))
     left, right = fig.subplots(1, 2)

@@ -265,7 +265,6 @@ class Recipe:
         return entry | {"from": name} | told(points, kept) | {"sample": rounded(sample)}
 
 
-@dataclass(frozen=True)
 class Before:
     """The defaults of before: the paper's method at a measured rate, its end as it comes."""
 
