@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from network_report import write_report
+from network_report import CURVE, write_report
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
-from training import data, entry, ranks
+from training import data, entry, flags, ranks
 from training.files import save
 from training.flags import number
 from training.logs import write_json
@@ -66,7 +66,6 @@ ARCHITECTURES = ("PreResNet20", "studies.architectures:vgg")
 BATCH = 128  # images a step, of all ranks together
 SAVES = 5  # checkpoints an epoch of the head
 WARM_UP = 4  # steps that are not timed; PowerSGD compresses from the third on
-CURVE = "curve"  # in place of a wire's name: the cell of a whole training
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,7 @@ WIRES = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = flags.Parser(__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--archs", nargs="+", default=ARCHITECTURES, help="architectures")
     add("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS), help="ways to train")

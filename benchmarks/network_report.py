@@ -6,9 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from matplotlib.figure import Figure
 
-CURVE = "curve"
+from training.parallel import size
+
+CURVE = "curve"  # in place of a wire's name: the cell of a whole training
 CHANNEL = "TWA, replicated, by channel"
 TWAS = ("TWA, replicated", "TWA, replicated, by layer", CHANNEL, f"{CHANNEL}, twice the steps")
 RIVALS = ("SGD, DDP", "SGD, PowerSGD of rank 2", "local SGD, H = 10", "local SGD, H = 100")
@@ -48,20 +52,12 @@ def seconds_table(ways: dict, wires: list[str]) -> list[str]:
         end = cells[CURVE][CURVE][-1] if CURVE in cells else None
         told = [f"{end['accuracy']:.2f} %, {end['loss']:.4f}"] if end else [""]
         measured = [cells.get(wire) for wire in wires]
-        size = min((cell["bytes"] for cell in measured if cell), default=0)
+        sent = min((cell["bytes"] for cell in measured if cell), default=0)
         numbers = next((c["coefficients"] for c in measured if c and "coefficients" in c), "")
         steps = [f"{cell['seconds']:.3f}" if cell else "" for cell in measured]
-        rows.append([way, numbers, in_bytes(size), *steps, *told])
+        rows.append([way, numbers, size(sent), *steps, *told])
     head = ["way", "coefficients", "sent a rank and step"]
     return table([*head, *(f"s a step, {wire}" for wire in wires), "test accuracy, loss"], rows)
-
-
-def in_bytes(size: float) -> str:
-    for unit in ("B", "kB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} MB"
 
 
 def points(cells: dict, wire: str) -> list[tuple[float, float, float]]:
