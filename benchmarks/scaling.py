@@ -5,7 +5,7 @@
 
 The first table is measured under torchrun with gloo: for each number of processes, the basis of a
 rank, the peak of the memory that building it took, and the time of a training step. The second is
-computed by the formulas in `Plan`. Both are Markdown.
+computed by the formulas in `twa.memory.Plan` and `training.parallel.sent`. Both are Markdown.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,17 +27,16 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from subspace import checkpoints, peak_memory, write_checkpoints
 
-from training import ranks
+from training import flags, ranks
+from training.parallel import RIDERS, sent
 from twa import TWA
+from twa.memory import Plan
 
 BATCH = 32
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = flags.Parser(__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="to measure")
     parser.add_argument("--checkpoints", type=int, default=40, help="how many, n")
     parser.add_argument("--weights", type=int, default=4_000_000, help="of the model, about")
@@ -113,8 +111,7 @@ def measure(args):
         "step": statistics.median(steps[1:]),
         "twa": statistics.median(twa[1:]),
     }
-    everyone = [None] * ranks.world()
-    dist.all_gather_object(everyone, own)
+    everyone = ranks.gather(own)
     if ranks.rank() == 0:
         print(json.dumps(everyone))
     ranks.stop()
@@ -142,50 +139,10 @@ def print_measured(args, by_count: dict[int, list[dict]]):
 # --- computed ---
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Memory and time of a step of TWA: `weights` D, `checkpoints` n at `bits` b, `ranks` k."""
-
-    weights: float
-    checkpoints: int
-    bits: int
-    ranks: int
-
-    @property
-    def basis(self) -> float:
-        """Bytes a rank: n · D / k values of b bits; below 32 bits a float32 scale for each 256."""
-        scales = 0 if self.bits == 32 else 4 / 256
-        return self.checkpoints * self.weights / self.ranks * (self.bits / 8 + scales)
-
-    @property
-    def memory(self) -> float:
-        """Bytes a rank: the basis; float32 shards of the weights, their gradient, the start point
-        and one vector to work with; and the weights gathered. Activations come on top."""
-        return self.basis + 4 * 4 * self.weights / self.ranks + 4 * self.weights
-
-    @property
-    def building(self) -> float:
-        """Bytes a rank while the basis is built: below 32 bits an eighth of it is in float32
-        as well, or 256 MB if that is more and the basis has as much."""
-        elements = self.checkpoints * self.weights / self.ranks
-        part = 0 if self.bits == 32 else min(elements, max(elements / 8, 2**26))
-        return self.basis + 4 * part + 4 * 4 * self.weights / self.ranks
-
-    @property
-    def wire(self) -> float:
-        """Bytes that a rank receives in a step: all-gather of the weights and reduce-scatter of the
-        gradient, (k - 1) / k · 4 D each; all-reduce of n floats, twice (k - 1) / k · 4 n."""
-        return (self.ranks - 1) / self.ranks * 2 * 4 * (self.weights + self.checkpoints)
-
-    def seconds(self, memory_bandwidth: float, link: float) -> tuple[float, float]:
-        """The least time of a step for the basis, which is read twice, and for the wire."""
-        return 2 * self.basis / memory_bandwidth, self.wire / link
-
-
-MODELS = {
-    "ResNet-50": (25.6e6, 300),
-    "ViT-L/16": (304e6, 300),
-    "7 B": (7e9, 100),
+MODELS = {  # weights, and checkpoints of the window
+    "ResNet-50": (25_600_000, 300),
+    "ViT-L/16": (304_000_000, 300),
+    "7 B": (7_000_000_000, 100),
 }
 
 
@@ -200,15 +157,19 @@ def print_computed(args):
         "| on the wire GB | basis ms | wire ms | floor ms |\n" + "| --- " * 11 + "|"
     )
     for name, (weights, count) in MODELS.items():
-        for count_of_ranks in (8, 64, 512):
+        for gpus in (8, 64, 512):
+            own = math.ceil(weights / gpus)
+            vectors = 4 * 4 * own  # the weights, a gradient, the start point, one to work with
+            link = args.link if gpus <= args.node else args.network
             for bits in (32, 8, 4):
-                plan = Plan(weights, count, bits, count_of_ranks)
-                link = args.link if count_of_ranks <= args.node else args.network
-                basis, wire = plan.seconds(args.memory_bandwidth, link)
-                row = [name, str(count), str(count_of_ranks), str(bits)]
-                sizes = (plan.basis, plan.memory, plan.building, plan.wire)
-                row += [f"{size / 1e9:.3g}" for size in sizes]
-                row += [f"{1e3 * t:.2g}" for t in (basis, wire, basis + wire)]
+                plan = Plan(count, bits=bits)
+                basis, wire = plan.basis_bytes(own), sent(weights + plan.height + RIDERS, gpus)
+                # Activations come on top of the memory; the mean of the window is not read.
+                memory, building = basis + vectors + 4 * weights, plan.build_bytes(own) + vectors
+                reading, sending = 2 * (basis - 4 * own) / args.memory_bandwidth, wire / link
+                row = [name, str(count), str(gpus), str(bits)]
+                row += [f"{size / 1e9:.3g}" for size in (basis, memory, building, wire)]
+                row += [f"{1e3 * t:.2g}" for t in (reading, sending, reading + sending)]
                 print("| " + " | ".join(row) + " |")
 
 
