@@ -32,7 +32,8 @@ def parse_arguments():
     add("--dataset", dest="datasets", default="CIFAR10", choices=data.DATASETS, help="data set")
     add("--data_path", dest="data_dir", default="./datasets", help="where data sets lie")
     add("--batch_size", type=number(int, 1), default=128, help="images per step")
-    add("--num_workers", type=number(int, 0), default=4, help=flags.WORKERS_HELP)
+    workers = {"dest": "workers", "type": number(int, 0), "default": 4}
+    add("--num_workers", **workers, help=flags.WORKERS_HELP)
     flags.add_model_arguments(parser, "--model", choices=models.ARCHITECTURES)
     add("--epochs", type=number(int, 1), default=200, help="epochs in all")
     add("--save_freq", type=number(int, 1), default=1, help="epochs between resumable states")

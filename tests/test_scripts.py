@@ -1192,7 +1192,7 @@ def test_swa_stopped_in_its_first_epoch_can_be_resumed(tail, tmp_path):
 
 def test_a_finished_swa_run_that_is_resumed_does_nothing_more(tail_copy):
     before = snapshot(tail_copy)
-    succeed(call(SWA, *swa_flags(tail_copy), *TAIL, "--resume"))
+    succeed(call(SWA, *swa_flags(tail_copy), *TAIL, "--resume", "--num_workers", 1))
     after = snapshot(tail_copy)
     assert after.keys() == before.keys()
     for name in (*(f"checkpoints/{n}.pt" for n in range(7)), "metrics.jsonl", "swa.json"):
