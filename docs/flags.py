@@ -99,23 +99,23 @@ def explained(action: argparse.Action) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def tables(scripts: tuple[str, ...] = SCRIPTS) -> list[str]:
+def tables() -> list[str]:
     """A table for each script of what it alone has, after one of what several have."""
     found: dict[tuple[str, str], dict[str, str]] = {}  # flag and text: defaults by script
-    for script in scripts:
+    for script in SCRIPTS:
         parser = parser_of(script)
         for action in parser._actions:
             if action.dest != "help":
                 key = called(action), explained(action)
                 found.setdefault(key, {})[script] = default_of(action, parser)
     lines = []
-    for title in ("Several scripts", *scripts):
+    for title in ("Several scripts", *SCRIPTS):
         rows = []
         for (flag, text), defaults in found.items():
             several = len(defaults) > 1
             if title == ("Several scripts" if several else next(iter(defaults))):
                 row = [flag, text, different(defaults)]
-                row += [where(defaults, scripts)] if several else []
+                row += [where(defaults)] if several else []
                 rows.append(f"| {' | '.join(row)} |")
         if rows:
             headings = ["flag", "what it does", "default"]
@@ -136,9 +136,9 @@ def different(defaults: dict[str, str]) -> str:
     return "; ".join([most or ("none" if told else ""), *told])
 
 
-def where(defaults: dict[str, str], scripts: tuple[str, ...]) -> str:
+def where(defaults: dict[str, str]) -> str:
     """The scripts that have a flag, or those that lack it where these are fewer."""
-    lacking = [short(script) for script in scripts if script not in defaults]
+    lacking = [short(script) for script in SCRIPTS if script not in defaults]
     if not lacking:
         return "all"
     if len(lacking) < 3:

@@ -245,8 +245,9 @@ def full_batch(bench: Bench, optimizer: TWA, batches: int):
     return closure
 
 
-def lbfgs(bench: Bench, epochs: int, passes: int = 12) -> dict:
-    """L-BFGS for `passes` passes, each over as many batches as the budget allows."""
+def lbfgs(bench: Bench, epochs: int) -> dict:
+    """L-BFGS for twelve passes, each over as many batches as the budget allows."""
+    passes = 12
     load_into(bench.model, bench.mean(10))
     optimizer = TWA(
         *(bench.model, bench.window(), torch.optim.LBFGS),
@@ -291,12 +292,13 @@ class NewtonStep(torch.optim.Optimizer):
         return self.loss
 
 
-def newton(bench: Bench, epochs: int, components: int = 12, steps: int = 2) -> dict:
-    """Newton steps in the window's leading directions, each on as much as the budget allows."""
+def newton(bench: Bench, epochs: int) -> dict:
+    """Two Newton steps in the twelve leading directions, each on as much as the budget allows."""
+    steps = 2
     load_into(bench.model, bench.mean(10))
     optimizer = TWA(
         *(bench.model, bench.window(), NewtonStep),
-        **{"start": bench.mean(10), "components": components},
+        **{"start": bench.mean(10), "components": 12},
     )
     bench.model.train()
     passes = steps * (len(optimizer.subspace) + 1)
@@ -354,8 +356,9 @@ def cost(bench: Bench) -> None:
     bench.measure("process", lambda: {"peak_bytes": peak, "steps_an_epoch": len(bench.train)})
 
 
-def cost_of(bench: Bench, make: Callable, steps: int = 20) -> dict:
-    """The mean cost of `steps` steps, after as many for warming up."""
+def cost_of(bench: Bench, make: Callable) -> dict:
+    """The mean cost of twenty steps, after as many for warming up."""
+    steps = 20
     load_into(bench.model, bench.mean(10))
     started = time.perf_counter()
     optimizer, clock = make(bench, bench.train), []

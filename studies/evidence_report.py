@@ -199,9 +199,9 @@ def compared(
     return markdown(("", *budgets), rows)
 
 
-def plain(runs: Runs, images: str = "test") -> list[str]:
+def plain(runs: Runs) -> list[str]:
     """The table of what is measured without training."""
-    headings = ("solution", f"{images} accuracy (%)", f"{images} loss")
+    headings = ("solution", "test accuracy (%)", "test loss")
     return markdown(headings, [(name, *scores(runs, name)) for name in averages(runs)])
 
 

@@ -280,13 +280,13 @@ def settings(bench: Bench) -> None:
                 bench.twa(name, steps, bench.window(), granularity=granularity, **arguments)
 
 
-def windows(bench: Bench, steps: int = 100) -> None:
-    """How many checkpoints, and how far apart."""
+def windows(bench: Bench) -> None:
+    """How many checkpoints, and how far apart; 100 steps."""
     for spacing, counts in {50: (5, 10, 20, 40, 60), 25: (5, 10, 20, 40, 80, 120)}.items():
         for count in counts:
             for granularity in ("model", "channel"):
-                name = f"TWA by {granularity}, {count} every {spacing} | {steps}"
-                bench.twa(name, steps, bench.window(count, spacing), granularity=granularity)
+                name = f"TWA by {granularity}, {count} every {spacing} | 100"
+                bench.twa(name, 100, bench.window(count, spacing), granularity=granularity)
 
 
 def schedule_free(bench: Bench) -> None:

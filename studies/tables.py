@@ -110,7 +110,7 @@ def best(runs: Runs, names: Iterable[str], key: str = "loss") -> str:
     return min(means, key=means.get) if key == "loss" else max(means, key=means.get)
 
 
-def rival(runs: Runs, budget: str, key: str = "accuracy", tuned: bool = True) -> str:
+def rival(runs: Runs, budget: str, key: str, tuned: bool = True) -> str:
     """The entry with the best mean at this budget, averages, which need no training, included.
 
     Args:

@@ -76,7 +76,7 @@ def _listed(directory: Path) -> ImageFolder:
         raise UserError(f"{directory}: {reason}; {remedy}") from None
 
 
-def transform(size: int, train: bool, randaugment: int = 0) -> v2.Transform:
+def transform(size: int, train: bool, randaugment: int) -> v2.Transform:
     """From a PIL image to uint8 [3, size, size]; it draws from torch's global generator.
 
     Args:

@@ -138,7 +138,7 @@ class Spec:
     """The constants of a text data set."""
 
     vocabulary: Vocabulary
-    context: int = CONTEXT
+    context: int
     name: str = NAME
     content: str | None = None  # tells texts apart, wherever they lie
 

@@ -32,7 +32,7 @@ SMALL_AMPLIFICATION = 4
 Products = Callable[[Tensor | None, torch.dtype], Tensor]
 
 
-def gram_schmidt(products: Products, single: bool = True) -> tuple[Tensor, Tensor, torch.dtype]:
+def gram_schmidt(products: Products, single: bool) -> tuple[Tensor, Tensor, torch.dtype]:
     """Gram–Schmidt in the order of the checkpoints (Li et al., ICLR 2023, Section 3).
 
     With the Cholesky factor `X Xᵀ = L Lᵀ` the basis is `P = L⁻¹ X`. Where X is too close to
