@@ -74,13 +74,9 @@ def soup_table() -> list[str]:
     return markdown(("solution", *headings), rows)
 
 
-def safety_records() -> tuple[dict[str, dict], dict[str, dict]]:
-    """The runs at the defaults and as it was, and those with the remedies that were tried."""
-    records, tried = (
-        json.loads((ROOT / f"studies/{name}.json").read_text())
-        for name in ("safety", "safety_remedies")
-    )
-    return records, tried
+def recorded(name: str = "safety") -> dict[str, dict]:
+    """The runs at the defaults and as it was; of "safety_remedies" those that were tried."""
+    return json.loads((ROOT / f"studies/{name}.json").read_text())
 
 
 def safety_rows() -> dict[tuple[str, str], list[tuple[float, ...]]]:
@@ -90,7 +86,7 @@ def safety_rows() -> dict[tuple[str, str], list[tuple[float, ...]]]:
     loss rose by more than its error, the worst epoch over the start, whether the accuracy is at
     least that of the simple averages.
     """
-    records, tried = safety_records()
+    records, tried = recorded(), recorded("safety_remedies")
     chosen = {key.rpartition(": ")[0] for key in tried if key.count(": ") == 2}
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for key, entry in (records | tried).items():
@@ -143,8 +139,7 @@ def safety_table() -> list[str]:
 
 def by_test_data() -> list[str]:
     """How many of the runs at the defaults end above their start by the other data kept away."""
-    records, _ = safety_records()
-    runs = [entry["test"] for key, entry in records.items() if key.endswith(": new")]
+    runs = [entry["test"] for key, entry in recorded().items() if key.endswith(": new")]
     ratios = [run["end"] / run["start"] for run in runs]
     beyond = sum(run["end"] - run["start"] > run["error"] for run in runs)
     return bullet(
@@ -156,7 +151,7 @@ def by_test_data() -> list[str]:
 
 def from_auto() -> list[str]:
     """How often the accuracy is that of the best average where the start is the scripts' own."""
-    records, _ = safety_records()
+    records = recorded()
     found: dict[str, list[bool]] = {}
     for key, entry in records.items():
         run, _, recipe = key.rpartition(": ")
@@ -174,7 +169,7 @@ def from_auto() -> list[str]:
 
 def against_before() -> list[str]:
     """How much higher the final loss was at the same settings, by architecture."""
-    records, _ = safety_records()
+    records = recorded()
     ratios: dict[str, list[float]] = {}
     for key, entry in records.items():
         now = records.get(f"{key.removesuffix(': before')}: new")
