@@ -144,11 +144,12 @@ def main():
 
 def fine_tune(args):
     utils.set_seed(args.randomseed)
-    training, _ = data.load(args.datasets, args.data_dir, utils.choose_device(args.device))
+    device = utils.choose_device(args.device)
+    training, _ = data.load(args.datasets, args.data_dir, device)
     training, held_out = training.hold_out(args.val_ratio, args.randomseed)
     training = training.part(slice(args.images))
     validation = data.Loader(held_out, 1000, train=False, channels_last=args.amp)
-    model = build(args.arch, training.spec, training.labels.device, args)
+    model = build(args.arch, training.spec, device, args.amp, args.compile)
     start, origin = start_point(args, model)
 
     save_dir = Path(args.save_dir)

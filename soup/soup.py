@@ -172,7 +172,7 @@ class Evaluator:
         training, test, loader, batch_size = data_of(args, device)
         self._loader = partial(loader, channels_last=args.amp)
         self.training, self.held_out = training.hold_out(args.val_ratio, args.randomseed)
-        self.model = build(args.arch, training.spec, device, args)
+        self.model = build(args.arch, training.spec, device, args.amp, args.compile)
         self.loaders = {
             part: self._loader(split, batch_size, train=False)
             for part, split in zip(PARTS, (self.held_out, test), strict=True)

@@ -64,8 +64,7 @@ def measured(seed: int) -> dict[str, list[float]]:
     images, _ = data.load("Digits", "", torch.device("cpu"))
     train = data.Loader(images.part(slice(IMAGES)), 32, train=True, seed=seed)
     judge = data.Loader(images.part(slice(IMAGES, None)), 500, train=False)
-    layout = argparse.Namespace(amp=False, compile=False)
-    model, found = build("PreResNet20", images.spec, torch.device("cpu"), layout), {}
+    model, found = build("PreResNet20", images.spec, torch.device("cpu")), {}
     for name, solution in solutions.items():
         load_into(model, solution)
         reestimate_bn(model, train)

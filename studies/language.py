@@ -13,7 +13,6 @@ by the validation text of the first seed of each text. TWA's own defaults were f
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import subprocess
@@ -96,8 +95,7 @@ class Bench:
         self.train = text.Loader(train, BATCH, **drawn)
         self.test = Evenly(test, TESTED, self.device)
         self.validation = Evenly(train.held_out, TUNED_ON, self.device)
-        layout = argparse.Namespace(amp=True, compile=False)
-        self.model = build(arch, train.spec, self.device, layout)
+        self.model = build(arch, train.spec, self.device, amp=True)
         self._starts: dict[tuple[Path, ...], tuple[Checkpoint, dict[int, float], float]] = {}
 
     def checkpoint(self, step: int) -> Path:

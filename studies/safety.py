@@ -136,8 +136,7 @@ class Bench:
         self.case, self.seed, self.amp = case, seed, case.data != "Digits"
         self.on_text = case.data == text.NAME
         spec = self._text() if self.on_text else self._images(data_dir)
-        layout = argparse.Namespace(amp=self.amp, compile=False)
-        self.model = build(case.arch, spec, CPU, layout)
+        self.model = build(case.arch, spec, CPU, self.amp)
         self.count = case.epochs * case.saves
         self.paths = [folder / f"{i + 1}.pt" for i in range(self.count)]
         if not self.paths[-1].exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -106,8 +105,7 @@ class Bench:
         self.judge = data.Loader(judge, 1000, train=False, channels_last=True)
         some = validation.part(slice(TUNED_ON))
         self.tuned_on = data.Loader(some, 1000, train=False, channels_last=True)
-        layout = argparse.Namespace(amp=True, compile=False)
-        self.model = build(arch, training.spec, cpu, layout)
+        self.model = build(arch, training.spec, cpu, amp=True)
 
     def _loader(self, split: data.Split) -> data.Loader:
         return data.Loader(split, BATCH, train=True, seed=self.seed, channels_last=True)

@@ -73,7 +73,7 @@ def set_up(
     seed = args.randomseed
     train = loader(train_set, args.batch_size, train=True, seed=seed, **augment, **among)
     test = loader(test_set, test_batch_size, train=False, **among)
-    model = build(args.arch, train_set.spec, device, args, shard)
+    model = build(args.arch, train_set.spec, device, args.amp, args.compile, shard)
     return model, train, test
 
 
@@ -109,12 +109,15 @@ def build(
     name: str,
     spec: data.Spec | text.Spec,
     device: torch.device,
-    args: argparse.Namespace,
+    amp: bool = False,
+    compiled: bool = False,
     shard: Callable[[nn.Module, torch.device], bool] | None = None,
 ) -> nn.Module:
-    """The model of this name for a data set, on `device`, laid out and compiled as asked for.
+    """The model of this name for a data set, on `device`.
 
     Args:
+        amp: whether it is laid out for bfloat16, its channels last.
+        compiled: whether it is compiled.
         shard: as of `set_up`.
 
     Raises:
@@ -127,8 +130,8 @@ def build(
     else:
         model = models.build(name, spec.classes, spec.channels, spec.size)
     if not (shard and shard(model, device)):  # FSDP2 takes contiguous weights only.
-        model.to(device, memory_format=torch.channels_last if args.amp else torch.contiguous_format)
-    if args.compile:
+        model.to(device, memory_format=torch.channels_last if amp else torch.contiguous_format)
+    if compiled:
         model.compile()
     return model
 

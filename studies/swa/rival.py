@@ -38,8 +38,7 @@ def main() -> None:
     images, test = data.load("FashionMNIST", ROOT / "datasets", torch.device("cpu"))
     train = data.Loader(images, BATCH, train=True, seed=seed, channels_last=True)
     judge = data.Loader(test, 1000, train=False, channels_last=True)
-    layout = argparse.Namespace(amp=True, compile=False)
-    model = build("PreResNet20", images.spec, torch.device("cpu"), layout)
+    model = build("PreResNet20", images.spec, torch.device("cpu"), amp=True)
     start, _ = best_start(model, window, lambda: sample_loss(model, train, amp=True))
     kept = ROOT / f"studies/swa/results/{run}.sgd.{seed}.json"
     rates = RATES
