@@ -12,6 +12,7 @@ from pathlib import Path
 
 import drawing
 import front_page
+import goals
 import stages
 import torch
 from study import EPOCHS, HEAD, RESULTS, SAVES
@@ -27,13 +28,10 @@ from tables import (
     Runs,
     averages,
     between,
-    error,
     gains,
-    listed,
     markdown,
     paragraph,
     read,
-    rival,
     scores,
     seeds,
     split,
@@ -75,68 +73,7 @@ def write(root: Path, measurements: Path = RESULTS) -> None:
         page.write_text("\n".join(lines) + "\n")
     for page, made in (("swa", stages.tail_table()), ("soup", stages.soup_table())):
         between(root / page / "README.md", BEGIN, END, ["", *made, ""])
-    (docs / "RESULTS.md").write_text(front_page.text(studies, met(studies)))
-
-
-def met(studies: dict[str, dict[str, Runs]]) -> dict[str, list[bool]]:
-    """Which goals are met, by study."""
-    return {
-        name: [verdict for _, verdict in goals(runs, ADVISED).values() if verdict is not None]
-        for name, runs in studies["head"].items()
-        if measured(runs)
-    }
-
-
-def measured(runs: Runs) -> list[str]:
-    """The budgets at which the defaults and the rival at a tuned rate were measured."""
-    _, budgets = split(runs)
-    return [b for b in budgets if all(values(runs, f"{row} | {b}") for row in (BY_CHANNEL, TUNED))]
-
-
-def goals(runs: Runs, row: str) -> dict[tuple[str, str], tuple[str, bool | None]]:
-    """Where the goals are met: TWA, untuned, against the tuned rival and the untuned ones.
-
-    Args:
-        row: of TWA.
-
-    Returns:
-        Of each goal and key, the budgets that decide it, and the verdict; None: not from one seed.
-    """
-    budgets, found = measured(runs), {}
-    for key in ("accuracy", "loss"):
-        against = {b: gains(runs, row, b, key, f"{TUNED} | {b}") for b in budgets}
-        means = {b: statistics.mean(gain) for b, gain in against.items()}
-        several = all(len(gain) > 1 for gain in against.values())
-        ahead = [b for b in budgets if means[b] > 0]
-        behind = [b for b in budgets if several and means[b] < -error(against[b])]
-        short = [b for b in budgets if float(b) <= 1]
-        usual = {
-            b: statistics.mean(gains(runs, row, b, key, rival(runs, b, key, tuned=False)))
-            for b in short
-        }
-        lost = [b for b in short if usual[b] <= 0]
-        found |= {
-            (GOALS[0], key): (f"ahead at {listed(ahead)}", 2 * len(ahead) >= len(budgets)),
-            (GOALS[1], key): (f"behind at {listed(behind)}", not behind if several else None),
-            (GOALS[2], key): (f"not ahead at {listed(lost)}" if lost else "ahead at all", not lost),
-        }
-    return found
-
-
-GOALS = (
-    "ahead of the rival at its tuned rate at half of the budgets",
-    "nowhere behind it by more than a standard error",
-    "up to one epoch, ahead of every average and every rival at its usual rate",
-)
-
-
-def goal_table(runs: Runs, row: str) -> list[str]:
-    said = {True: "met", False: "not met", None: "no verdict from one seed"}
-    found, rows = goals(runs, row), []
-    for goal in GOALS:
-        cells = [found[goal, key] for key in ("accuracy", "loss")]
-        rows.append((goal, *(f"{where}: {said[verdict]}" for where, verdict in cells)))
-    return markdown(("goal", "by accuracy", "by loss"), rows)
+    (docs / "RESULTS.md").write_text(front_page.text(studies))
 
 
 def head(runs: Runs, figure: Path) -> list[str]:
@@ -151,14 +88,14 @@ def head(runs: Runs, figure: Path) -> list[str]:
     lines += [*with_full_run(runs, rows, budgets), "", "Test loss:", ""]
     lines += [*table(runs, rows, budgets, "loss", ".4f"), ""]
     against = [(RECIPE, None, "the best rival, averages included")]
-    if measured(runs):
+    if goals.measured(runs):
         ours = (ADVISED, BY_CHANNEL, BY_MODEL)
         against += [(row, TUNED, "the rival at its tuned rate") for row in ours]
     lines += ["Points of accuracy ahead, and by how much the loss is below, paired by seed:", ""]
     lines += compared(runs, against, budgets)
-    if measured(runs):
+    if goals.measured(runs):
         for row in (ADVISED, BY_CHANNEL):
-            lines += ["", f"The goals for “{row}”:", "", *goal_table(runs, row)]
+            lines += ["", f"The goals for “{row}”:", "", *goals.table(runs, row)]
     shown = [row for row in rows if row in (RECIPE, BY_CHANNEL, BY_MODEL) or row[:3] != "TWA"]
     drawing.draw_head(runs, shown, budgets, figure)
     return lines

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import language_report as language
 import stages
+from goals import measured, met
 from study import EPOCHS, HEAD, ROOT
 from tables import (
     ADVISED,
@@ -19,6 +20,7 @@ from tables import (
     Studies,
     averages,
     best,
+    budgets_of,
     bullet,
     gains,
     listed,
@@ -39,16 +41,12 @@ SHOWN = ("0.5", "2", "5")  # epochs after the head, in the tables
 SHOWN_STEPS = (20, 100, 400)  # of language models
 
 
-def text(studies: Studies, met: dict[str, list[bool]]) -> str:
-    """The page.
-
-    Args:
-        met: by study of the head stage, which of the goals set for the defaults are met.
-    """
+def text(studies: Studies) -> str:
+    """The page."""
     name, runs = shown(studies)
     lines = ["# Results", "", paragraph(INTRODUCTION), "", "## Conclusions", ""]
     for conclusion in CONCLUSIONS:
-        lines += bullet(conclusion(studies, met))
+        lines += bullet(conclusion(studies))
     lines += ["", f"The head stage in four rows ({name}, {seeds(runs)}):", "", *four_rows(runs)]
     lines += ["", "Every stage in a row, by test loss:", "", *stage_rows(runs)]
     lines += ["", "## Language models", "", paragraph(LANGUAGE), "", FIGURE]
@@ -60,9 +58,7 @@ def text(studies: Studies, met: dict[str, list[bool]]) -> str:
 def shown(studies: Studies) -> tuple[str, Runs]:
     """The study of the defaults in the head stage with the most seeds."""
     with_defaults = {
-        name: runs
-        for name, runs in studies["head"].items()
-        if all(values(runs, f"{row} | {b}") for row in (BY_CHANNEL, TUNED) for b in SHOWN)
+        name: runs for name, runs in studies["head"].items() if {*SHOWN} <= {*measured(runs)}
     }
     name = max(
         with_defaults, key=lambda name: len(values(with_defaults[name], f"{BY_CHANNEL} | 2"))
@@ -141,9 +137,9 @@ def decays_at(runs: Runs, steps: int) -> list[str]:
 # --- the conclusions, each a sentence or two ---
 
 
-def head_against_tuned(studies: Studies, met: dict[str, list[bool]]) -> str:
+def head_against_tuned(studies: Studies) -> str:
     told = []
-    for name, verdicts in met.items():
+    for name, verdicts in met(studies).items():
         runs = studies["head"][name]
         budgets = budgets_of(runs, ADVISED, TUNED)
         loss, accuracy = (
@@ -163,12 +159,7 @@ def head_against_tuned(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-def budgets_of(runs: Runs, *rows: str) -> list[str]:
-    """The budgets at which all these rows were measured."""
-    return [b for b in split(runs)[1] if all(values(runs, f"{row} | {b}") for row in rows)]
-
-
-def head_against_averages(studies: Studies, met: dict[str, list[bool]]) -> str:
+def head_against_averages(studies: Studies) -> str:
     _, runs = shown(studies)
     ahead = {}
     for key in ("accuracy", "loss"):
@@ -185,7 +176,7 @@ def head_against_averages(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-def no_epochs_saved(studies: Studies, met: dict[str, list[bool]]) -> str:
+def no_epochs_saved(studies: Studies) -> str:
     def reach(row: str) -> str:
         """In how many of the studies that have the row it is as good as the full run, and when."""
         there, first = 0, []
@@ -215,7 +206,7 @@ def no_epochs_saved(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-def tail(studies: Studies, met: dict[str, list[bool]]) -> str:
+def tail(studies: Studies) -> str:
     runs = stages.tail()
 
     def losses(how: str, name: str) -> str:
@@ -231,7 +222,7 @@ def tail(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-def soups(studies: Studies, met: dict[str, list[bool]]) -> str:
+def soups(studies: Studies) -> str:
     runs = stages.soups()
     by_layer, whole = (
         statistics.mean(v["accuracy"] for v in values(runs, name, "validation"))
@@ -248,7 +239,7 @@ def soups(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-def language_models(studies: Studies, met: dict[str, list[bool]]) -> str:
+def language_models(studies: Studies) -> str:
     runs = language.read(ROOT / "studies/lm/linux")
     told = []
     for way in ("model", "channel"):
@@ -273,7 +264,7 @@ def language_models(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-def few_images(studies: Studies, met: dict[str, list[bool]]) -> str:
+def few_images(studies: Studies) -> str:
     runs = studies["little"]["PreResNet20 on FashionMNIST-12k-noisy"]
     rows = [row for row in split(runs)[0] if row.startswith("TWA")]
     ours, theirs = [], []
@@ -288,7 +279,7 @@ def few_images(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-def safety(studies: Studies, met: dict[str, list[bool]]) -> str:
+def safety(studies: Studies) -> str:
     runs = [
         figures
         for (how, _), found in stages.safety_rows().items()
@@ -309,7 +300,7 @@ def safety(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-def settings(studies: Studies, met: dict[str, list[bool]]) -> str:
+def settings(studies: Studies) -> str:
     by_bits, starts = [], []
     for runs in studies["settings"].values():
         for granularity in split(runs)[1]:
@@ -337,7 +328,7 @@ def settings(studies: Studies, met: dict[str, list[bool]]) -> str:
     )
 
 
-CONCLUSIONS: tuple[Callable[[Studies, dict[str, list[bool]]], str], ...] = (
+CONCLUSIONS: tuple[Callable[[Studies], str], ...] = (
     head_against_tuned,
     head_against_averages,
     no_epochs_saved,

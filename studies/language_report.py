@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tables
+from drawing import save
 from matplotlib.figure import Figure
 from tables import Runs, between, error, markdown, values
 
@@ -221,7 +222,7 @@ def loss_figure(runs: Runs, path: Path) -> None:
     axes.set_xticks([], minor=True)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    _save(fig, path)
+    save(fig, path)
 
 
 def coefficients_figure(runs: Runs, path: Path) -> None:
@@ -246,12 +247,7 @@ def coefficients_figure(runs: Runs, path: Path) -> None:
     for axes in (left, right):
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
-    _save(fig, path)
-
-
-def _save(fig: Figure, path: Path) -> None:
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
+    save(fig, path)
 
 
 def of_decay(shape: str, count: int) -> list[float]:

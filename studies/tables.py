@@ -99,6 +99,11 @@ def split(runs: Runs) -> tuple[list[str], list[str]]:
     return rows, sorted(columns, key=float) if numbers else columns
 
 
+def budgets_of(runs: Runs, *rows: str) -> list[str]:
+    """The budgets at which all these rows were measured."""
+    return [b for b in split(runs)[1] if all(values(runs, f"{row} | {b}") for row in rows)]
+
+
 def averages(runs: Runs) -> list[str]:
     """The names of the entries without a column: what is measured without training."""
     return [name for name in runs[0] if " | " not in name and name != "SGD"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import digits
 import evidence
 import evidence_report
+import goals
 import numpy as np
 import pytest
 import study
@@ -85,12 +86,12 @@ def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_pat
         f"{tables.ADVISED} | 0.5": models[f"{tables.BY_MODEL} | 0.5"],
         f"{tables.ADVISED} | 1": seed[f"{tables.BY_CHANNEL} | 1"],
     }
-    half, nowhere, usual = evidence_report.GOALS
-    goals = evidence_report.goals(runs, tables.BY_CHANNEL)
-    assert goals[half, "accuracy"] == ("ahead at 1", True)
-    assert goals[usual, "accuracy"] == ("not ahead at 1", False)
-    assert goals[half, "loss"] == ("ahead at none", False)
-    assert goals[nowhere, "loss"] == ("behind at none", None)  # one seed gives no verdict
+    half, nowhere, usual = goals.GOALS
+    found = goals.verdicts(runs, tables.BY_CHANNEL)
+    assert found[half, "accuracy"] == ("ahead at 1", True)
+    assert found[usual, "accuracy"] == ("not ahead at 1", False)
+    assert found[half, "loss"] == ("ahead at none", False)
+    assert found[nowhere, "loss"] == ("behind at none", None)  # one seed gives no verdict
 
     rates = {f"AdamW | {f}": entry(a, 1.0) for f, a in (("0.1", 70.0), ("1", 71.0), ("10", 71.5))}
     assert evidence_report.best_rate([rates], "AdamW") == ("10", 0.5)
