@@ -344,7 +344,7 @@ def measure(args: argparse.Namespace, arch: str, way: str, wire: str) -> None:
     if wire == CURVE:
         results[CURVE] = curve(args, trained, train, test, args.epochs * WAYS[way].times)
     else:
-        results |= rate(args, trained, train)
+        results |= cost_of_step(args, trained, train)
     if ranks.rank() == 0:
         print(json.dumps(results))
 
@@ -377,7 +377,7 @@ def curve(
     return tests
 
 
-def rate(args: argparse.Namespace, trained: Trained, train: data.Loader) -> dict:
+def cost_of_step(args: argparse.Namespace, trained: Trained, train: data.Loader) -> dict:
     """The seconds that a step takes, and the bytes that a rank sends in it."""
     batches = train.endless()
     trained.model.train()

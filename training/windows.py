@@ -53,9 +53,7 @@ def paths_of(args: argparse.Namespace) -> list[Path]:
         CheckpointError: one of them is damaged.
     """
     window = listed(args)
-    start_point = []
-    if args.train_start not in (None, -1):
-        start_point = [_start_point(args)]
+    start_point = [_start_point(args)] if args.train_start not in (None, -1) else []
     for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
         verify(path)
     return window

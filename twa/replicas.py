@@ -77,8 +77,8 @@ def gathers(nbytes: int, count: int) -> bool:
 def hash_of(tensor: Tensor) -> Tensor:
     """A hash of the bits of `tensor`, float32 [..., columns], along its last dimension: int64.
 
-    It is the sum of the elements' bits: of two checkpoints it tells that they differ, of an order
-    nothing.
+    It is the sum of the elements' bits: other elements give another hash, but for chance; their
+    order does not count.
     """
     parts = tensor.view(torch.int32).split(2**19, dim=-1)
     return torch.stack([part.sum(-1, dtype=torch.int64) for part in parts]).sum(0)
