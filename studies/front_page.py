@@ -358,9 +358,9 @@ MACHINES = (
     "PreResNet20 and 14.8 MB of a net of 3.7 M weights. In as many steps TWA by channel ends 0.01 "
     "and 0.13 points below SGD on all weights; with twice as many, 0.44 and 0.53 points above. The "
     "accuracy at which SGD ends it then has, of the larger net, after 46 seconds at 100 Mbit/s "
-    "and 85 at 10, DDP after 268 and 2,550; of PreResNet20 sooner below 100 Mbit/s. What else was "
-    "measured: [many machines](many-machines.md#two-hosts-on-a-slow-wire); larger models: "
-    "[benchmarks](../benchmarks/README.md#many-ranks)."
+    "and 85 at 10, DDP after 268 and 2,550; of PreResNet20 sooner at 10 Mbit/s, later from 100 on. "
+    "What else was measured: [many machines](many-machines.md#two-hosts-on-a-slow-wire); larger "
+    "models: [benchmarks](../benchmarks/README.md#many-ranks)."
 )
 NETWORK = "![Accuracy and loss against seconds](../benchmarks/figures/network.png)"
 STUDIES = """\
