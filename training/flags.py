@@ -112,7 +112,13 @@ def add_data_set_arguments(
 def add_batch_arguments(parser: argparse.ArgumentParser, size: int = 128) -> None:
     add = parser.add_argument
     seed = {"type": number(int, 0, 2**31 - 1), "default": 1}
-    add("--batch-size", "-b", type=number(int, 1), default=size, help="images per step")
+    add(
+        "--batch-size",
+        "-b",
+        type=number(int, 1),
+        default=size,
+        help="images, or windows of text, a step",
+    )
     add("--randomseed", "--seed", **seed, help="seed of all randomness")
 
 
@@ -120,8 +126,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, batch_size: int = 12
     """The flags of every trainer of the head stage, but for the model and the data set."""
     add = parser.add_argument
     add("--workers", "--worker", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
-    add("--save-dir", default="save_temp", help="where checkpoints are saved")
-    add("--log-dir", default="save_temp", help="where log, metrics, tables and figures go")
+    save_help = "folder of the checkpoints: SGD writes them, TWA reads them"
+    log_help = "folder of SGD's log and metrics; TWA reads these, and writes its own beside them"
+    add("--save-dir", default="save_temp", help=save_help)
+    add("--log-dir", default="save_temp", help=log_help)
     add("--evaluate", "-e", action="store_true", help=EVALUATE_HELP)
     add_batch_arguments(parser, batch_size)
     add_data_arguments(parser)

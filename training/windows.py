@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "last", "SWA"),
         help="where TWA starts: auto takes the last checkpoint, the mean of the last 2, 4, 8, … or "
-        "all (SWA), or an exponential mean (EMA), whichever has the lowest loss on a sample of the "
-        "images that it trains on",
+        "all (SWA), or an exponential mean (EMA), whichever has the lowest loss on a sample of "
+        "what it trains on",
     )
     start.add_argument(
         "--train_start",
