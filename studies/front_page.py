@@ -138,7 +138,7 @@ def decays_at(runs: Runs, steps: int) -> list[str]:
 
 
 def head_against_tuned(studies: Studies) -> str:
-    told = []
+    by_study = []
     for name, verdicts in met(studies).items():
         runs = studies["head"][name]
         budgets = budgets_of(runs, ADVISED, TUNED)
@@ -146,7 +146,7 @@ def head_against_tuned(studies: Studies) -> str:
             [statistics.mean(gains(runs, ADVISED, b, key, f"{TUNED} | {b}")) for b in budgets]
             for key in ("loss", "accuracy")
         )
-        told.append(
+        by_study.append(
             f"{name}, {seeds(runs)}: {listed(f'{-gain:+.4f}' for gain in loss)} of loss, "
             f"{listed(f'{gain:+.2f}' for gain in accuracy)} points; {sum(verdicts)} of "
             f"{len(verdicts)} goals met"
@@ -154,7 +154,7 @@ def head_against_tuned(studies: Studies) -> str:
     return (
         "**Head stage: untuned, a match for a decay that is tuned.** TWA (by model in fewer than "
         f"{MANY_STEPS} steps, by channel from there on) less SGD on all weights at the best of "
-        f"four rates, both from the best mean, at {listed(budgets)} epochs: {'. '.join(told)} "
+        f"four rates, both from the best mean, at {listed(budgets)} epochs: {'. '.join(by_study)} "
         "([which](results/head-stage.md))."
     )
 
@@ -241,7 +241,7 @@ def soups(studies: Studies) -> str:
 
 def language_models(studies: Studies) -> str:
     runs = language.read(ROOT / "studies/lm/linux")
-    told = []
+    by_way = []
     for way in ("model", "channel"):
         differences = []
         for steps in language.BUDGETS:
@@ -250,17 +250,15 @@ def language_models(studies: Studies) -> str:
                 rival = best(runs, [*decays, *language.untrained(runs)])
                 difference, error = language.paired(runs, ours, rival)
                 differences.append(f"{difference:+.4f} ± {error:.4f} at {steps}")
-        told.append(f"by {way} {listed(differences)} steps")
+        by_way.append(f"by {way} {listed(differences)} steps")
     return (
         "**Language models: by channel ahead, untuned, of every rival that begins from the same "
         "run, on a text and seeds that were measured once** "
         f"([how](../lm/README.md#what-it-gives)). After a run of {language.STEPS:,} steps, TWA's "
         "loss less that of the best of all averages and decays, tuned ones included (± standard "
-        "error, three seeds): "
-        f"{'; '.join(told)}. A schedule over the whole run is another matter: schedule-free AdamW "
-        f"from the start ends at {mean(runs, language.WHOLE):.4f}, TWA by channel with 400 steps "
-        "more at "
-        f"{mean(runs, 'TWA by channel | 400'):.4f}."
+        f"error, {seeds(runs)}): {'; '.join(by_way)}. A schedule over the whole run is another "
+        f"matter: schedule-free AdamW from the start ends at {mean(runs, language.WHOLE):.4f}, TWA "
+        f"by channel with 400 steps more at {mean(runs, 'TWA by channel | 400'):.4f}."
     )
 
 

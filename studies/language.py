@@ -25,7 +25,7 @@ from pathlib import Path
 import language_report
 import numpy as np
 import torch
-from language_report import BUDGETS, STEPS, WHOLE, of_decay
+from language_report import BUDGETS, SPACING, STEPS, WHOLE, WINDOW, of_decay
 from study import ROOT, ema, fit, weighted
 from torch import Tensor, nn
 
@@ -43,7 +43,6 @@ RESULTS = ROOT / "studies/lm"
 TEXTS = {"python": (None, 1), "linux": (Path("/usr/share/doc/linux-doc-6.1/html/_sources"), 4)}
 EVERY, BATCH, RATE, DECAY = 25, 8, 2e-3, 0.1  # of the run
 SOME = (20, 100, 400)
-SPACING, WINDOW = 50, 60  # steps between the checkpoints of the usual window, and their number
 FACTORS = (1, 1 / 3.2, 1 / 10, 1 / 32)  # of the rival's rate
 SHAPES = ("linear", "1-sqrt")
 TESTED, TUNED_ON = 1024, 512  # windows of text that solutions and rates are judged by

@@ -21,6 +21,7 @@ BEGIN, END = "<!-- python studies/language.py report -->", "<!-- end of the repo
 PAGES = {"linux": "lm/README.md", "python": "docs/results/language.md"}
 STEPS = 4000  # of the run
 BUDGETS = (10, 20, 40, 100, 200, 400)  # steps: 0.25, 0.5, 1, 2.5, 5 and 10 % of the run
+SPACING, WINDOW = 50, 60  # steps between the checkpoints of the usual window, and their number
 TWAS = ("TWA by model", "TWA by layer", "TWA by channel")
 UNTUNED = {  # the rivals at the run's own rate
     "decay, linear, from the last": "decay, linear, from the last, rate x 1",
@@ -232,14 +233,14 @@ def coefficients_figure(runs: Runs, path: Path) -> None:
     for i, steps in enumerate(BUDGETS):
         alpha = runs[0].get(f"TWA by model | {steps}", {}).get("averaging_weights")
         if alpha:
-            ages = [50 * (j - len(alpha) + 1) for j in range(len(alpha))]
+            ages = [SPACING * (j - len(alpha) + 1) for j in range(len(alpha))]
             shade = {"color": COLOURS["TWA"], "alpha": 0.25 + 0.75 * i / len(BUDGETS)}
             left.plot(ages, alpha, **shade, label=f"TWA, {steps} steps")
             right.step(ages[:-1], as_decay(alpha), where="post", **shade)
-    shares = [50 * (j - 59) for j in range(59)]
+    ages = [SPACING * (j - WINDOW + 1) for j in range(WINDOW - 1)]
     for shape, style in (("linear", "--"), ("1-sqrt", ":")):
-        decay = as_decay(of_decay(shape, 60))
-        right.step(shares, decay, style, where="post", color="k", label=f"{shape}, all 60")
+        decay, label = as_decay(of_decay(shape, WINDOW)), f"{shape}, all {WINDOW}"
+        right.step(ages, decay, style, where="post", color="k", label=label)
     left.axhline(0, color="k", linewidth=0.5)
     left.set(xlabel="checkpoint, steps before the end", ylabel="α", title="coefficients")
     factor = "factor of the rate"
