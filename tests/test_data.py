@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import tarfile
 import urllib.request
+from itertools import islice
 from pathlib import Path
 from urllib.error import URLError
 
@@ -99,6 +100,13 @@ def test_every_epoch_is_another_permutation_and_can_be_drawn_again():
     for again in (whole_epoch(loader, 0), whole_epoch(Loader(random_split(), 16, train=True), 0)):
         assert torch.equal(again[0], first[0])
         assert torch.equal(again[1], first[1])
+
+
+def test_without_end_come_the_batches_of_epoch_1_and_2_and_so_on():
+    loader = Loader(random_split(), 16, train=True)
+    labels = torch.cat([labels for _, labels in islice(loader.endless(), 9)])
+    expected = torch.cat([whole_epoch(loader, epoch)[1] for epoch in (1, 2, 3)])
+    assert torch.equal(labels, expected[: 50 + 50 + 16])
 
 
 def test_seeds_share_no_epoch():
