@@ -28,7 +28,9 @@ for seed; do
 done
 for seed in 4 5; do study units PreResNet20; done
 for seed in 6 7; do
-    for part in head spread; do study $part PreResNet20; done
+    for part in head spread; do
+        for arch in PreResNet20 $cnn; do study $part $arch; done
+    done
 done
 seed=1
 study plane PreResNet20
