@@ -36,7 +36,7 @@ from training.logs import write_json
 from training.loop import Trainer, evaluate, reestimate_bn, sample_loss, set_up, skipped_images
 from training.optimizers import SCHEDULES, step_of_the_paper
 from training.runs import Run
-from twa.checkpoints import load_into
+from twa.files.checkpoints import load_into
 
 
 def parse_arguments():

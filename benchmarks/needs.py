@@ -17,8 +17,8 @@ from torch import nn
 
 import models
 from training.parallel import size
-from twa.columns import Columns
-from twa.memory import Plan
+from twa.storage.columns import Columns
+from twa.storage.memory import Plan
 
 CHECKPOINTS, COMPONENTS = 100, (3, 12, 24, None)  # None: all, 99
 MODELS = {

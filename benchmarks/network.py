@@ -58,7 +58,7 @@ from training.logs import write_json
 from training.loop import autocast, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA, best_start, rate_of
-from twa.checkpoints import load_into
+from twa.files.checkpoints import load_into
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,8 @@
 
 The first table is measured under torchrun with gloo: for each number of processes, the basis of a
 rank, the peak of the memory that building it took, and the time of a training step. The second is
-computed by the formulas in `twa.memory.Plan` and `training.parallel.sent`. Both are Markdown.
+computed by the formulas in `twa.storage.memory.Plan` and `training.parallel.sent`. Both are
+Markdown.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from subspace import checkpoints, peak_memory, write_checkpoints
 from training import flags, ranks
 from training.parallel import RIDERS, sent
 from twa import TWA
-from twa.memory import Plan
+from twa.storage.memory import Plan
 
 BATCH = 32
 

@@ -16,7 +16,7 @@ import torch
 import models
 from training import entry, flags, report, text
 from training.logs import read_json, write_json
-from twa.checkpoints import average, load_into
+from twa.files.checkpoints import average, load_into
 from utils import UserError
 
 

@@ -22,8 +22,8 @@ from training.flags import number
 from training.locks import lock
 from training.loop import set_up
 from training.optimizers import SCHEDULES
-from twa.checkpoints import load_into
-from twa.formats import load
+from twa.files.checkpoints import load_into
+from twa.files.formats import load
 
 
 def parse_arguments():

@@ -31,7 +31,7 @@ from training.files import load_verified, save
 from training.flags import number
 from training.loop import Diverged, Trainer, build, describe
 from training.optimizers import OPTIMIZERS, SCHEDULES
-from twa.checkpoints import CheckpointError
+from twa.files.checkpoints import CheckpointError
 from utils import UserError
 
 

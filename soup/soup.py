@@ -47,7 +47,7 @@ from training.loop import (
     skipped_images,
 )
 from training.optimizers import SCHEDULES
-from twa.checkpoints import Checkpoint, average, load_into
+from twa.files.checkpoints import Checkpoint, average, load_into
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on

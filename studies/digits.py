@@ -23,7 +23,7 @@ from tables import markdown
 from training import data
 from training.logs import write_json
 from training.loop import build, evaluate, reestimate_bn
-from twa.checkpoints import Checkpoint, average, load_into
+from twa.files.checkpoints import Checkpoint, average, load_into
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, WORK = ROOT / "studies/digits.json", ROOT / "results/digits"

@@ -45,7 +45,7 @@ from torch.nn.utils import vector_to_parameters
 from training import entry, flags
 from training.loop import autocast
 from twa import TWA, Subspace
-from twa.checkpoints import Checkpoint, load_into
+from twa.files.checkpoints import Checkpoint, load_into
 from twa.subspace import UNITS
 
 BUDGETS = (0.1, 0.2, 0.5, 1, 2, 5)  # epochs after the head

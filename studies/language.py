@@ -34,8 +34,8 @@ from training import entry, flags, logs, text
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import build, evaluate, sample_loss
 from twa import TWA, best_start, rate_of
-from twa.checkpoints import Checkpoint, average, load_into
-from twa.formats import load
+from twa.files.checkpoints import Checkpoint, average, load_into
+from twa.files.formats import load
 
 RESULTS = ROOT / "studies/lm"
 # The folder of each text, and the seed that its rates are tuned with, which is measured first.

@@ -31,7 +31,7 @@ from training.files import save
 from training.logs import write_json
 from training.loop import build, predict, reestimate_bn, sample_loss
 from twa import TWA, rate_of
-from twa.checkpoints import load_into
+from twa.files.checkpoints import load_into
 from twa.optimizer import RATE
 
 RESULTS = ROOT / "studies/safety.json"

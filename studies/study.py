@@ -27,7 +27,7 @@ from training.coefficients import LateMean, averaging_weights, keep_best, unit_o
 from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA, best_start, rate_of
-from twa.checkpoints import Checkpoint, average, load_into, load_state_dict
+from twa.files.checkpoints import Checkpoint, average, load_into, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "studies/results"  # what was measured, small, in the repository

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from models.preresnet import PreResNet
 from training import ranks
 from twa import TWA, CheckpointError, Subspace
-from twa.sharding import local
+from twa.ranks.sharding import local
 
 PAPER = {"base": torch.optim.SGD, "extract": "Schmidt", "lr": 0.01, "momentum": 0.9}
 # By the name of a case: the model's function and what TWA is given.

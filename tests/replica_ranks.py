@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import ranks
-from twa import TWA, replicas
-from twa.checkpoints import load_into
+from twa import TWA
+from twa.files.checkpoints import load_into
+from twa.ranks import replicas
 
 # What TWA is given, by the name of a case; the model is `uneven` of ranks.py.
 CASES = {

@@ -19,14 +19,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from training.files import replacing, save
-from twa.checkpoints import (
+from twa.files.checkpoints import (
     CheckpointError,
     Fit,
     average,
     load_into,
     load_state_dict,
 )
-from twa.formats import load
+from twa.files.formats import load
 
 
 def small_state(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -25,17 +25,17 @@ from test_checkpoints import Trap, refusal
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-import twa.checkpoints
+import twa.files.checkpoints
 from training.states import save_state
 from twa import TWA, Subspace, best_start
-from twa.checkpoints import (
+from twa.files.checkpoints import (
     CheckpointError,
     average,
     last_means,
     load_into,
     load_state_dict,
 )
-from twa.formats import verify
+from twa.files.formats import verify
 
 PREFIX = "base_model.model."  # PEFT's
 
@@ -253,8 +253,10 @@ def test_another_architecture_is_refused_before_a_tensor_is_read(tmp_path, monke
     """By its path, or where it comes from memory by its index."""
     good, bad = state_of(1), net(2, width=5).state_dict()
     window = [WRITERS[source](tmp_path / name, s) for name, s in (("a", good), ("b", bad))]
-    monkeypatch.setattr("twa.columns.tensor_of", lambda value: pytest.fail("read a tensor"))
-    monkeypatch.setattr("twa.checkpoints.tensor_of", lambda value: pytest.fail("read a tensor"))
+    monkeypatch.setattr("twa.storage.columns.tensor_of", lambda value: pytest.fail("read a tensor"))
+    monkeypatch.setattr(
+        "twa.files.checkpoints.tensor_of", lambda value: pytest.fail("read a tensor")
+    )
     name = "checkpoints[1]" if source == "memory" else str(tmp_path / "b")
     for fails in (
         lambda: Subspace(net(), window),
@@ -315,13 +317,13 @@ def test_a_checkpoint_is_opened_once_unless_it_would_take_memory(
     """Those of torch < 1.6 cannot be mapped."""
     window = [WRITERS[source](tmp_path / str(seed), state_of(seed)) for seed in (1, 2, 3)]
     opened = Counter()
-    load = twa.checkpoints.load
+    load = twa.files.checkpoints.load
 
     def counting(path):
         opened[path] += 1
         return load(path)
 
-    monkeypatch.setattr("twa.checkpoints.load", counting)
+    monkeypatch.setattr("twa.files.checkpoints.load", counting)
     Subspace(net(), window)
     assert opened == dict.fromkeys(window, times)
 

@@ -33,7 +33,7 @@ from torchvision.models import get_model, vision_transformer
 import models
 from training import image_folders
 from training.loop import Totals
-from twa.checkpoints import load_state_dict
+from twa.files.checkpoints import load_state_dict
 from utils import UserError
 
 SGD, TWA = "train_sgd_imagenet.py", "train_twa.py"

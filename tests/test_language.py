@@ -31,8 +31,8 @@ from models.gpt import GPT, rotate
 from training import text
 from training.files import save
 from training.loop import evaluate
-from twa.checkpoints import average, load_into, load_state_dict
-from twa.formats import load
+from twa.files.checkpoints import average, load_into, load_state_dict
+from twa.files.formats import load
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, TWA = "lm/train.py", "train_twa.py"

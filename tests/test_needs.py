@@ -9,7 +9,7 @@ from torch import nn
 
 from training.parallel import size
 from twa import Subspace
-from twa.memory import Plan
+from twa.storage.memory import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,8 +23,8 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 import models
 from training import data
 from twa import TWA, CheckpointError, Subspace, rate_of
-from twa.checkpoints import average
-from twa.columns import Columns
+from twa.files.checkpoints import average
+from twa.storage.columns import Columns
 
 ROOT = Path(__file__).resolve().parents[1]
 SGD, AdamW, LBFGS = torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS

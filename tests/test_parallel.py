@@ -22,7 +22,7 @@ from torch import nn
 import models
 from training import data, parallel
 from training.loop import evaluate
-from twa.checkpoints import load_into
+from twa.files.checkpoints import load_into
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ import torch
 from processes import Ranks, on_ranks
 from test_parallel import ENVIRONMENT, SGD, TWA, difference, torchrun, wait_for
 
-from twa.formats import load
+from twa.files.formats import load
 
 COUNT, SEEDS = 2, 20
 HEAD = [

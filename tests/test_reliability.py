@@ -46,8 +46,8 @@ from training.locks import lock
 from training.runs import clear
 from training.signals import Signals, Stopped
 from training.states import save_state
-from twa.checkpoints import CheckpointError, load_state_dict
-from twa.formats import load, verify
+from twa.files.checkpoints import CheckpointError, load_state_dict
+from twa.files.formats import load, verify
 from utils import UserError
 
 FINETUNE, SOUP = "soup/finetune.py", "soup/soup.py"

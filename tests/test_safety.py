@@ -8,7 +8,7 @@ import safety
 from safety import CASES, Before, Bench, Recipe, Setting
 
 from training.loop import evaluate
-from twa.checkpoints import last_means, load_into
+from twa.files.checkpoints import last_means, load_into
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -30,7 +30,7 @@ from training import coefficients, data, logs
 from training.files import save
 from training.loop import evaluate, reestimate_bn, sample_loss
 from training.states import load_state, save_state
-from twa.checkpoints import average, load_into, load_state_dict
+from twa.files.checkpoints import average, load_into, load_state_dict
 
 SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from twa import Subspace
-from twa.columns import Columns
+from twa.storage.columns import Columns
 
 TRAINED = sum(p.numel() for p in uneven().parameters()) - 7  # the first bias is frozen
 FLOATS = 4  # bytes

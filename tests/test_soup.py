@@ -20,8 +20,8 @@ from training import data, entry
 from training.data import DATASETS, Split
 from training.files import save
 from training.optimizers import SCHEDULES, schedule_of
-from twa.checkpoints import average
-from twa.memory import Plan
+from twa.files.checkpoints import average
+from twa.storage.memory import Plan
 from utils import UserError
 
 ROOT = Path(soup.__file__).parents[1]

@@ -9,7 +9,7 @@ from torch import nn
 
 from training.files import save
 from twa import CheckpointError, best_start
-from twa.checkpoints import average, last_means, load_into
+from twa.files.checkpoints import average, last_means, load_into
 
 
 def model_of(weight: float) -> nn.Module:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from twa import TWA, CheckpointError, Subspace, storage, subspace, window
-from twa.checkpoints import average
+from twa import TWA, CheckpointError, Subspace, subspace
+from twa.files.checkpoints import average
+from twa.storage import matrix as storage
+from twa.storage import window
 
 BITS = (32, 8, 4)
 # Half a step between neighbouring values of a tile, relative to its largest element: the error of

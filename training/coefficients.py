@@ -12,7 +12,7 @@ from training import flags, optimizers
 from training.flags import number
 from training.optimizers import SCHEDULES
 from twa import TWA, rate_of
-from twa.memory import BITS
+from twa.storage.memory import BITS
 from twa.subspace import EXTRACTS, GRANULARITIES, UNITS
 from utils import UserError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from twa.checkpoints import CheckpointError, load_into
-from twa.formats import verify
+from twa.files.checkpoints import CheckpointError, load_into
+from twa.files.formats import verify
 
 
 def save(obj, path: str | os.PathLike) -> None:

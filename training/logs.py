@@ -15,7 +15,7 @@ from torch import Tensor
 from training import ranks
 from training.files import replacing, unwritten
 from training.trackers import Trackers
-from twa.checkpoints import CheckpointError
+from twa.files.checkpoints import CheckpointError
 from utils import UserError, make_directory
 
 

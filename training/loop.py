@@ -20,7 +20,7 @@ from training import data, image_folders, ranks, text, trackers
 from training.logs import told
 from training.optimizers import schedule_of
 from twa import TWA
-from twa.checkpoints import NotFiniteError
+from twa.files.checkpoints import NotFiniteError
 from utils import UserError, choose_device
 
 

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
 from twa import TWA
-from twa.memory import Plan, free_memory
-from twa.replicas import gathers
+from twa.ranks.replicas import gathers
+from twa.storage.memory import Plan, free_memory
 from utils import UserError
 
 WAYS = ("replicate", "hybrid", "shard")  # from the least on the wire to the least in memory

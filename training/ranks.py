@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from training.files import save
-from twa.checkpoints import check_finite
+from twa.files.checkpoints import check_finite
 from utils import UserError
 
 

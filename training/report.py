@@ -11,7 +11,7 @@ from torch import nn
 
 from training import flags, logs, text
 from training.files import replacing
-from twa.checkpoints import load_into
+from twa.files.checkpoints import load_into
 from utils import UserError
 
 # One colour a method in every figure.

@@ -12,7 +12,7 @@ from training.logs import RunLog, read_json
 from training.loop import Trainer, device_of
 from training.signals import Signals
 from training.states import load_state, read_state, save_state
-from twa.checkpoints import CheckpointError
+from twa.files.checkpoints import CheckpointError
 from utils import UserError, make_directory
 
 # Steps after which the ranks of accelerators look whether one of them is to stop.

@@ -8,8 +8,8 @@ import torch
 
 from training import ranks
 from training.files import save
-from twa.checkpoints import check_finite, load_into
-from twa.formats import load, verify
+from twa.files.checkpoints import check_finite, load_into
+from twa.files.formats import load, verify
 from utils import UserError
 
 # 1: without progress within an epoch; 2: fewer settings; 3: no fingerprint of TWA; 4: settings

@@ -8,8 +8,8 @@ from torch import nn
 
 from training import flags, ranks
 from twa import best_start
-from twa.checkpoints import Checkpoint, average, last_means
-from twa.formats import verify
+from twa.files.checkpoints import Checkpoint, average, last_means
+from twa.files.formats import verify
 from utils import UserError
 
 

@@ -6,9 +6,9 @@
 `Subspace` is the basis that it moves in.
 """
 
-from twa.checkpoints import CheckpointError
+from twa.files.checkpoints import CheckpointError
 from twa.optimizer import TWA, rate_of
-from twa.starts import best_start
+from twa.recipe import best_start
 from twa.subspace import Subspace
 
 __version__ = "0.2.0"

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twa.checkpoints import Checkpoint, average, listed, load_into
-from twa.replicas import Replicas
-from twa.sharding import local
+from twa.files.checkpoints import Checkpoint, average, listed, load_into
+from twa.ranks.replicas import Replicas
+from twa.ranks.sharding import local
 from twa.subspace import UNITS, Subspace
 
 # The rate of AdamW on coefficients in units of the spread: it suits every model and granularity

@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from twa import extraction
-from twa.checkpoints import Checkpoint, listed
-from twa.columns import Blocks, Columns
-from twa.memory import BITS, CHUNK, Plan, free_memory
-from twa.replicas import Replicas
-from twa.sharding import first_row, local
-from twa.storage import Storage
-from twa.window import Window
+from twa.files.checkpoints import Checkpoint, listed
+from twa.ranks.replicas import Replicas
+from twa.ranks.sharding import first_row, local
+from twa.storage.columns import Blocks, Columns
+from twa.storage.matrix import Storage
+from twa.storage.memory import BITS, CHUNK, Plan, free_memory
+from twa.storage.window import Window
 
 EXTRACTS = ("PCA", "Schmidt")
 GRANULARITIES = ("model", "layer", "channel")
@@ -62,8 +62,8 @@ class Subspace:
         model: its trainable parameters are the columns, and their device is the basis's. Where
             FSDP2 (`fully_shard`) has sharded them, the shards of a rank are its columns, and D
             below is their number; what is called here is then called on every rank.
-        checkpoints: n paths (files or folders, see `twa.formats.load`) or `state_dict`s, alone or
-            in a container and under prefixes of wrappers, in the order of training; buffers and
+        checkpoints: n paths (see `twa.files.formats.load`) or `state_dict`s, alone or in a
+            container and under prefixes of wrappers, in the order of training; buffers and
             frozen parameters are ignored. They are read one at a time, and once where the basis is
             built in place (32 bits and all directions); else in up to eight parts, and blocks
             larger than a part once for each pass over them.

@@ -22,7 +22,7 @@ from training import data
 from training.logs import write_json
 from training.loop import build, evaluate, reestimate_bn, sample_loss
 from twa import best_start
-from twa.checkpoints import load_into
+from twa.files.checkpoints import load_into
 
 RATES = (0.005, 0.01, 0.02, 0.05)
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from twa.checkpoints import Checkpoint, CheckpointError, name_of
-from twa.columns import Blocks, Columns
-from twa.formats import mapped
-from twa.replicas import hash_of
+from twa.files.checkpoints import Checkpoint, CheckpointError, name_of
+from twa.files.formats import mapped
+from twa.ranks.replicas import hash_of
+from twa.storage.columns import Blocks, Columns
 
 
 class Window:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from twa.checkpoints import Checkpoint, average, last_means, listed, load_into
+from twa.files.checkpoints import Checkpoint, average, last_means, listed, load_into
 
 
 def best_start(
@@ -39,7 +39,7 @@ def best_start(
         they average, from 1 on, and of the exponential ones by the factor, below 1.
 
     Raises:
-        CheckpointError: as `twa.checkpoints.average`.
+        CheckpointError: as `twa.files.checkpoints.average`.
         ValueError: there are no checkpoints, or one is the model's own `state_dict`, uncopied.
     """
     checkpoints = listed(model, checkpoints)

@@ -1,7 +1,7 @@
 """The matrix `P ∈ R^{height×D}` in memory, in 32, 8 or 4 bits, and products with it.
 
 Products are bound by memory traffic, so each reads the matrix once. They are taken block by block
-(`twa.columns.Blocks`), as if P were block-diagonal with its column ranges as blocks.
+(`twa.storage.columns.Blocks`), as if P were block-diagonal with its column ranges as blocks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twa.columns import Blocks
-from twa.formats import one_line
+from twa.files.formats import one_line
+from twa.storage.columns import Blocks
 
 # Columns of a tile at 32 bits: a longer matrix-vector product would use one core only.
 PIECE = 2**16

@@ -13,9 +13,9 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from twa.checkpoints import Fit
-from twa.formats import Stored, tensor_of
-from twa.sharding import Ranks, first_row, local, part
+from twa.files.checkpoints import Fit
+from twa.files.formats import Stored, tensor_of
+from twa.ranks.sharding import Ranks, first_row, local, part
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from twa import sharding
-from twa.formats import CheckpointError, Stored, adapter_config, load, tensor_of
+from twa.files.formats import CheckpointError, Stored, adapter_config, load, tensor_of
+from twa.ranks import sharding
 
 Checkpoint = str | os.PathLike | Mapping
 # Where training scripts put the model's `state_dict` among other things.
@@ -64,13 +64,13 @@ def name_of(checkpoint: Checkpoint, index: int | None = None) -> str:
 
 
 def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The `state_dict` of `checkpoint`: a path is read (`twa.formats.load`), a mapping is searched.
+    """The `state_dict` of `checkpoint`: a path is read, a mapping is searched.
 
     It may be the value of one of `CONTAINERS`; mappings beside its tensors are left out. What
     wrappers insert (`INSERTED`) is removed from its keys, and so is `module.` where all have it.
 
     Raises:
-        CheckpointError: as `twa.formats.load`, or there is no `state_dict`.
+        CheckpointError: as `twa.files.formats.load`, or there is no `state_dict`.
     """
     state = _weights(checkpoint, name_of(checkpoint))
     return {name: tensor_of(state[key]) for name, key in _plain(state).items()}

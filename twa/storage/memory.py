@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from twa.columns import Blocks
-from twa.storage import PIECE, TILE
+from twa.storage.columns import Blocks
+from twa.storage.matrix import PIECE, TILE
 
 BITS = (32, 8, 4)
 CPU = torch.device("cpu")

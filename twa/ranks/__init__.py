@@ -1,0 +1,1 @@
+"""Many ranks: models that FSDP2 shards, and replicas that sum the gradient of the coefficients."""

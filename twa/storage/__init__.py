@@ -1,0 +1,1 @@
+"""The basis in memory: its columns and blocks, how much memory it takes, and its stored matrix."""
