@@ -58,9 +58,8 @@ def test_project_is_the_derivative_of_the_loss_through_expand(extract, granulari
     torch.testing.assert_close(reference.project(gradient), z.grad)
 
 
-# The difference that rounding to float32 makes in 30 steps, relative to the distance from the
-# start. Seen: at most 2.4e-5 ("Schmidt", whose coefficients are as large as the weights) and
-# 5.0e-6.
+# What rounding to float32 changes in 30 steps, relative to the distance from the start. Seen: at
+# most 2.4e-5 with "Schmidt", whose coefficients are as large as the weights, and 5.0e-6 with "PCA".
 BOUNDS = {"Schmidt": 5e-5, "PCA": 1e-5}
 
 

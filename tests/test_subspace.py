@@ -449,8 +449,8 @@ def test_a_block_is_an_output_channel(module, inputs, bits, tmp_path):
 
 
 def test_limits_of_containers_count_as_free_memory(tmp_path):
-    """Of version 2 and version 1 of control groups, and of an outer group; files as the
-    kernel's.""" own, root = tmp_path / "cgroup", tmp_path / "root"
+    """Control groups of version 2 and version 1, and an outer group, in the kernel's files."""
+    own, root = tmp_path / "cgroup", tmp_path / "root"
 
     def group(folder: str, limit: str, used: int, prefix: str = "", names=("max", "current")):
         path = root / folder
