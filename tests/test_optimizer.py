@@ -1236,13 +1236,14 @@ def test_its_state_goes_through_distributed_checkpoint(option, value):
 def test_the_snippets_of_the_readme_run():
     text = (ROOT / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert "TWA(model, checkpoints" in snippet
+    assert "Recipe(model, checkpoints" in snippet
     model = Small()
     names = {
         "torch": torch,
         "model": model,
         "checkpoints": small_run(),
-        "loader": digits_batches(),
+        "batches": digits_batches(),
+        "train_set": range(1000),
         "criterion": nn.CrossEntropyLoss(),
         "loss": lambda: total_loss(model),
         "steps": len(digits_batches()),
