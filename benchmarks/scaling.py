@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from subspace import checkpoints, peak_memory, write_checkpoints
 
 from training import flags, ranks
-from training.parallel import RIDERS, sent
+from training.parallel import EXTRAS, sent
 from twa import TWA
 from twa.storage.memory import Plan
 
@@ -164,7 +164,7 @@ def print_computed(args):
             link = args.link if gpus <= args.node else args.network
             for bits in (32, 8, 4):
                 plan = Plan(count, bits=bits)
-                basis, wire = plan.basis_bytes(own), sent(weights + plan.height + RIDERS, gpus)
+                basis, wire = plan.basis_bytes(own), sent(weights + plan.height + EXTRAS, gpus)
                 # Activations come on top of the memory; the mean of the window is not read.
                 memory, building = basis + vectors + 4 * weights, plan.build_bytes(own) + vectors
                 reading, sending = 2 * (basis - 4 * own) / args.memory_bandwidth, wire / link

@@ -26,11 +26,13 @@ import torch
 
 import models
 import utils
-from training import data, entry, flags, locks, logs, optimizers, ranks
-from training.files import load_verified, save
+from training import data, flags, optimizers, ranks
+from training.files import load_verified, read_lines, save, write_json, write_lines
 from training.flags import number
+from training.logs import provenance
 from training.loop import Diverged, Trainer, build, describe
 from training.optimizers import OPTIMIZERS, SCHEDULES
+from training.run import lock, run_script
 from twa.files.checkpoints import CheckpointError
 from utils import UserError
 
@@ -138,7 +140,7 @@ def train(model, training, validation, name: str, args) -> dict[str, float]:
 def main():
     args = parse_arguments()
     ranks.refuse()
-    with locks.lock(args.save_dir):
+    with lock(args.save_dir):
         fine_tune(args)
 
 
@@ -153,7 +155,7 @@ def fine_tune(args):
     start, origin = start_point(args, model)
 
     save_dir = Path(args.save_dir)
-    logs.write_json({"arguments": vars(args), **logs.provenance()}, save_dir / "run.json")
+    write_json({"arguments": vars(args), **provenance()}, save_dir / "run.json")
     same = ("batch_size", "optimizer", "momentum", "schedule", "amp", "warmup_epochs", "clip_grad")
     fixed = {
         "model": args.arch,
@@ -164,7 +166,7 @@ def fine_tune(args):
         **{key: getattr(args, key) for key in same},
     }
     runs = save_dir / "runs.jsonl"
-    records = {record["file"]: record for record in logs.read_lines(runs, "file", "settings")}
+    records = {record["file"]: record for record in read_lines(runs, "file", "settings")}
     for varied in settings_of_runs(args):
         settings, path = varied | fixed, save_dir / f"{varied['seed']:03}.pt"
         if is_finished(records.get(path.name), settings, path, model):
@@ -185,7 +187,7 @@ def fine_tune(args):
             "validation": scores,
             "seconds": time.perf_counter() - started,
         }
-        logs.write_lines(records.values(), runs)
+        write_lines(records.values(), runs)
         if scores:
             told = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
             print(f"{path.name}: validation {describe(scores)} ({told})")
@@ -193,4 +195,4 @@ def fine_tune(args):
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -3,6 +3,7 @@
 They are forked from one process that has imported everything.
 """
 
+import argparse
 import contextlib
 import functools
 import multiprocessing
@@ -20,6 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
+from training import data
+from training.loop import Trainer
+from training.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver") if os.name == "posix" else multiprocessing
@@ -69,6 +74,22 @@ def run_reduced(script: str, *args: str) -> None:
 
     vision_transformer.VisionTransformer = Reduced
     run_script(script, *args)
+
+
+@contextlib.contextmanager
+def small_run(folder: Path, model: torch.nn.Module, resume: str | None = None, **flags):
+    """A run of `model` on ten digits, in `folder`, before it starts."""
+    off = dict.fromkeys(("split", "wandb", "tensorboard", "overwrite"), False)
+    args = argparse.Namespace(resume=resume, log_name="log", save_dir=str(folder), **off, **flags)
+    args.log_dir = args.save_dir
+    split, _ = data.load("Digits", "", torch.device("cpu"))
+    loader = data.Loader(split.part(slice(10)), 5, train=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with Run(args, folder, "--save-dir") as run:
+        run.set_data(model, loader, loader)
+        run.restore(Trainer(model, loader, loader, optimizer, scheduler, epochs=2))
+        yield run
 
 
 class Child:

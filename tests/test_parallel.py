@@ -218,8 +218,9 @@ def layout(monkeypatch, *flags: str, ranks: int = 8, on_each: int | None = 4, fr
     parallel.add_arguments(parser)
     args = parser.parse_args([*flags])
     vars(args).update(clip_grad=None, extract="PCA", components=None, bits=32)
-    for name, value in (("launched", True), ("world", ranks), ("on_each_machine", on_each)):
+    for name, value in (("launched", True), ("world", ranks), ("local_world", on_each)):
         monkeypatch.setattr(parallel.ranks, name, lambda value=value: value)
+    monkeypatch.setattr(parallel.ranks, "gather", lambda own: [own or 1, own or 2])
     monkeypatch.setattr(parallel.ranks, "shard", lambda *_: None)
     monkeypatch.setattr(parallel, "init_device_mesh", lambda *_, **__: MagicMock())
     monkeypatch.setattr(parallel.windows, "listed", lambda _: range(11))
@@ -247,7 +248,7 @@ def choice(layout: parallel.Layout) -> bool:
 def test_auto_takes_the_first_way_that_fits(monkeypatch, free, machines, way):
     chosen = layout(monkeypatch, ranks=4 * machines, free=free)
     assert choice(chosen) == (way != "replicate")
-    assert chosen.way == way
+    assert chosen.strategy == way
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_auto_shards_where_another_flag_needs_it(monkeypatch, flags):
     chosen = layout(monkeypatch, *([] if clip else flags), ranks=4)
     chosen._args.clip_grad = 1.0 if clip else None
     assert choice(chosen)
-    assert (chosen.way, chosen.group) == ("shard", None)
+    assert (chosen.strategy, chosen.group) == ("shard", None)
 
 
 def test_bad_ways_end_in_a_line(copy, tmp_path):

@@ -104,7 +104,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path, kin
     said = [[s for s in r.err.splitlines() if s.startswith(("stopped", "Trace"))] for r in ended]
     (line,) = said[0]
     assert said[1] == []
-    assert line.startswith(f"stopped by {signal.Signals(number).name}; the state is saved, go on")
+    assert line.startswith(
+        f"stopped by {signal.Signals(number).name}; the state is saved, continue"
+    )
     assert line.endswith("--resume")
 
     state = load(state_of(kind, folder))

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from processes import ROOT, Child, Result, in_child, start, start_server
+from processes import ROOT, Child, Result, in_child, small_run, start, start_server
 from safetensors.torch import save_file
 
 # Helpers, not tests: how scripts are called, and what is compared.
@@ -40,12 +40,11 @@ from test_scripts import (
 )
 
 import models
-from training import data, entry, report, states
+from training import data, report
+from training import run as runs
 from training.files import save
-from training.locks import lock
-from training.runs import clear
+from training.run import lock, run_script
 from training.signals import Signals, Stopped
-from training.states import save_state
 from twa.files.checkpoints import CheckpointError, load_state_dict
 from twa.files.formats import load, verify
 from utils import UserError
@@ -253,7 +252,7 @@ def test_a_signal_saves_the_state_in_mid_epoch(whole, tmp_path, kind, number):
     assert stopped.status == 128 + number
     (line,) = stopped.err.splitlines()
     assert signal.Signals(number).name in line
-    assert line.endswith("go on by the same command once more, which has --resume")
+    assert line.endswith("continue with the same command, which has --resume")
 
     epoch = int(RUNS[kind].moment.split()[1].split("/")[0])
     state = load(folder / ("twa_state.pt" if kind == "TWA" else "checkpoints/state.pt"))
@@ -278,7 +277,7 @@ def test_a_signal_keeps_the_runs_and_soups_that_stand(whole, tmp_path, kind):
     stopped = child.end()
     assert stopped.status == 143
     assert len(stopped.err.splitlines()) == 1
-    assert "stopped by SIGTERM; the same command goes on" in stopped.err
+    assert "stopped by SIGTERM; the same command continues" in stopped.err
     assert before
     assert_readable(folder)
     succeed(in_child(folder, *RUNS[kind].command(folder)))
@@ -305,9 +304,9 @@ def test_a_signal_before_the_training_ends_in_one_line(tmp_path):
         time.sleep(60)
 
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(open(tmp_path / "e", "w")):
-        entry.run(main)
+        run_script(main)
     assert end.value.code == 143
-    assert "the same command goes on" in (tmp_path / "e").read_text()
+    assert "the same command continues" in (tmp_path / "e").read_text()
 
 
 @pytest.mark.parametrize(
@@ -321,17 +320,17 @@ def test_a_signal_before_the_training_ends_in_one_line(tmp_path):
 )
 def test_the_command_that_goes_on_is_right_wherever_it_was_given(monkeypatch, arguments, how):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(Stopped) as stopped, Signals(held=True) as signals:
+    with pytest.raises(Stopped) as stopped, Signals(deferred=True) as signals:
         signal.raise_signal(signal.SIGTERM)
-        signals.check()
-    told = str(stopped.value)
-    assert told.endswith(f"go on by the same command once more, {how}")
-    assert "train.py" not in told  # a script may have changed the folder since
+        signals.check(lambda: None)
+    said = str(stopped.value)
+    assert said.endswith(f"continue with the same command, {how}")
+    assert "train.py" not in said  # a script may have changed the folder since
 
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(getattr(signal, name)) for name in Signals.NAMES]
-    with pytest.raises(Stopped), Signals(held=True) as signals:
+    with pytest.raises(Stopped), Signals(deferred=True) as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
         saved = []
         signals.check(lambda: saved.append(1))
@@ -342,7 +341,7 @@ def test_handlers_are_put_back():
 
 
 def twice() -> None:
-    with Signals(held=True):
+    with Signals(deferred=True):
         os.kill(os.getpid(), signal.SIGINT)
         print("held")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -495,7 +494,7 @@ def test_divergence_is_said_with_step_rate_and_last_state(tmp_path):
     flags = [*where(tmp_path), "--epochs", 2, "--lr", 1e20, "-p", 1000]
     line = one_line(call(SGD, *flags))
     assert "epoch 1/2, iteration 2: the loss is nan at rate 1e+20" in line
-    assert f"{tmp_path / 'checkpoints/state.pt'} stands as it was saved before" in line
+    assert f"{tmp_path / 'checkpoints/state.pt'} is intact, as saved before" in line
     assert names(tmp_path / "checkpoints") == {"0.pt", "state.pt"}
     assert load(tmp_path / "checkpoints/state.pt")["epoch"] == 0
 
@@ -506,19 +505,20 @@ def test_weights_that_left_the_finite_numbers_are_not_saved(tmp_path):
     line = one_line(call(SGD, *flags))
     assert "epoch 1/2, iteration 1:" in line
     assert "1.pt is not saved: conv1.weight holds NaN or infinity at rate 1e+10" in line
-    assert "state.pt stands" in line
+    assert "state.pt is intact" in line
     assert names(tmp_path / "checkpoints") == {"0.pt", "state.pt"}
 
 
 def test_a_state_that_left_the_finite_numbers_is_not_saved(tmp_path):
     model = torch.nn.Linear(2, 2)
-    save_state(tmp_path / "state.pt", 1, {}, model=model)
-    before = snapshot(tmp_path)
-    with torch.no_grad():
-        model.bias[1] = math.inf
-    with pytest.raises(CheckpointError, match=r"state.pt is left as it was: bias holds NaN or inf"):
-        save_state(tmp_path / "state.pt", 2, {}, model=model)
-    assert snapshot(tmp_path) == before
+    with small_run(tmp_path, model) as run:
+        run.save()
+        before = snapshot(tmp_path)
+        with torch.no_grad():
+            model.bias[1] = math.inf
+        with pytest.raises(CheckpointError, match=r"state.pt is unchanged: bias holds NaN or inf"):
+            run.save()
+        assert snapshot(tmp_path) == before
 
 
 # --- damaged files ---
@@ -642,7 +642,7 @@ def test_a_state_of_another_format_is_refused_by_its_version(whole, tmp_path):
         state["format"] = version
         save(state, path)
         line = refuse(folder, *RUNS["SGD"].command(folder))
-        assert f"has format {version}, this version reads format {states.FORMAT}" in line
+        assert f"has format {version}, this version reads format {runs.FORMAT}" in line
 
 
 def test_another_window_is_refused_with_both_shown(whole):
@@ -659,18 +659,19 @@ def test_an_overwritten_run_that_is_killed_while_it_clears_is_not_gone_on_with(w
     """The state goes before the checkpoints do."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(whole["SGD"] / "checkpoints", folder)
-    gone = []
+    gone = []  # in this order
     unlink = Path.unlink
 
     def watching(self, missing_ok=False):
         gone.append(self.name)
         unlink(self, missing_ok)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with small_run(folder, torch.nn.Linear(2, 2)) as run, pytest.MonkeyPatch.context() as patch:
+        run.args.overwrite = True
         patch.setattr(Path, "unlink", watching)
-        clear(folder, overwrite=True)
-    assert gone[0] == "state.pt"
-    assert len(gone) == 8
+        run.start()
+    assert gone[:2] == ["state.pt", "0.pt"]
+    assert len(gone) == 9  # and the lock
 
 
 # --- odd command lines ---

@@ -1,7 +1,7 @@
-"""How many ranks hold TWA's model and basis: `--parallel`, which says it or leaves it to memory.
+"""How TWA uses several ranks: `--parallel` says who holds model and basis, or memory decides.
 
-Replicated, each rank holds all of both, and a step sums n floats. Sharded by FSDP2, the ranks hold
-them together, and a step gathers the weights and scatters the gradient. The hybrid is sharded
+Replicated, each rank holds both whole, and a step sums n floats. Sharded by FSDP2, each rank holds
+its shard of both, and a step gathers weights and scatters the gradient. The hybrid is sharded
 within each machine and replicated between machines.
 """
 
@@ -19,8 +19,8 @@ from twa.ranks.replicas import gathers
 from twa.storage.memory import Plan, free_memory
 from utils import UserError
 
-WAYS = ("replicate", "hybrid", "shard")  # from the least on the wire to the least in memory
-RIDERS = 4  # floats that TWA sums beside those of the coefficients
+STRATEGIES = ("replicate", "hybrid", "shard")  # by what a step sends; the last needs least memory
+EXTRAS = 4  # floats that TWA sums together with the gradient of the coefficients
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--parallel",
         default="auto",
-        choices=("auto", *WAYS),
+        choices=("auto", *STRATEGIES),
         help="what a rank holds of model and basis: all (replicate), a shard (shard), a shard "
         "within its machine (hybrid); auto: the first of replicate, hybrid and shard for which "
         "half of the free memory is enough",
@@ -42,121 +42,112 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Layout:
-    """What each rank holds; chosen when the model is made.
-
-    Args:
-        args: the script's arguments.
+    """What each rank holds; chosen when the model is built.
 
     Attributes:
-        way: "replicate", "hybrid" or "shard", where there are ranks.
-        group: the ranks over which TWA sums the gradient of its coefficients, where more than one
-            holds the model; None otherwise.
+        strategy: one of `STRATEGIES`; None in one process.
+        group: the ranks over which TWA sums the gradient of its coefficients; None where each rank
+            holds a shard or there is one rank.
 
     Raises:
-        UserError: a way is asked for, and there are no ranks.
+        UserError: `--parallel` is given without `torchrun`.
     """
 
     def __init__(self, args: argparse.Namespace):
         if args.parallel != "auto" and not ranks.launched():
             raise UserError(f"--parallel {args.parallel}: only under torchrun, which starts ranks")
-        self.way: str | None = None
-        self.group: dist.ProcessGroup | None = None
         self._args = args
+        self.strategy: str | None = None
+        self.group: dist.ProcessGroup | None = None
 
     def shard(self, model: nn.Module, device: torch.device) -> bool:
-        """Chooses, and shards `model` among the ranks on `device` where that is the choice.
+        """Chooses the strategy; shards `model` on `device` if it says so.
 
         Returns:
-            whether it is sharded.
+            whether the model is sharded.
 
         Raises:
-            UserError: what is asked for does not go with the machines or with another flag.
+            UserError: the strategy asked for is impossible on these machines or with another flag.
         """
         if ranks.world() == 1:
             return False
-        self._local = ranks.on_each_machine()
-        self.way, self._why = self._choose(model, device)
-        if self.way == "replicate":
+        counts = {*ranks.gather(ranks.local_world())}
+        self._on_each = counts.pop() if len(counts) == 1 else None
+        self.strategy, self._why = self._choose(model, device)
+        if self.strategy == "replicate":
             self.group = dist.group.WORLD
             return False
         mesh = None
-        if self.way == "hybrid":
-            shape, names = (ranks.world() // self._local, self._local), ("replicate", "shard")
+        if self.strategy == "hybrid":
+            shape, names = (ranks.world() // self._on_each, self._on_each), ("replicate", "shard")
             mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
             self.group, mesh = mesh.get_group("replicate"), mesh["shard"]
         ranks.shard(model, device, self._args.reshard_after_forward, mesh)
         return True
 
     def _choose(self, model: nn.Module, device: torch.device) -> tuple[str, str]:
-        """The way, and why it was taken."""
-        asked, impossible = self._args.parallel, self._impossible()
-        if asked in impossible:
-            raise UserError(f"--parallel {asked}: {impossible[asked]}; leave it out, or give shard")
-        if asked != "auto":
-            return asked, "as asked for"
+        """The strategy and the reason for it."""
+        args, impossible = self._args, self._impossible()
+        if args.parallel in impossible:
+            why = impossible[args.parallel]
+            raise UserError(f"--parallel {args.parallel}: {why}; leave it out, or give shard")
+        if args.parallel != "auto":
+            return args.parallel, "as asked for"
         weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        args, n = self._args, len(windows.listed(self._args))
-        plan = Plan(n, args.extract, args.components, args.bits, device)
-        # And weights, gradient, start point and a vector to work in; activations come on top.
+        plan = Plan(len(windows.listed(args)), args.extract, args.components, args.bits, device)
+        # Beside the basis: weights, gradient, start point and one more vector, in float32.
         needed = plan.build_bytes(weights) + 4 * 4 * weights
-        shared_by = ranks.local_world() if device.type == "cpu" else 1
-        free = min(ranks.gather(free_memory(device) / shared_by))
-        shares = {"replicate": 1, "hybrid": self._local, "shard": ranks.world()}
-        possible = [way for way in WAYS if way not in impossible]
-        fitting = [way for way in possible if needed / shares[way] <= free / 2]
-        way = (fitting or ["shard"])[0]
+        sharing = ranks.local_world() if device.type == "cpu" else 1
+        free = min(ranks.gather(free_memory(device) / sharing))
+        holders = {"replicate": 1, "hybrid": self._on_each, "shard": ranks.world()}
+        fitting = [s for s in STRATEGIES if s not in impossible and needed / holders[s] <= free / 2]
         why = f"model and basis take {size(needed)} of the {size(free)} that are free to a rank"
-        return way, why if "replicate" in possible else impossible["replicate"]
+        return (fitting or ["shard"])[0], impossible.get("replicate", why)
 
     def _impossible(self) -> dict[str, str]:
-        """The ways that do not go, and why."""
+        """The impossible strategies, and why."""
         why = {}
+        if self._on_each is None:
+            why["hybrid"] = "the machines do not have equally many ranks"
+        elif self._on_each in (1, ranks.world()):
+            why["hybrid"] = "takes several machines with several ranks each"
         if self._args.reshard_after_forward:
             why["replicate"] = "--reshard-after-forward is for a model that is sharded"
         if self._args.clip_grad is not None:
             norm = "--clip-grad needs the norm of the whole gradient, which only shards have"
             why |= {"replicate": norm, "hybrid": norm}
-        if self._local is None:
-            why["hybrid"] = "the machines do not have equally many ranks"
-        elif self._local in (1, ranks.world()):
-            why["hybrid"] = "takes several machines with several ranks each"
         return why
 
     def line(self, optimizer: TWA) -> str:
-        """For the log of several ranks: what was chosen, why, and what a step sends."""
-        world = ranks.world()
-        sums = len(optimizer.subspace) + RIDERS
-        gathered = 3 if self._args.reshard_after_forward else 2  # and scattered, times the weights
-        weights = sum(p.numel() for p in optimizer.subspace.parameters) * gathered / 2
-        sends = {
-            "replicate": f"{size(sent_in_sum(sums, world))} a rank",
-            "shard": f"{size(sent(weights + sums, world))} a rank",
-        }
-        if self.way == "hybrid":
-            within = sent(weights + sums, self._local)
-            between = sent_in_sum(sums, world // self._local)
-            sends["hybrid"] = (
-                f"{size(within)} a rank within a machine, {size(between)} between machines"
-            )
-        return (
-            f"parallel: {self.way} on {world} ranks ({self._why}); a step sends {sends[self.way]}"
-        )
+        """A line for the log: the strategy, the reason, and what a step sends."""
+        world, sums = ranks.world(), len(optimizer.subspace) + EXTRAS
+        passes = 3 if self._args.reshard_after_forward else 2  # over the weights; half a sum each
+        sharded = sum(p.numel() for p in optimizer.subspace.parameters) * passes / 2 + sums
+        if self.strategy == "replicate":
+            sends = f"{size(sent_in_sum(sums, world))} a rank"
+        elif self.strategy == "shard":
+            sends = f"{size(sent(sharded, world))} a rank"
+        else:
+            between = size(sent_in_sum(sums, world // self._on_each))
+            within = size(sent(sharded, self._on_each))
+            sends = f"{within} a rank within a machine, {between} between machines"
+        return f"parallel: {self.strategy} on {world} ranks ({self._why}); a step sends {sends}"
 
 
 def sent(floats: float, ranks: int) -> float:
-    """The bytes that each rank sends, and receives, in a sum of so many `floats` over `ranks`.
+    """Bytes that each rank sends, and receives, to sum `floats` over `ranks` in a ring.
 
-    The least possible, that of a ring; and of a gathering and a scattering of as many floats.
+    Gathering as many floats and scattering them takes the same.
     """
     return 4 * floats * 2 * (ranks - 1) / ranks
 
 
 def sent_in_sum(floats: int, ranks: int) -> float:
-    """The bytes that each rank sends in TWA's sum of so many `floats`."""
+    """Bytes that each rank sends in TWA's sum of `floats`."""
     return 4 * floats * (ranks - 1) if gathers(4 * floats, ranks) else sent(floats, ranks)
 
 
 def size(count: float) -> str:
-    """So many bytes: `412 B`, `60.9 MB`."""
+    """A number of bytes for people: `412 B`, `60.9 MB`."""
     power = min(4, int(math.log(max(count, 1), 1000)))
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -1,0 +1,499 @@
+"""`Run`: a script's life in its folder. Lock, log, resumable state, signals, errors in one line."""
+
+import argparse
+import contextlib
+import itertools
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from training import data, flags, ranks
+from training.files import on_cpu, read_json, remove_leftovers, save
+from training.logs import RunLog, check_trackers
+from training.loop import Trainer, device_of
+from training.signals import Signals, Stopped, ignore
+from twa.files.checkpoints import check_finite, load_into
+from twa.files.formats import CheckpointError, load, one_line, verify
+from utils import UserError, make_directory
+
+try:
+    import fcntl
+except ImportError:  # Windows has no `flock`
+    fcntl = None
+
+# Of resumable states. Up to 6 they lacked "results", and an epoch was done once it was tested.
+FORMAT = 7
+# Steps, or batches that are measured, after which the ranks ask each other for signals.
+LOOK = 5
+
+T = TypeVar("T")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Calls `main`; an error that the user can mend ends in one line on stderr, exit status 2.
+
+    A signal ends the script in one line too, with status 128 + its number, as in shells: 143 for
+    SIGTERM, 130 for SIGINT, 138 for SIGUSR1 (where that is signal 10, as on Linux). Of several
+    ranks the first one prints the line.
+    """
+    line, status, together = "", 0, False
+    try:
+        with Signals():
+            main()
+            ranks.stop()
+    except Stopped as stopped:
+        line, status = str(stopped) if ranks.first() else "", stopped.status
+        together = stopped.together
+    except Exception as error:
+        remedy = remedy_for(error)
+        if remedy is None:
+            raise
+        who = f"rank {ranks.rank()}: " if ranks.world() > 1 else ""
+        line, status = f"{who}error: {remedy}", 2
+    if line:
+        print(" ".join(line.splitlines()), file=sys.stderr, flush=True)
+    if together:
+        with contextlib.suppress(RuntimeError):  # where a rank has ended already
+            ranks.barrier()
+            ignore()  # `torchrun` ends the other ranks as soon as one has ended.
+            ranks.stop()
+    if ranks.launched():
+        ranks.leave(status)
+    if status:
+        sys.exit(status)
+
+
+def remedy_for(error: Exception) -> str | None:
+    """What went wrong and what to do, if the user can mend it; None for an error of ours."""
+    if isinstance(error, UserError | CheckpointError | MemoryError):
+        return str(error)
+    if isinstance(error, OSError):  # a full disk, a path too long, a pipe that nobody reads
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        return (  # torch has no type for it, and whether it happens depends on the model
+            "batch norm needs more than one image in each batch, the last too; "
+            "give another --batch-size"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile: {one_line(error)}; leave it out"
+    return None
+
+
+@contextlib.contextmanager
+def lock(folder: Path | str, writes: bool = True) -> Iterator[None]:
+    """Context in which no other process that takes this lock writes into `folder`.
+
+    The first rank holds a lock on the file `.lock` there. A killed process holds none, and the
+    temporary files that it left are removed.
+
+    Args:
+        writes: whether this process is going to write there; one that only reads takes no lock.
+
+    Raises:
+        UserError: another process has the lock, or the folder cannot be made or written to.
+    """
+    if not writes or not ranks.first():
+        yield
+        return
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    make_directory(folder)
+    path = folder / ".lock"
+    try:
+        file = _locked(path)
+    except BlockingIOError:
+        remedy = "wait for its end, or give another directory"
+        raise UserError(f"{folder}: another process writes there; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # before it is unlocked: the next process makes its own
+            for made_for_this in made:
+                made_for_this.rmdir()  # if it is still empty
+        os.close(file)
+
+
+def _locked(path: Path) -> int:
+    """Opens and locks the file `path`; raises BlockingIOError where another process has it."""
+    while True:
+        file = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed it between the two calls: that one locks nobody out.
+            if not fcntl or os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+class Run:
+    """Context of a run: a folder of its own, which is locked, and the state to resume from there.
+
+        with Run(args, args.out, "--out", prefix="twa_") as run:
+            model, train, test = …
+            run.set_data(model, train, test)
+            measured = run.once("averages", measure, window)
+            run.restore(trainer, late=late)
+            run.start("a line for the log")
+            run.train()
+
+    A run is resumed from a saved state under `--resume`, and where `torchrun` restarts the ranks.
+    The state is saved after each result of `once`, before the first step, when an epoch is trained
+    and not yet tested, and, when any rank gets a signal, after the current step.
+
+    Args:
+        args: the script's arguments. Those of `flags.settings` must be the same when the run is
+            resumed. With `--evaluate` nothing is locked or saved.
+        folder: where the state, `<prefix>state.pt`, is saved.
+        flag: the flag that names `folder` on the command line.
+        log_dir: where log and metrics go; None for `folder`.
+        prefix: of the files' names.
+
+    Attributes:
+        done: epochs that are done.
+        resumed: whether the run is resumed from a state in its own folder.
+        log: the run's log, from `start` on.
+
+    Raises:
+        UserError: on entering: the folder is locked, or its state belongs to other settings.
+        CheckpointError: the state to resume from cannot be read.
+    """
+
+    log: RunLog
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        folder: Path | str,
+        flag: str,
+        *,
+        log_dir: Path | str | None = None,
+        prefix: str = "",
+    ):
+        self.args, self.folder, self._flag, self._prefix = args, Path(folder), flag, prefix
+        self._log_dir = Path(log_dir or folder)
+        self._path = self._source = self.folder / f"{prefix}state.pt"
+        self._evaluates = vars(args).get("evaluate", False)
+        self._settings = {} if self._evaluates else flags.settings(args)
+        self.done, self.resumed = 0, False
+        self._saved: dict | None = None  # the state to resume from, until it is restored
+        self._results: dict[str, dict] = {}
+        self._parts: dict[str, object] = {}
+        self._trained = self._early = False  # whether the file has weights; or results alone
+        self._signals: Signals | None = None  # while it trains
+
+    def __enter__(self) -> "Run":
+        check_trackers(self.args)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock(self.folder, writes=not self._evaluates))
+            if not self._evaluates:
+                self._read()
+            self._unlock = stack.pop_all().close
+        return self
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        if self._early and isinstance(error, Exception) and ranks.first():
+            self._path.unlink(missing_ok=True)  # what mends the error may make other results
+        self._unlock()
+
+    def _read(self) -> None:
+        """Reads the state to resume from, or checks that the folder has no results to protect."""
+        resume = self.args.resume
+        self._source = Path(resume or self._path)
+        if self._evaluates and resume == "" and not self._source.exists():
+            raise UserError(f"--resume: there is no {self._source} to evaluate; train first")
+        if resume or (self._source.exists() and (resume is not None or ranks.restarts())):
+            self._saved = _read_state(self._source, self._flag)
+            self._check(self._saved)
+            self.resumed = self._source.resolve().parent == self._path.resolve().parent
+
+    def _check(self, state: dict) -> None:
+        """Raises a `UserError` if `state` was saved with other settings."""
+        for key, value in self._settings.items():
+            if state["settings"].get(key) != value:
+                raise UserError(
+                    f"{self._source}: was saved with {key} {state['settings'].get(key)}, but this "
+                    f"run has {key} {value}; give that, or another {self._flag} to start anew"
+                )
+
+    def set_data(self, model: nn.Module, train: data.Loader, test: data.Loader) -> None:
+        """Tells the run what it is about, before anything is measured.
+
+        On a signal, all ranks stop within a few batches of what is measured on `train` and `test`.
+
+        Raises:
+            UserError: the saved state was trained on other data.
+        """
+        self._model, self._device = model, device_of(model)
+        train.watch = test.watch = self._watch
+        if self._evaluates:
+            return
+        self._settings["data_dir"] = train.split.spec.content  # what they are, not where they lie
+        state, self._trained = self._saved, self._path.exists()
+        if not state and self._trained and not hasattr(self.args, "overwrite"):
+            with contextlib.suppress(CheckpointError):  # nobody can resume from it
+                state = _read_state(self._path, self._flag)
+        if state:
+            self._trained = "model" in state
+            if self._saved or self._trained:  # whose results would be replaced
+                self._check(state)
+        if self._saved:
+            self._results = self._saved["results"]
+
+    def _watch(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields `batches`; where any rank gets a signal, all stop between two of them."""
+        if not self._signals and ranks.world() == 1:  # a signal raises at once
+            yield from batches
+            return
+        training = self._signals is not None
+        with contextlib.nullcontext(self._signals) if training else Signals(True) as signals:
+            for i, batch in enumerate(batches):
+                if i % LOOK == 0:
+                    signals.check(self.save if training else None)
+                yield batch
+
+    def once(self, name: str, compute: Callable[[], T], files: Iterable[Path] = ()) -> T:
+        """What `compute` returns, which a resumed run takes from the saved state.
+
+        Random draws in `compute` do not count: the generators' states are restored after it.
+
+        Args:
+            name: of the result, one for each.
+            compute: returns plain numbers, strings, lists and dicts, the same on all ranks.
+            files: what the result depends on. If names, sizes or times have changed, it is computed
+                again.
+        """
+        stamp = _stamp(files) if ranks.rank() == 0 else None
+        mine = self._results.get(name, {"stamp": None})
+        stamp, found = ranks.gather((stamp, mine))[0]  # the first rank decides for all
+        if found["stamp"] == stamp:
+            return found["value"]
+        before = random_states(self._device)
+        self._results[name] = {"stamp": stamp, "value": compute()}
+        set_random_states(before)
+        if self._parts or not (self._trained or self._evaluates):
+            self.save()
+        return self._results[name]["value"]
+
+    def restore(self, trainer: Trainer, first_epoch: int = 0, **parts) -> None:
+        """Takes what is to be trained, and restores the saved state if the run is resumed.
+
+        Args:
+            first_epoch: epochs that count as done if there is no state to resume from.
+            parts: what has a `state_dict` and belongs to the run besides what the trainer has.
+
+        Raises:
+            UserError, CheckpointError: the state does not fit.
+        """
+        if self._evaluates:
+            self._read()
+        self.done = self._first_epoch = first_epoch
+        self._trainer, trainer.state = trainer, self._path
+        self._parts = parts | {
+            name: getattr(trainer, name) for name in ("optimizer", "scheduler", "progress")
+        }
+        state, self._saved = self._saved, None
+        if not state or "model" not in state:
+            return
+        load_into(self._model, state["model"], name=str(self._source))
+        for name, part in self._parts.items():
+            try:
+                part.load_state_dict(state[name])
+            except (KeyError, ValueError, RuntimeError) as error:
+                does_not = f"the state of the {name} does not fit ({error})"
+                raise UserError(f"{self._source}: {does_not}") from None
+        self.done = state["epoch"]
+        own = state
+        if len(state["ranks"]) == ranks.world():
+            own = state["ranks"][ranks.rank()]
+            for name, buffer in ranks.buffers_of(self._model).items():
+                buffer.copy_(own["buffers"][name])
+        set_random_states(own["random"])
+
+    def save(self) -> None:
+        """Saves the state; called on every rank.
+
+        Another number of ranks can continue from it; the same number does so to the bit, as it
+        holds what differs between ranks, random states and buffers. Weights that hold NaN or
+        infinity are not saved: a `NotFiniteError` names the first.
+        """
+        state = {"format": FORMAT, "settings": self._settings, "results": self._results}
+        if self._parts:
+            buffers = on_cpu(ranks.buffers_of(self._model))
+            own = {"random": random_states(self._device), "buffers": buffers}
+            state |= {"epoch": self.done, "random": own["random"]}
+            state["ranks"] = ranks.gather(own) if ranks.world() > 1 else []
+            state |= {name: part.state_dict() for name, part in self._parts.items()}
+            state["model"] = ranks.state_dict_of(self._model)
+        if ranks.rank() == 0:
+            check_finite(state.get("model", {}), f"{self._path} is unchanged")
+            save(state, self._path)
+        self._early = "model" not in state
+
+    @property
+    def is_before_first_step(self) -> bool:
+        return self.done == self._first_epoch and self._trainer.progress.iteration == 0
+
+    def start(self, *lines: str) -> None:
+        """Opens the log with `lines`, and saves the state if no step is done yet.
+
+        A script with `--overwrite` owns the checkpoints in the folder: those of an earlier run go.
+
+        Raises:
+            UserError: there are some, or a log of others, and `--overwrite` is not given.
+        """
+        if hasattr(self.args, "overwrite") and not self.resumed:
+            self._keep_other_log()
+            self._clear()
+        self.log = RunLog(self.args, self._log_dir, self._prefix, self.done)
+        self._trainer.line = self.log.line
+        for line in lines:
+            self.log.line(line)
+        if self.is_before_first_step:
+            self.save()
+
+    def _keep_other_log(self) -> None:
+        path = self._log_dir / f"{self._prefix}run.json"
+        other, own = read_json(path).get("arguments", {}), vars(self.args)
+        if not {"save_dir", "log_dir"} <= other.keys() or own["resume"] or own["overwrite"]:
+            return  # a named state is continued, and so is the log
+        # Relative to the folder of the log, which may have been moved or have several names.
+        ours, its = (os.path.relpath(a["save_dir"], a["log_dir"]) for a in (own, other))
+        if ours != its:
+            raise UserError(
+                f"{path}: is of the run with the checkpoints in {other['save_dir']}; give another "
+                "--log-dir, or --overwrite to replace it"
+            )
+
+    def _clear(self) -> None:
+        if ranks.rank() > 0:
+            return
+        earlier = [path for path in self.folder.glob("*.pt") if path.stem.isdecimal()]
+        if earlier and not self.args.overwrite:
+            raise UserError(
+                f"{self.folder}: holds the checkpoints of an earlier run; "
+                "--resume continues it, --overwrite replaces it"
+            )
+        # The state first: a kill here must not leave a state whose checkpoints are gone.
+        for path in (self._path, *earlier):
+            path.unlink(missing_ok=True)
+
+    def train(
+        self,
+        after_step: Callable[[int, int], None] | None = None,
+        after_training: Callable[[int], None] | None = None,
+        after_epoch: Callable[[int, dict], None] | None = None,
+    ) -> None:
+        """Trains the epochs that are left, or tests one that is trained.
+
+        Args:
+            after_step: called after each optimizer step with the epoch, from 1 on, and the
+                iterations done in it.
+            after_training: called with the epoch once it is trained, before the state is saved and
+                the model is tested.
+            after_epoch: called with the epoch and its metrics, which it may add to, after the test.
+                Changes nothing that is saved.
+        """
+        trainer, optimizer, steps = self._trainer, self._trainer.optimizer, itertools.count(1)
+        # Ranks that ask each other wait for their accelerators. TWA's sum says whether they must.
+        every = 1 if ranks.world() == 1 or self._device.type == "cpu" else LOOK
+        save_every = vars(self.args).get("save_freq", 1)
+
+        def stop() -> None:
+            optimizer.stop = True
+
+        def step_done(iteration: int) -> None:
+            if after_step:
+                after_step(self.done + 1, iteration)
+            due = next(steps) % every == 0 and iteration < len(trainer.train)
+            if due and getattr(optimizer, "stopping", True):
+                self._signals.check(self.save)
+
+        def trained(epoch: int) -> None:
+            if after_training:
+                after_training(epoch)
+            if epoch % save_every == 0 or epoch == trainer.epochs:
+                self.save()
+            self._signals.check(self.save)
+
+        with Signals(deferred=True, on_signal=stop) as self._signals:
+            for epoch in range(self.done + 1, trainer.epochs + 1):
+                metrics = trainer.epoch(epoch, step_done, trained)
+                if after_epoch:
+                    after_epoch(epoch, metrics)
+                self.log.epoch(metrics, getattr(optimizer, "averaging_weights", None))
+                self.done = epoch
+                if epoch == trainer.epochs:
+                    self.save()
+                self._signals.check(self.save)
+        self._signals = None
+
+
+def _read_state(path: Path, flag: str) -> dict:
+    """The state in the file `path`, which is mapped.
+
+    Raises:
+        UserError: it is no state, or one of another format.
+        CheckpointError: the file cannot be read.
+    """
+    if ranks.first():  # reads all of it; the others read their part
+        verify(path)
+    state = load(path)
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path}: is not a resumable state")
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"{path}: has format {state['format']}, this version reads format {FORMAT}; "
+            f"continue with the version that wrote it, or give another {flag} to start anew"
+        )
+    return state
+
+
+def _stamp(files: Iterable[Path]) -> list[tuple]:
+    """Names, sizes and times of `files`, and of all files in those that are folders."""
+    paths = [p for path in files for p in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def random_states(device: torch.device) -> dict:
+    """The state of every generator that `utils.set_seed` seeds, as plain tensors and numbers.
+
+    Of accelerators that of the current one, where the run computes on it.
+    """
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict) -> None:
+    """Restores what `random_states` returned, of the accelerators that are here."""
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        if kind in states:
+            torch.get_device_module(kind).set_rng_state(states[kind])
