@@ -76,6 +76,30 @@ def run_reduced(script: str, *args: str) -> None:
     run_script(script, *args)
 
 
+def run_slowly(script: str, *args: str) -> None:
+    """As `run_script`; what is measured comes in 57 batches, each of which prints a line.
+
+    With $PAUSE there are so many seconds between two of them.
+    """
+    batches = data.Loader.batches
+
+    def paused(self, start: int = 0):
+        if self.train:
+            return batches(self, start)
+        self.batch_size = 16
+
+        def slowly():
+            for batch in batches(self, start):
+                print("measures a batch", flush=True)
+                time.sleep(float(os.environ.get("PAUSE", 0)))
+                yield batch
+
+        return slowly()
+
+    data.Loader.batches = paused
+    run_script(script, *args)
+
+
 @contextlib.contextmanager
 def small_run(folder: Path, model: torch.nn.Module, resume: str | None = None, **flags):
     """A run of `model` on ten digits, in `folder`, before it starts."""
@@ -141,6 +165,11 @@ def start(folder: Path, script: str, *args, **how) -> Child:
 
 def in_child(folder: Path, script: str, *args, **how) -> Result:
     return start(folder, script, *args, **how).end()
+
+
+def start_slowly(folder: Path, script: str, *args, pause: float = 0.0) -> Child:
+    """A child that measures slowly; see `run_slowly`."""
+    return Child(folder, run_slowly, script, *map(str, args), environment={"PAUSE": str(pause)})
 
 
 class Ranks:

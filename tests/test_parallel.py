@@ -224,7 +224,7 @@ def layout(monkeypatch, *flags: str, ranks: int = 8, on_each: int | None = 4, fr
     monkeypatch.setattr(parallel.ranks, "shard", lambda *_: None)
     monkeypatch.setattr(parallel, "init_device_mesh", lambda *_, **__: MagicMock())
     monkeypatch.setattr(parallel.windows, "listed", lambda _: range(11))
-    monkeypatch.setattr(parallel, "free_memory", lambda _: free)
+    monkeypatch.setattr(parallel, "free_memory", lambda _: free * (on_each or 1))
     return parallel.Layout(args)
 
 

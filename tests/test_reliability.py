@@ -16,11 +16,21 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from processes import ROOT, Child, Result, in_child, small_run, start, start_server
+from processes import (
+    ROOT,
+    Child,
+    Result,
+    in_child,
+    small_run,
+    start,
+    start_server,
+    start_slowly,
+)
 from safetensors.torch import save_file
 
 # Helpers, not tests: how scripts are called, and what is compared.
@@ -40,7 +50,8 @@ from test_scripts import (
 )
 
 import models
-from training import data, report
+import twa
+from training import data, report, windows
 from training import run as runs
 from training.files import save
 from training.run import lock, run_script
@@ -265,6 +276,77 @@ def test_a_signal_saves_the_state_in_mid_epoch(whole, tmp_path, kind, number):
     assert without_seconds(folder / name) == without_seconds(whole[kind] / name)
 
 
+@pytest.mark.parametrize("kind", ["SGD", "SWA"])
+def test_a_signal_in_the_test_stops_there_and_goes_straight_to_it(tmp_path, kind):
+    """Of an epoch whose state is not due, with SWA: it is saved then."""
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    succeed(start_slowly(whole, *RUNS[kind].command(whole)).end())
+    child = start_slowly(stopped, *RUNS[kind].command(stopped), pause=0.1)
+    child.wait_for("measures a batch")
+    child.send(signal.SIGTERM)
+    ended = child.end()
+    assert ended.status == 143
+    assert ended.err.endswith("continue with the same command, which has --resume\n")
+    assert ended.out.count("measures a batch") < 20  # of 57
+    assert "epoch 1/" in ended.out
+    going_on = succeed(start_slowly(stopped, *RUNS[kind].command(stopped)).end())
+    assert "epoch 1/" not in going_on.out
+    assert_same_results(kind, stopped, whole)
+    assert without_seconds(stopped / "metrics.jsonl") == without_seconds(whole / "metrics.jsonl")
+
+
+class Interrupted(BaseException):
+    """What no script catches."""
+
+
+@pytest.mark.parametrize("moment", ["search", "training"])
+def test_a_resumed_twa_measures_and_searches_nothing_twice(whole, tmp_path, monkeypatch, moment):
+    folder = whole.prepare("TWA", tmp_path / "run")
+    command = RUNS["TWA"].command(folder)
+    if moment == "training":
+        child = start(folder, *command)
+        child.wait_for(RUNS["TWA"].moment)
+        child.send(signal.SIGKILL)
+        child.end()
+        monkeypatch.setattr(twa, "best_start", None)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(twa, "best_start", MagicMock(side_effect=Interrupted))
+            call(*command)
+        assert "model" not in load(folder / "twa_state.pt")
+    monkeypatch.setattr(windows, "averages_of", None)
+    succeed(call(*command))
+    assert_same_results("TWA", folder, whole["TWA"])
+    found, expected = (json.loads((f / "twa.json").read_text()) for f in (folder, whole["TWA"]))
+    for key in ("results", "sgd", "sample_losses", "start", "averaging_weights"):
+        assert without(found[key], "seconds") == without(expected[key], "seconds")
+
+
+def without(values, name: str):
+    """Nested dicts without what is called so."""
+    if not isinstance(values, dict):
+        return values
+    return {key: without(value, name) for key, value in values.items() if key != name}
+
+
+def test_other_checkpoints_are_measured_anew_and_a_refusal_leaves_no_results(whole, tmp_path):
+    folder = whole.prepare("TWA", tmp_path / "run")
+    command = RUNS["TWA"].command(folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(twa, "best_start", MagicMock(side_effect=Interrupted))
+        call(*command)
+    before = load(folder / "twa_state.pt")["results"]["averages"]["value"]
+    shutil.copy(folder / "checkpoints/2.pt", folder / "checkpoints/6.pt")
+    succeed(call(*command))
+    results = json.loads((folder / "twa.json").read_text())["results"]
+    assert results["last"]["loss"] != before["last"]["loss"]
+    (folder / "twa_state.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twa, "best_start", MagicMock(side_effect=UserError("no start")))
+        assert "no start" in one_line(call(*command))
+    assert not (folder / "twa_state.pt").exists()
+
+
 @pytest.mark.parametrize("kind", ["fine-tuning", "soup"])
 def test_a_signal_keeps_the_runs_and_soups_that_stand(whole, tmp_path, kind):
     folder = whole.prepare(kind, tmp_path / "run")
@@ -464,16 +546,55 @@ def test_the_second_process_in_a_folder_is_refused(whole, tmp_path, kind):
     assert_same_results(kind, folder, whole[kind])
 
 
-def test_a_lock_whose_file_has_gone_meanwhile_is_taken_anew(tmp_path):
-    """A process that opened the file just before its holder took it away."""
+def enter_late(folder: Path) -> None:
+    """Takes the lock; between opening its file and locking it there is time for others."""
+    opens = os.open
+
+    def slow_open(path, *args, **how):
+        file = opens(path, *args, **how)
+        if str(path).endswith(".lock"):
+            os.open = opens
+            print("opened")
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+        return file
+
+    os.open = slow_open
+    try:
+        with lock(folder):
+            print("entered")
+    except UserError as error:
+        print(error)
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_a_lock_file_that_its_holder_removes_locks_nobody_in(tmp_path, another):
     with lock(tmp_path):
-        with pytest.raises(UserError, match="another process"), lock(tmp_path):
-            pass
-        (tmp_path / ".lock").unlink()
-        (tmp_path / ".lock").write_text("")
-        with lock(tmp_path):
-            assert (tmp_path / ".lock").exists()
-    assert names(tmp_path) == set()
+        late = Child(tmp_path / "late", enter_late, tmp_path)
+        late.wait_for("opened")
+    with lock(tmp_path) if another else contextlib.nullcontext():
+        (tmp_path / "go").touch()
+        said = late.end().out.splitlines()
+    refused = (
+        f"{tmp_path}: another process writes there; wait for its end, or give another directory"
+    )
+    assert said == ["opened", refused if another else "entered"]
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_only_the_temporary_files_of_processes_that_ended_are_removed(tmp_path):
+    sleeping = Child(tmp_path / "sleeping", time.sleep, 60)
+    ended = Child(tmp_path / "ended", os.getpid)
+    ended.end()
+    writing = tmp_path / f".log.{sleeping.process.pid}.tmp"
+    leftover = tmp_path / f".log.{ended.process.pid}.tmp"
+    for path in (writing, leftover):
+        path.touch()
+    with lock(tmp_path):
+        assert writing.exists()
+        assert not leftover.exists()
+    sleeping.send(signal.SIGKILL)
+    sleeping.end()
 
 
 def test_a_folder_that_was_made_for_a_lock_alone_goes_with_it(tmp_path):

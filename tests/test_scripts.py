@@ -1008,7 +1008,7 @@ def test_divergence_ends_in_one_line_and_leaves_the_last_state(run):
     # A state whose next epoch must diverge.
     path = run / "checkpoints/state.pt"
     state = torch.load(path, weights_only=True)
-    state["epoch"] = 3
+    state["epoch"] = state["progress"]["epoch"] = 3
     state["optimizer"]["param_groups"][0]["lr"] = 1e30
     state["scheduler"]["base_lrs"] = [1e34]
     torch.save(state, path)
