@@ -27,13 +27,14 @@ import torch
 import models
 import utils
 from training import data, flags, optimizers, ranks
-from training.files import load_verified, read_lines, save, write_json, write_lines
+from training.files import read_lines, save, write_json, write_lines
 from training.flags import number
 from training.logs import provenance
 from training.loop import Diverged, Trainer, build, describe
 from training.optimizers import OPTIMIZERS, SCHEDULES
 from training.run import lock, run_script
-from twa.files.checkpoints import CheckpointError
+from twa.files.checkpoints import CheckpointError, load_into
+from twa.files.formats import verify
 from utils import UserError
 
 
@@ -95,7 +96,8 @@ def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
         models.imagenet.load_pretrained(model, args.arch)
         origin = "torchvision"
     else:
-        load_verified(model, args.base)
+        verify(args.base)
+        load_into(model, args.base)
         origin = hashlib.sha256(Path(args.base).read_bytes()).hexdigest()[:16]
     return copy.deepcopy(model.state_dict()), origin
 
@@ -117,7 +119,8 @@ def is_finished(record: dict | None, settings: dict, path: Path, model: torch.nn
     if record["validation"] is None:
         return True
     try:
-        load_verified(model, path)
+        verify(path)
+        load_into(model, path)
     except CheckpointError:
         return False
     return True

@@ -32,7 +32,7 @@ from torch import Tensor
 import models
 import utils
 from training import coefficients, data, flags, image_folders, ranks, report
-from training.files import load_verified, read_lines, save, write_json, write_lines
+from training.files import read_lines, save, write_json, write_lines
 from training.flags import number
 from training.logs import provenance
 from training.loop import (
@@ -50,6 +50,7 @@ from training.loop import (
 from training.optimizers import SCHEDULES
 from training.run import lock, run_script
 from twa.files.checkpoints import Checkpoint, average, load_into
+from twa.files.formats import verify
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on
@@ -334,7 +335,8 @@ def make_soups(args):
     refuse_other_split(paths, args)
     evaluator = Evaluator(args)
     for path in paths:
-        load_verified(evaluator.model, path)
+        verify(path)
+        load_into(evaluator.model, path)
         warnings.filterwarnings("ignore", "ignored in the checkpoints")  # said of the first
 
     solutions, settings = Solutions(log_dir, evaluator), settings_of(paths, args)

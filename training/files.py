@@ -1,27 +1,23 @@
 """Files: written whole or not at all, and read only once they are known to be whole."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from twa.files.checkpoints import CheckpointError, load_into
-from twa.files.formats import verify
+from twa.files.formats import CheckpointError
 from utils import UserError
 
 
 def save(obj, path: str | os.PathLike) -> None:
-    """`torch.save` with all tensors on the CPU, atomically: see `replacing`."""
-    obj = on_cpu(obj)
+    """`torch.save`, atomically: see `replacing`."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(obj, file)
@@ -30,61 +26,53 @@ def save(obj, path: str | os.PathLike) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def on_cpu(obj):
-    """`obj` with all tensors in its dicts, lists and tuples on the CPU.
+def on_cpu(state):
+    """The same dicts, lists and tuples with their tensors on the CPU, after one wait for a device.
 
-    Copies are queued, so that a model costs one wait for its device.
+    A `state_dict` keeps its attributes.
     """
     devices = set()
 
     def move(value):
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if isinstance(value, Tensor):
             devices.add(value.device)
             return value.to("cpu", non_blocking=True)
-        if isinstance(value, dict):  # a state_dict has attributes, which are kept
+        if isinstance(value, dict):
             moved = copy.copy(value)
             moved.update({key: move(part) for key, part in value.items()})
             return moved
         return type(value)(map(move, value)) if type(value) in (list, tuple) else value
 
-    moved = move(obj)
-    for device in devices:
+    moved = move(state)
+    for device in devices - {torch.device("cpu")}:
         torch.accelerator.synchronize(device)
     return moved
 
 
-class replacing:
-    """Context manager: yields a temporary path beside `path`, which is renamed to it at the end.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Context that yields a temporary path beside `path`, which is renamed to it at the end.
 
-    A reader finds the complete old file or the complete new one. If the block raises, the temporary
-    file is removed and `path` is unchanged. The data are flushed to the disk before the renaming,
-    so that a crash leaves no empty file. A process that is killed in the block leaves its temporary
-    file; `remove_leftovers` removes it.
+    A reader finds the complete old file or the complete new one: the data are on the disk before
+    the renaming. If the block raises, `path` is unchanged. A process that is killed in it leaves
+    its temporary file to `remove_leftovers`.
 
     Raises:
         CheckpointError: the disk is full, or the file cannot be written for another reason.
     """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, _, error: BaseException | None, __) -> None:
-        try:
-            if error is None:
-                with open(self.temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(self.temporary, self.path)
-                return
-        except OSError as failed:
-            error = failed
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            self.temporary.unlink()
+            temporary.unlink()
         if isinstance(error, OSError):
-            raise unwritable(self.path, error) from None
+            raise unwritable(path, error) from None
+        raise
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -100,16 +88,6 @@ def unwritable(path: Path, error: OSError) -> CheckpointError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "; make room there: what was saved before is intact" if full else ""
     return CheckpointError(f"{path}: cannot be written ({error.strerror or error}){remedy}")
-
-
-def load_verified(model: nn.Module, path: str | os.PathLike) -> None:
-    """Loads the checkpoint `path` into `model` once it is known to be whole and to fit.
-
-    Raises:
-        CheckpointError: as `verify` and `load_into`; the model is unchanged.
-    """
-    verify(path)
-    load_into(model, path)
 
 
 def append(path: Path, text: str) -> None:

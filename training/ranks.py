@@ -4,12 +4,10 @@ Without `torchrun` there is one rank, and each function does what one process wo
 """
 
 import atexit
-import contextlib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,8 +45,23 @@ def local_rank() -> int:
 
 
 def local_world() -> int:
-    """How many ranks there are on this machine."""
+    """The number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def refuse() -> None:
+    """Raises a `UserError` if `torchrun` started this script, which runs in one process."""
+    if launched():
+        raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
 
 
 def start(device: torch.device) -> None:
@@ -58,29 +71,18 @@ def start(device: torch.device) -> None:
         torch.get_device_module(device).set_device(device)
     if not launched() or dist.is_initialized():
         return
-    backend = dist.get_default_backend_for_device(device)
-    # With its device, collectives that take no tensor (`barrier`) do not have to guess it.
-    how = {"device_id": device} if accelerator else {}
-    with default_signals():
-        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:  # machines may count restarts otherwise
-            dist.init_process_group(backend, **how)
-            return
-        # After a restart the store still holds the addresses of dead ranks, hence the prefix.
-        store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"restart {restarts()}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, **how)
-
-
-@contextlib.contextmanager
-def default_signals() -> Iterator[None]:
-    """Context in which signals have their default action: a wait would delay Python's handlers.
-
-    `torchrun`'s SIGTERM then ends a rank that waits for a dead one.
-    """
+    # `barrier`, which takes no tensor, then does not have to guess the device.
+    how: dict = {"device_id": device} if accelerator else {}
+    # A wait would delay Python's handlers: `torchrun`'s SIGTERM ends who waits for a dead rank.
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
-        yield
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # machines may count restarts otherwise
+            store, rank, world = next(dist.rendezvous("env://"))
+            # After a restart the addresses of dead ranks are still in the store.
+            store = dist.PrefixStore(f"restart {restarts()}", store)
+            how |= {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(dist.get_default_backend_for_device(device), **how)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -105,33 +107,18 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """How many ranks there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def barrier() -> None:
     """Waits until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def refuse() -> None:
-    """Raises a `UserError` if `torchrun` started this script, which runs in one process."""
-    if launched():
-        raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
-
-
 def largest(number: int) -> int:
     """The largest `number`, an int32, of all ranks."""
     if not dist.is_initialized():
         return number
-    on_cpu = dist.get_backend() == "gloo"
-    device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
+    gloo = dist.get_backend() == "gloo"
+    device = "cpu" if gloo else torch.accelerator.current_accelerator()
     tensor = torch.tensor(number, dtype=torch.int32, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
@@ -178,24 +165,24 @@ def replicate(model: nn.Module) -> nn.Module:
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that differ between the ranks, by name: batch norm's running statistics."""
+    """The buffers that differ between ranks, by name: batch norm's running statistics."""
     return {name: b for name, b in model.named_buffers() if b.is_floating_point()}
 
 
-@torch.no_grad()
-def mean(tensor: Tensor) -> Tensor:
-    """The mean of `tensor` over the ranks."""
-    if dist.is_initialized():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        tensor /= world()
-    return tensor
+def _mean_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Means over the ranks, in new tensors."""
+    means = {name: buffer.clone() for name, buffer in buffers_of(model).items()}
+    for mean in means.values():
+        dist.all_reduce(mean)
+        mean /= world()
+    return means
 
 
 def average_buffers(model: nn.Module) -> None:
     """Replaces batch norm's running statistics by their means over the ranks."""
-    for buffer in buffers_of(model).values() if dist.is_initialized() else ():
-        buffer.copy_(mean(buffer))
+    if dist.is_initialized():
+        for name, mean in _mean_buffers(model).items():
+            model.get_buffer(name).copy_(mean)
 
 
 def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
@@ -207,8 +194,8 @@ def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
         return on_cpu(model.state_dict())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    means = {name: mean(buffer) for name, buffer in buffers_of(model).items()}
-    return state | on_cpu({name: value for name, value in means.items() if name in state})
+    means = on_cpu(_mean_buffers(model))
+    return state | {name: mean for name, mean in means.items() if name in state}
 
 
 def save_model(model: nn.Module, path: str | os.PathLike) -> None:

@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,20 +27,17 @@ try:
 except ImportError:  # Windows has no `flock`
     fcntl = None
 
-# Of resumable states. Up to 6 they lacked "results", and an epoch was done once it was tested.
+# Of resumable states. Up to 6 they had no "results", and the test was part of an epoch.
 FORMAT = 7
 # Steps, or batches that are measured, after which the ranks ask each other for signals.
 LOOK = 5
-
-T = TypeVar("T")
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Calls `main`; an error that the user can mend ends in one line on stderr, exit status 2.
 
     A signal ends the script in one line too, with status 128 + its number, as in shells: 143 for
-    SIGTERM, 130 for SIGINT, 138 for SIGUSR1 (where that is signal 10, as on Linux). Of several
-    ranks the first one prints the line.
+    SIGTERM, 130 for SIGINT. Of several ranks the first one prints the line.
     """
     line, status, together = "", 0, False
     try:
@@ -77,10 +73,9 @@ def remedy_for(error: Exception) -> str | None:
     if isinstance(error, OSError):  # a full disk, a path too long, a pipe that nobody reads
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
-        return (  # torch has no type for it, and whether it happens depends on the model
-            "batch norm needs more than one image in each batch, the last too; "
-            "give another --batch-size"
-        )
+        # torch has no type for it, and whether it happens depends on the model
+        what = "batch norm needs more than one image in each batch, the last too"
+        return f"{what}; give another --batch-size"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile: {one_line(error)}; leave it out"
     return None
@@ -90,11 +85,11 @@ def remedy_for(error: Exception) -> str | None:
 def lock(folder: Path | str, writes: bool = True) -> Iterator[None]:
     """Context in which no other process that takes this lock writes into `folder`.
 
-    The first rank holds a lock on the file `.lock` there. A killed process holds none, and the
-    temporary files that it left are removed.
+    The first rank locks the file `.lock` there. A killed process holds no lock, and the temporary
+    files that it left are removed.
 
     Args:
-        writes: whether this process is going to write there; one that only reads takes no lock.
+        writes: False for a process that only reads: it takes no lock.
 
     Raises:
         UserError: another process has the lock, or the folder cannot be made or written to.
@@ -107,7 +102,8 @@ def lock(folder: Path | str, writes: bool = True) -> Iterator[None]:
     make_directory(folder)
     path = folder / ".lock"
     try:
-        file = _locked(path)
+        while (file := _locked(path)) is None:
+            pass
     except BlockingIOError:
         remedy = "wait for its end, or give another directory"
         raise UserError(f"{folder}: another process writes there; {remedy}") from None
@@ -118,49 +114,48 @@ def lock(folder: Path | str, writes: bool = True) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # before it is unlocked: the next process makes its own
-            for made_for_this in made:
-                made_for_this.rmdir()  # if it is still empty
+            path.unlink()  # while it is locked: the next process makes its own
+            for empty in made:
+                empty.rmdir()
         os.close(file)
 
 
-def _locked(path: Path) -> int:
-    """Opens and locks the file `path`; raises BlockingIOError where another process has it."""
-    while True:
-        file = os.open(path, os.O_CREAT | os.O_RDWR)
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its holder may have removed it between the two calls: that one locks nobody out.
-            if not fcntl or os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(file)
-            raise
+def _locked(path: Path) -> int | None:
+    """The descriptor of the file `path`, locked; None if its last holder has just removed it."""
+    file = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not fcntl or os.path.samestat(os.fstat(file), os.stat(path)):
+            return file
+    except FileNotFoundError:
+        pass
+    except OSError:
         os.close(file)
+        raise
+    os.close(file)
+    return None
 
 
 class Run:
-    """Context of a run: a folder of its own, which is locked, and the state to resume from there.
+    """Context of a run: its folder is locked, and it can be stopped at any time and resumed.
 
         with Run(args, args.out, "--out", prefix="twa_") as run:
             model, train, test = …
             run.set_data(model, train, test)
             measured = run.once("averages", measure, window)
-            run.restore(trainer, late=late)
+            run.restore(trainer)
             run.start("a line for the log")
             run.train()
 
-    A run is resumed from a saved state under `--resume`, and where `torchrun` restarts the ranks.
-    The state is saved after each result of `once`, before the first step, when an epoch is trained
-    and not yet tested, and, when any rank gets a signal, after the current step.
+    A run is resumed under `--resume`, and where `torchrun` restarts the ranks. The state is saved
+    after each result of `once`, before the first step, when an epoch is trained and not yet tested,
+    and, if any rank gets a signal, after the current step.
 
     Args:
-        args: the script's arguments. Those of `flags.settings` must be the same when the run is
+        args: the script's arguments. Those in `flags.settings` must be the same when the run is
             resumed. With `--evaluate` nothing is locked or saved.
-        folder: where the state, `<prefix>state.pt`, is saved.
+        folder: of the state, `<prefix>state.pt`.
         flag: the flag that names `folder` on the command line.
         log_dir: where log and metrics go; None for `folder`.
         prefix: of the files' names.
@@ -177,15 +172,7 @@ class Run:
 
     log: RunLog
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        folder: Path | str,
-        flag: str,
-        *,
-        log_dir: Path | str | None = None,
-        prefix: str = "",
-    ):
+    def __init__(self, args: argparse.Namespace, folder, flag: str, *, log_dir=None, prefix=""):
         self.args, self.folder, self._flag, self._prefix = args, Path(folder), flag, prefix
         self._log_dir = Path(log_dir or folder)
         self._path = self._source = self.folder / f"{prefix}state.pt"
@@ -193,9 +180,9 @@ class Run:
         self._settings = {} if self._evaluates else flags.settings(args)
         self.done, self.resumed = 0, False
         self._saved: dict | None = None  # the state to resume from, until it is restored
+        self._trained = self._early = False  # whether the file has weights; our results alone
         self._results: dict[str, dict] = {}
         self._parts: dict[str, object] = {}
-        self._trained = self._early = False  # whether the file has weights; or results alone
         self._signals: Signals | None = None  # while it trains
 
     def __enter__(self) -> "Run":
@@ -209,11 +196,11 @@ class Run:
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
         if self._early and isinstance(error, Exception) and ranks.first():
-            self._path.unlink(missing_ok=True)  # what mends the error may make other results
+            self._path.unlink(missing_ok=True)  # what mends the error may change the results
         self._unlock()
 
     def _read(self) -> None:
-        """Reads the state to resume from, or checks that the folder has no results to protect."""
+        """Reads the state to resume from."""
         resume = self.args.resume
         self._source = Path(resume or self._path)
         if self._evaluates and resume == "" and not self._source.exists():
@@ -224,7 +211,6 @@ class Run:
             self.resumed = self._source.resolve().parent == self._path.resolve().parent
 
     def _check(self, state: dict) -> None:
-        """Raises a `UserError` if `state` was saved with other settings."""
         for key, value in self._settings.items():
             if state["settings"].get(key) != value:
                 raise UserError(
@@ -233,12 +219,12 @@ class Run:
                 )
 
     def set_data(self, model: nn.Module, train: data.Loader, test: data.Loader) -> None:
-        """Tells the run what it is about, before anything is measured.
+        """Names what the run is about; called before anything is measured.
 
-        On a signal, all ranks stop within a few batches of what is measured on `train` and `test`.
+        On a signal all ranks then stop within a few batches of what is measured on these data.
 
         Raises:
-            UserError: the saved state was trained on other data.
+            UserError: the state to resume from, or one that would be replaced, is of other data.
         """
         self._model, self._device = model, device_of(model)
         train.watch = test.watch = self._watch
@@ -251,48 +237,47 @@ class Run:
                 state = _read_state(self._path, self._flag)
         if state:
             self._trained = "model" in state
-            if self._saved or self._trained:  # whose results would be replaced
+            if self._saved or self._trained:
                 self._check(state)
         if self._saved:
             self._results = self._saved["results"]
 
-    def _watch(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields `batches`; where any rank gets a signal, all stop between two of them."""
+    def _watch(self, batches: Iterable) -> Iterator:
+        """Yields `batches`; if any rank gets a signal, all stop between two of them."""
         if not self._signals and ranks.world() == 1:  # a signal raises at once
             yield from batches
             return
-        training = self._signals is not None
-        with contextlib.nullcontext(self._signals) if training else Signals(True) as signals:
+        save = self.save if self._signals else None
+        with contextlib.nullcontext(self._signals) if save else Signals(deferred=True) as signals:
             for i, batch in enumerate(batches):
                 if i % LOOK == 0:
-                    signals.check(self.save if training else None)
+                    signals.check(save)
                 yield batch
 
-    def once(self, name: str, compute: Callable[[], T], files: Iterable[Path] = ()) -> T:
-        """What `compute` returns, which a resumed run takes from the saved state.
+    def once(self, name: str, compute: Callable[[], dict], files: Iterable[Path] = ()) -> dict:
+        """The result of `compute`, which a resumed run takes from the saved state.
 
-        Random draws in `compute` do not count: the generators' states are restored after it.
+        Random draws in `compute` have no effect on later ones.
 
         Args:
-            name: of the result, one for each.
-            compute: returns plain numbers, strings, lists and dicts, the same on all ranks.
-            files: what the result depends on. If names, sizes or times have changed, it is computed
-                again.
+            name: of the result.
+            compute: returns plain values, the same on all ranks.
+            files: what the result depends on. If their names, sizes or times have changed, it is
+                computed again.
         """
         stamp = _stamp(files) if ranks.rank() == 0 else None
-        mine = self._results.get(name, {"stamp": None})
-        stamp, found = ranks.gather((stamp, mine))[0]  # the first rank decides for all
-        if found["stamp"] == stamp:
-            return found["value"]
-        before = random_states(self._device)
-        self._results[name] = {"stamp": stamp, "value": compute()}
-        set_random_states(before)
-        if self._parts or not (self._trained or self._evaluates):
-            self.save()
-        return self._results[name]["value"]
+        found = self._results.get(name, {"stamp": None})
+        stamp, found = ranks.gather((stamp, found))[0]  # the first rank decides for all
+        if found["stamp"] != stamp:
+            before = random_states(self._device)
+            found = self._results[name] = {"stamp": stamp, "value": compute()}
+            set_random_states(before, self._device)
+            if self._parts or not (self._trained or self._evaluates):
+                self.save()
+        return found["value"]
 
     def restore(self, trainer: Trainer, first_epoch: int = 0, **parts) -> None:
-        """Takes what is to be trained, and restores the saved state if the run is resumed.
+        """Takes what is to be trained, and restores its state if the run is resumed.
 
         Args:
             first_epoch: epochs that count as done if there is no state to resume from.
@@ -305,9 +290,8 @@ class Run:
             self._read()
         self.done = self._first_epoch = first_epoch
         self._trainer, trainer.state = trainer, self._path
-        self._parts = parts | {
-            name: getattr(trainer, name) for name in ("optimizer", "scheduler", "progress")
-        }
+        names = ("optimizer", "scheduler", "progress")
+        self._parts = parts | {name: getattr(trainer, name) for name in names}
         state, self._saved = self._saved, None
         if not state or "model" not in state:
             return
@@ -316,22 +300,21 @@ class Run:
             try:
                 part.load_state_dict(state[name])
             except (KeyError, ValueError, RuntimeError) as error:
-                does_not = f"the state of the {name} does not fit ({error})"
-                raise UserError(f"{self._source}: {does_not}") from None
+                reason = f"the state of the {name} does not fit ({error})"
+                raise UserError(f"{self._source}: {reason}") from None
         self.done = state["epoch"]
-        own = state
-        if len(state["ranks"]) == ranks.world():
-            own = state["ranks"][ranks.rank()]
-            for name, buffer in ranks.buffers_of(self._model).items():
-                buffer.copy_(own["buffers"][name])
-        set_random_states(own["random"])
+        same = len(state["ranks"]) == ranks.world()
+        own = state["ranks"][ranks.rank()] if same else state | {"buffers": {}}
+        set_random_states(own["random"], self._device)
+        for name, value in own["buffers"].items():
+            self._model.get_buffer(name).copy_(value)
 
     def save(self) -> None:
         """Saves the state; called on every rank.
 
-        Another number of ranks can continue from it; the same number does so to the bit, as it
-        holds what differs between ranks, random states and buffers. Weights that hold NaN or
-        infinity are not saved: a `NotFiniteError` names the first.
+        Another number of ranks can resume from it. The same number does so to the bit, as it holds
+        what differs between ranks, random states and buffers. Weights that hold NaN or infinity are
+        not saved: a `NotFiniteError` names the first.
         """
         state = {"format": FORMAT, "settings": self._settings, "results": self._results}
         if self._parts:
@@ -339,12 +322,12 @@ class Run:
             own = {"random": random_states(self._device), "buffers": buffers}
             state |= {"epoch": self.done, "random": own["random"]}
             state["ranks"] = ranks.gather(own) if ranks.world() > 1 else []
-            state |= {name: part.state_dict() for name, part in self._parts.items()}
+            state |= {name: on_cpu(part.state_dict()) for name, part in self._parts.items()}
             state["model"] = ranks.state_dict_of(self._model)
         if ranks.rank() == 0:
             check_finite(state.get("model", {}), f"{self._path} is unchanged")
             save(state, self._path)
-        self._early = "model" not in state
+        self._early = not self._parts
 
     @property
     def is_before_first_step(self) -> bool:
@@ -353,12 +336,12 @@ class Run:
     def start(self, *lines: str) -> None:
         """Opens the log with `lines`, and saves the state if no step is done yet.
 
-        A script with `--overwrite` owns the checkpoints in the folder: those of an earlier run go.
+        A script with `--overwrite` removes the checkpoints of an earlier run.
 
         Raises:
-            UserError: there are some, or a log of others, and `--overwrite` is not given.
+            UserError: there are some, or the log of others, and `--overwrite` is not given.
         """
-        if hasattr(self.args, "overwrite") and not self.resumed:
+        if hasattr(self.args, "overwrite") and not self.resumed and ranks.rank() == 0:
             self._keep_other_log()
             self._clear()
         self.log = RunLog(self.args, self._log_dir, self._prefix, self.done)
@@ -372,8 +355,8 @@ class Run:
         path = self._log_dir / f"{self._prefix}run.json"
         other, own = read_json(path).get("arguments", {}), vars(self.args)
         if not {"save_dir", "log_dir"} <= other.keys() or own["resume"] or own["overwrite"]:
-            return  # a named state is continued, and so is the log
-        # Relative to the folder of the log, which may have been moved or have several names.
+            return  # with a named state its log is continued
+        # Relative to the log's folder, which may have been moved or have several names.
         ours, its = (os.path.relpath(a["save_dir"], a["log_dir"]) for a in (own, other))
         if ours != its:
             raise UserError(
@@ -382,8 +365,6 @@ class Run:
             )
 
     def _clear(self) -> None:
-        if ranks.rank() > 0:
-            return
         earlier = [path for path in self.folder.glob("*.pt") if path.stem.isdecimal()]
         if earlier and not self.args.overwrite:
             raise UserError(
@@ -400,18 +381,17 @@ class Run:
         after_training: Callable[[int], None] | None = None,
         after_epoch: Callable[[int, dict], None] | None = None,
     ) -> None:
-        """Trains the epochs that are left, or tests one that is trained.
+        """Trains the epochs that are left; of one that is trained, only the test is left.
 
         Args:
             after_step: called after each optimizer step with the epoch, from 1 on, and the
                 iterations done in it.
-            after_training: called with the epoch once it is trained, before the state is saved and
-                the model is tested.
-            after_epoch: called with the epoch and its metrics, which it may add to, after the test.
-                Changes nothing that is saved.
+            after_training: called with the epoch before its state is saved and it is tested.
+            after_epoch: called with the epoch and its metrics, to which it may add; changes nothing
+                that is saved.
         """
         trainer, optimizer, steps = self._trainer, self._trainer.optimizer, itertools.count(1)
-        # Ranks that ask each other wait for their accelerators. TWA's sum says whether they must.
+        # Asking other ranks makes an accelerator wait. TWA's sum says whether it is necessary.
         every = 1 if ranks.world() == 1 or self._device.type == "cpu" else LOOK
         save_every = vars(self.args).get("save_freq", 1)
 
@@ -446,13 +426,13 @@ class Run:
 
 
 def _read_state(path: Path, flag: str) -> dict:
-    """The state in the file `path`, which is mapped.
+    """The state in the file `path`, whose tensors stay there until they are used.
 
     Raises:
         UserError: it is no state, or one of another format.
         CheckpointError: the file cannot be read.
     """
-    if ranks.first():  # reads all of it; the others read their part
+    if ranks.first():  # reads all of it
         verify(path)
     state = load(path)
     if not isinstance(state, dict) or "format" not in state:
@@ -472,10 +452,7 @@ def _stamp(files: Iterable[Path]) -> list[tuple]:
 
 
 def random_states(device: torch.device) -> dict:
-    """The state of every generator that `utils.set_seed` seeds, as plain tensors and numbers.
-
-    Of accelerators that of the current one, where the run computes on it.
-    """
+    """The states of the generators of Python, NumPy, torch and, if in use, the accelerator."""
     name, keys, *rest = np.random.get_state()
     states = {
         "python": random.getstate(),
@@ -487,13 +464,11 @@ def random_states(device: torch.device) -> dict:
     return states
 
 
-def set_random_states(states: dict) -> None:
-    """Restores what `random_states` returned, of the accelerators that are here."""
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Restores what `random_states` returned; an accelerator's only on one of its kind."""
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy(), *rest))
     random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        if kind in states:
-            torch.get_device_module(kind).set_rng_state(states[kind])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
