@@ -127,7 +127,7 @@ def train_twa(args, run):
 
     def search() -> dict:
         started = time.perf_counter()
-        losses = best_start(model, window, loss)[1]
+        losses = best_start(model, window, loss).losses
         return {"losses": losses, "seconds": time.perf_counter() - started}
 
     searched = {"losses": {}, "seconds": 0.0}

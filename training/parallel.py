@@ -15,11 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
 from twa import TWA
-from twa.ranks.replicas import gathers
 from twa.storage.memory import Plan, free_memory
 from utils import UserError
 
-STRATEGIES = ("replicate", "hybrid", "shard")  # by what a step sends; the last needs least memory
+STRATEGIES = ("replicate", "hybrid", "shard")  # from the least traffic to the least memory
 EXTRAS = 4  # floats that TWA sums together with the gradient of the coefficients
 
 
@@ -33,12 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "within its machine (hybrid); auto: the first of replicate, hybrid and shard for which "
         "half of the free memory is enough",
     )
-    add(
-        "--reshard-after-forward",
-        action="store_true",
-        help="of a sharded model, gather the weights of a block once more for its backward pass: "
-        "for models that one device cannot hold",
-    )
+    reshard_help = "of a sharded model, gather the weights of a block once more for its backward "
+    reshard_help += "pass: for models that one device cannot hold"
+    add("--reshard-after-forward", action="store_true", help=reshard_help)
 
 
 class Layout:
@@ -47,7 +43,7 @@ class Layout:
     Attributes:
         strategy: one of `STRATEGIES`; None in one process.
         group: the ranks over which TWA sums the gradient of its coefficients; None where each rank
-            holds a shard or there is one rank.
+            holds a shard, or there is one rank.
 
     Raises:
         UserError: `--parallel` is given without `torchrun`.
@@ -61,10 +57,7 @@ class Layout:
         self.group: dist.ProcessGroup | None = None
 
     def shard(self, model: nn.Module, device: torch.device) -> bool:
-        """Chooses the strategy; shards `model` on `device` if it says so.
-
-        Returns:
-            whether the model is sharded.
+        """Chooses the strategy, shards `model` on `device` if it says so, and returns whether.
 
         Raises:
             UserError: the strategy asked for is impossible on these machines or with another flag.
@@ -72,14 +65,14 @@ class Layout:
         if ranks.world() == 1:
             return False
         counts = {*ranks.gather(ranks.local_world())}
-        self._on_each = counts.pop() if len(counts) == 1 else None
+        self._local = counts.pop() if len(counts) == 1 else None  # ranks on each machine
         self.strategy, self._why = self._choose(model, device)
         if self.strategy == "replicate":
             self.group = dist.group.WORLD
             return False
         mesh = None
         if self.strategy == "hybrid":
-            shape, names = (ranks.world() // self._on_each, self._on_each), ("replicate", "shard")
+            shape, names = (ranks.world() // self._local, self._local), ("replicate", "shard")
             mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
             self.group, mesh = mesh.get_group("replicate"), mesh["shard"]
         ranks.shard(model, device, self._args.reshard_after_forward, mesh)
@@ -89,8 +82,8 @@ class Layout:
         """The strategy and the reason for it."""
         args, impossible = self._args, self._impossible()
         if args.parallel in impossible:
-            why = impossible[args.parallel]
-            raise UserError(f"--parallel {args.parallel}: {why}; leave it out, or give shard")
+            why = f"{impossible[args.parallel]}; leave it out, or give shard"
+            raise UserError(f"--parallel {args.parallel}: {why}")
         if args.parallel != "auto":
             return args.parallel, "as asked for"
         weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -99,17 +92,18 @@ class Layout:
         needed = plan.build_bytes(weights) + 4 * 4 * weights
         sharing = ranks.local_world() if device.type == "cpu" else 1
         free = min(ranks.gather(free_memory(device) / sharing))
-        holders = {"replicate": 1, "hybrid": self._on_each, "shard": ranks.world()}
-        fitting = [s for s in STRATEGIES if s not in impossible and needed / holders[s] <= free / 2]
+        holders = {"replicate": 1, "hybrid": self._local, "shard": ranks.world()}
+        possible = [strategy for strategy in STRATEGIES if strategy not in impossible]
+        fitting = [s for s in possible if needed / holders[s] <= free / 2]
         why = f"model and basis take {size(needed)} of the {size(free)} that are free to a rank"
         return (fitting or ["shard"])[0], impossible.get("replicate", why)
 
     def _impossible(self) -> dict[str, str]:
         """The impossible strategies, and why."""
         why = {}
-        if self._on_each is None:
+        if self._local is None:
             why["hybrid"] = "the machines do not have equally many ranks"
-        elif self._on_each in (1, ranks.world()):
+        elif self._local in (1, ranks.world()):
             why["hybrid"] = "takes several machines with several ranks each"
         if self._args.reshard_after_forward:
             why["replicate"] = "--reshard-after-forward is for a model that is sharded"
@@ -122,29 +116,19 @@ class Layout:
         """A line for the log: the strategy, the reason, and what a step sends."""
         world, sums = ranks.world(), len(optimizer.subspace) + EXTRAS
         passes = 3 if self._args.reshard_after_forward else 2  # over the weights; half a sum each
-        sharded = sum(p.numel() for p in optimizer.subspace.parameters) * passes / 2 + sums
-        if self.strategy == "replicate":
-            sends = f"{size(sent_in_sum(sums, world))} a rank"
-        elif self.strategy == "shard":
-            sends = f"{size(sent(sharded, world))} a rank"
-        else:
-            between = size(sent_in_sum(sums, world // self._on_each))
-            within = size(sent(sharded, self._on_each))
+        sharded = sums + sum(p.numel() for p in optimizer.subspace.parameters) * passes / 2
+        if self.strategy == "hybrid":
+            between = size(sent(sums, world // self._local))
+            within = size(sent(sharded, self._local))
             sends = f"{within} a rank within a machine, {between} between machines"
+        else:
+            sends = size(sent(sums if self.strategy == "replicate" else sharded, world)) + " a rank"
         return f"parallel: {self.strategy} on {world} ranks ({self._why}); a step sends {sends}"
 
 
 def sent(floats: float, ranks: int) -> float:
-    """Bytes that each rank sends, and receives, to sum `floats` over `ranks` in a ring.
-
-    Gathering as many floats and scattering them takes the same.
-    """
+    """Bytes that each rank sends in a sum over `ranks`: the least, that of a ring."""
     return 4 * floats * 2 * (ranks - 1) / ranks
-
-
-def sent_in_sum(floats: int, ranks: int) -> float:
-    """Bytes that each rank sends in TWA's sum of `floats`."""
-    return 4 * floats * (ranks - 1) if gathers(4 * floats, ranks) else sent(floats, ranks)
 
 
 def size(count: float) -> str:

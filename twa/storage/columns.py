@@ -58,24 +58,29 @@ class Blocks:
 class Columns:
     """The layout of the columns.
 
-    Each trainable parameter of `model` once, in the order of `state_dict`, flattened in logical
-    row-major order whatever its memory format.
+    The columns are the trainable parameters of `model`, each once, in the order of `state_dict` and
+    flattened in row-major order whatever their memory format. At granularity "channel" a weight
+    whose output channels are in its second dimension is transposed first.
 
     Attributes:
         ranks: the ranks among which the columns are divided.
-        names, parameters: the trainable parameters in order, and their names in a `state_dict`
-            without the prefixes of wrappers.
+        names: the names of the trainable parameters in a `state_dict`, without the prefixes of
+            wrappers.
+        parameters: the trainable parameters, in the same order.
         widths: the number of columns that each parameter has on this rank.
         total: the number of columns on this rank.
         layout: names and shapes of the parameters, for comparisons.
-        fit: what the model takes of a checkpoint.
+        fit: reads from a checkpoint what the model takes.
+        blocks: the blocks at `granularity` that have columns on this rank. Adjacent blocks of equal
+            width are one item, except shared ones, so that these are the same items on every rank.
+        count: the number of blocks of the whole model.
 
     Raises:
-        ValueError: the model has no trainable parameters, or one that is complex or that its
-            `state_dict` does not hold.
+        ValueError: the model has no trainable parameters, or one that is complex or that is not in
+            its `state_dict`; or the output channels of a sharded weight are not its rows.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, granularity: str = "model"):
         self.ranks = Ranks(model)
         self.fit = Fit(model)
         # Matched by identity: some wrappers (activation checkpointing) change the names.
@@ -92,11 +97,28 @@ class Columns:
         for name, parameter in trained.items():
             if parameter.is_complex():
                 raise ValueError(f"{name} is complex: coefficients are real numbers")
+        self._groups = _transposed(model) if granularity == "channel" else {}
+        for name, parameter in trained.items():
+            if id(parameter) in self._groups and self.ranks.count > 1:
+                raise ValueError(
+                    f"{name}: its output channels are spread over the ranks; use granularity "
+                    '"layer" or "model", or do not shard the model'
+                )
+        self.blocks, self.count = self._blocks(granularity)
+
+    def batches(self, columns: int) -> Iterator[Blocks]:
+        """The blocks, some at a time: at most this many columns, or one block that is wider."""
+        return (batch for group in self.blocks for batch in group.split(columns))
+
+    def arranged(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+        """A view of `tensor`, shaped as `parameter`, in whose row-major order the columns are."""
+        groups = self._groups.get(id(parameter))
+        return tensor if groups is None else tensor.unflatten(0, (groups, -1)).transpose(1, 2)
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
-        """Views of `flat` [D] in the shapes of the parameters, or of their shards."""
+        """Views of `flat` [D], one for each parameter or its shard, shaped as `arranged`."""
         for columns, parameter in zip(flat.split(self.widths), self.parameters, strict=True):
-            yield columns.view(local(parameter).shape)
+            yield columns.view(self.arranged(local(parameter), parameter).shape)
 
     def read(self, state: Mapping[str, Tensor | Stored], start: int, row: Tensor) -> None:
         """Copies the columns of `state`, which `fit` took, from `start` on until `row` is full."""
@@ -104,7 +126,7 @@ class Columns:
         for key, parameter, width in zip(self.names, self.parameters, self.widths, strict=True):
             low, high = max(begin, start), min(begin + width, start + len(row))
             if high > low:
-                value = part(tensor_of(state[key]), parameter)
+                value = self.arranged(part(tensor_of(state[key]), parameter), parameter)
                 columns = row[low - start : high - start]
                 if len(columns) == width:
                     columns.view(value.shape).copy_(value)
@@ -112,12 +134,7 @@ class Columns:
                     columns.copy_(value.flatten()[low - begin : high - begin])
             begin += width
 
-    def blocks(self, granularity: str) -> tuple[list[Blocks], int]:
-        """The blocks at `granularity` that have columns on this rank, and the model's number.
-
-        Adjacent blocks of equal width are merged into one item, except shared ones, so that these
-        are the same items on every rank.
-        """
+    def _blocks(self, granularity: str) -> tuple[list[Blocks], int]:
         blocks: list[Blocks] = []
         count = start = 0
         for number, parameters in self._parts(granularity):
@@ -125,8 +142,8 @@ class Columns:
                 continue
             if number > 1:  # The channels of a weight, each whole on one rank.
                 (weight,) = parameters
-                first, held = count + first_row(weight), len(local(weight))
-                new = Blocks(first, start, held, weight.numel() // number)
+                rows = number if self.ranks.count == 1 else len(local(weight))
+                new = Blocks(count + first_row(weight), start, rows, weight.numel() // number)
             else:
                 width = sum(local(p).numel() for p in parameters)
                 new = Blocks(count, start, 1, width, shared=self.ranks.count > 1)
@@ -152,7 +169,12 @@ class Columns:
                     if vectors:
                         yield 1, list(parameters)
                     else:
-                        yield from ((len(p), [p]) for p in parameters)
+                        yield from ((self._channels(p), [p]) for p in parameters)
+
+    def _channels(self, weight: nn.Parameter) -> int:
+        """The number of output channels of a weight."""
+        groups = self._groups.get(id(weight))
+        return len(weight) if groups is None else groups * weight.shape[1]
 
     def _layers(self) -> list[list[nn.Parameter]]:
         """The parameters in groups, by the module that owns them.
@@ -172,3 +194,17 @@ class Columns:
                 layers.append(parameters)
             leading = leading and small
         return layers
+
+
+def _transposed(model: nn.Module) -> dict[int, int]:
+    """The groups of the weights whose second dimension is their output channels, by id.
+
+    These are the transposed convolutions of torch, and `Conv1D` of transformers (GPT-2).
+    """
+    groups = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            groups[id(module.weight)] = module.groups
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            groups[id(module.weight)] = 1
+    return groups

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -66,9 +69,11 @@ class Plan:
         return max([TILE, chunk // TILE * TILE, *narrow])
 
     def width(self, total: int, chunk: int = 1) -> int:
-        """The number of columns, of `total`, that are in memory at a time."""
-        if self.in_place:
-            return total
+        """The number of columns, of `total`, that are in memory while the basis is built."""
+        return total if self.in_place else self.part(total, chunk)
+
+    def part(self, total: int, chunk: int = 1) -> int:
+        """The number of columns, of `total`, that are in memory where few are enough."""
         return min(total, max(chunk, math.ceil(total / PARTS), SMALL // self.n))
 
     def basis_bytes(self, total: int) -> int:
@@ -124,4 +129,35 @@ def free_memory(device: torch.device) -> int | None:
     if hasattr(backend, "mem_get_info"):
         cached = backend.memory_reserved(device) - backend.memory_allocated(device)
         return backend.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available if device.type == "cpu" else None
+    if device.type != "cpu":
+        return None
+    return min([psutil.virtual_memory().available, *left_by_control_groups()])
+
+
+def left_by_control_groups(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[int]:
+    """What each memory limit of this process's control groups leaves free, in bytes.
+
+    Containers and batch systems on Linux limit memory so, in version 1 or 2 of the interface. The
+    page cache counts as free, as the kernel drops it when memory is needed.
+
+    Args:
+        root: where the groups are mounted.
+        own: the file that names this process's groups.
+    """
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, prefix = (root / "memory", "total_") if controllers else (root, "")
+        names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # A limit of an outer group counts as well.
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
+                numbers = dict(n.split() for n in (folder / "memory.stat").read_text().splitlines())
+                cache = sum(int(numbers[f"{prefix}{kind}active_file"]) for kind in ("", "in"))
+                yield max(0, limit - used + cache)
+            if folder == top:
+                break

@@ -12,6 +12,7 @@ from twa.files.checkpoints import Checkpoint, CheckpointError, name_of
 from twa.files.formats import mapped
 from twa.ranks.replicas import hash_of
 from twa.storage.columns import Blocks, Columns
+from twa.storage.memory import Plan
 
 
 class Window:
@@ -20,9 +21,8 @@ class Window:
     Args:
         columns: the layout of the D columns.
         checkpoints: n paths or `state_dict`s.
+        plan: says how many columns are worked on at a time, and on which device.
         width: the number of columns in memory.
-        chunk: the number of columns that are worked on at a time.
-        device: the device of the rows; it has float64.
         hashed: whether to hash what is read.
 
     Attributes:
@@ -35,11 +35,11 @@ class Window:
         self,
         columns: Columns,
         checkpoints: Sequence[Checkpoint],
+        plan: Plan,
         width: int,
-        chunk: int,
-        device: torch.device,
-        hashed: bool,
+        hashed: bool = False,
     ):
+        chunk, device = plan.chunk(columns.blocks), plan.build_device
         self.names = [name_of(checkpoint, i) for i, checkpoint in enumerate(checkpoints)]
         # All of them have to fit before the first is read. Opening a file again takes longer than
         # anything else here, so what takes no memory is kept for its first reading.
