@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import itertools
 import os
 import random
@@ -128,11 +129,12 @@ def _locked(path: Path) -> int | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not fcntl or os.path.samestat(os.fstat(file), os.stat(path)):
             return file
-    except FileNotFoundError:
-        pass
-    except OSError:
-        os.close(file)
-        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # no locks here
+            return file
+        if not isinstance(error, FileNotFoundError):
+            os.close(file)
+            raise
     os.close(file)
     return None
 
@@ -153,21 +155,19 @@ class Run:
     and, if any rank gets a signal, after the current step.
 
     Args:
-        args: the script's arguments. Those in `flags.settings` must be the same when the run is
-            resumed. With `--evaluate` nothing is locked or saved.
-        folder: of the state, `<prefix>state.pt`.
-        flag: the flag that names `folder` on the command line.
-        log_dir: where log and metrics go; None for `folder`.
-        prefix: of the files' names.
+        args: the script's. Those in `flags.settings` must be the same when the run is resumed. With
+            `--evaluate` nothing is locked or saved.
+        folder: of the state, `<prefix>state.pt`; the command line names it by `flag`.
+        log_dir: of log and metrics; None for `folder`.
 
     Attributes:
         done: epochs that are done.
         resumed: whether the run is resumed from a state in its own folder.
-        log: the run's log, from `start` on.
+        log: from `start` on.
 
     Raises:
-        UserError: on entering: the folder is locked, or its state belongs to other settings.
-        CheckpointError: the state to resume from cannot be read.
+        UserError, CheckpointError: on entering: the folder is locked, or the state to resume from
+            cannot be read or belongs to other settings.
     """
 
     log: RunLog
@@ -180,7 +180,8 @@ class Run:
         self._settings = {} if self._evaluates else flags.settings(args)
         self.done, self.resumed = 0, False
         self._saved: dict | None = None  # the state to resume from, until it is restored
-        self._trained = self._early = False  # whether the file has weights; our results alone
+        self._other: dict | None = None  # an earlier run's, which may have to be kept
+        self._early = False  # whether the file holds nothing but results of this run
         self._results: dict[str, dict] = {}
         self._parts: dict[str, object] = {}
         self._signals: Signals | None = None  # while it trains
@@ -200,15 +201,18 @@ class Run:
         self._unlock()
 
     def _read(self) -> None:
-        """Reads the state to resume from."""
         resume = self.args.resume
         self._source = Path(resume or self._path)
-        if self._evaluates and resume == "" and not self._source.exists():
+        exists = self._source.exists()
+        if self._evaluates and resume == "" and not exists:
             raise UserError(f"--resume: there is no {self._source} to evaluate; train first")
-        if resume or (self._source.exists() and (resume is not None or ranks.restarts())):
+        if resume or (exists and (resume is not None or ranks.restarts())):
             self._saved = _read_state(self._source, self._flag)
             self._check(self._saved)
             self.resumed = self._source.resolve().parent == self._path.resolve().parent
+        elif exists and not hasattr(self.args, "overwrite"):
+            with contextlib.suppress(CheckpointError):  # nobody can resume from it
+                self._other = _read_state(self._source, self._flag)
 
     def _check(self, state: dict) -> None:
         for key, value in self._settings.items():
@@ -231,16 +235,11 @@ class Run:
         if self._evaluates:
             return
         self._settings["data_dir"] = train.split.spec.content  # what they are, not where they lie
-        state, self._trained = self._saved, self._path.exists()
-        if not state and self._trained and not hasattr(self.args, "overwrite"):
-            with contextlib.suppress(CheckpointError):  # nobody can resume from it
-                state = _read_state(self._path, self._flag)
-        if state:
-            self._trained = "model" in state
-            if self._saved or self._trained:
-                self._check(state)
         if self._saved:
+            self._check(self._saved)
             self._results = self._saved["results"]
+        elif self._other and "model" in self._other:
+            self._check(self._other)
 
     def _watch(self, batches: Iterable) -> Iterator:
         """Yields `batches`; if any rank gets a signal, all stop between two of them."""
@@ -272,7 +271,11 @@ class Run:
             before = random_states(self._device)
             found = self._results[name] = {"stamp": stamp, "value": compute()}
             set_random_states(before, self._device)
-            if self._parts or not (self._trained or self._evaluates):
+            state = self._saved or self._other
+            free = self._early or (
+                not self._path.exists() if state is None else "model" not in state
+            )
+            if self._parts or (free and not self._evaluates):
                 self.save()
         return found["value"]
 
