@@ -153,7 +153,7 @@ def train_twa(args, run):
         f"{build_seconds:.1f} s"
     )
     if ranks.world() > 1:
-        run.log.line(layout.line(optimizer))
+        run.log.line(layout.line)
     if compared:
         run.log.line(f"start: {coefficients.comparison(compared)}")
     for note in sgd.notes(args):

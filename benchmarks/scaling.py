@@ -5,8 +5,7 @@
 
 The first table is measured under torchrun with gloo: for each number of processes, the basis of a
 rank, the peak of the memory that building it took, and the time of a training step. The second is
-computed by the formulas in `twa.storage.memory.Plan` and `training.parallel.sent`. Both are
-Markdown.
+computed by the formulas in `twa.storage.memory.Plan` and `sent`. Both are Markdown.
 """
 
 import argparse
@@ -29,11 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from subspace import checkpoints, peak_memory, write_checkpoints
 
 from training import flags, ranks
-from training.parallel import EXTRAS, sent
 from twa import TWA
 from twa.storage.memory import Plan
 
 BATCH = 32
+EXTRAS = 4  # floats that TWA sums together with the gradient of the coefficients
+
+
+def sent(floats: float, ranks: int) -> float:
+    """Bytes that each rank sends in a sum over `ranks`: the least, that of a ring."""
+    return 4 * floats * 2 * (ranks - 1) / ranks
 
 
 def main():

@@ -14,12 +14,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
-from twa import TWA
 from twa.storage.memory import Plan, free_memory
 from utils import UserError
 
 STRATEGIES = ("replicate", "hybrid", "shard")  # from the least traffic to the least memory
-EXTRAS = 4  # floats that TWA sums together with the gradient of the coefficients
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,23 +110,10 @@ class Layout:
             why |= {"replicate": norm, "hybrid": norm}
         return why
 
-    def line(self, optimizer: TWA) -> str:
-        """A line for the log: the strategy, the reason, and what a step sends."""
-        world, sums = ranks.world(), len(optimizer.subspace) + EXTRAS
-        passes = 3 if self._args.reshard_after_forward else 2  # over the weights; half a sum each
-        sharded = sums + sum(p.numel() for p in optimizer.subspace.parameters) * passes / 2
-        if self.strategy == "hybrid":
-            between = size(sent(sums, world // self._local))
-            within = size(sent(sharded, self._local))
-            sends = f"{within} a rank within a machine, {between} between machines"
-        else:
-            sends = size(sent(sums if self.strategy == "replicate" else sharded, world)) + " a rank"
-        return f"parallel: {self.strategy} on {world} ranks ({self._why}); a step sends {sends}"
-
-
-def sent(floats: float, ranks: int) -> float:
-    """Bytes that each rank sends in a sum over `ranks`: the least, that of a ring."""
-    return 4 * floats * 2 * (ranks - 1) / ranks
+    @property
+    def line(self) -> str:
+        """A line for the log."""
+        return f"parallel: {self.strategy} on {ranks.world()} ranks ({self._why})"
 
 
 def size(count: float) -> str:

@@ -63,18 +63,15 @@ class SGDRun:
         """The epochs and the training seconds up to the checkpoint of this number, if known."""
         if not self.arguments:
             return {self.unit: None, "seconds": None}
-        epochs = checkpoint / self.saves_per_epoch
-        shares = (min(1.0, max(0.0, epochs - i)) for i in range(len(self.metrics)))
-        seconds = sum(m["seconds"] * share for m, share in zip(self.metrics, shares, strict=True))
-        known = epochs <= len(self.metrics)
-        return {self.unit: self._in_unit(epochs), "seconds": seconds if known else None}
+        epochs, seconds = checkpoint / self.saves_per_epoch, None
+        if epochs <= len(self.metrics):
+            shares = (min(1.0, max(0.0, epochs - i)) for i in range(len(self.metrics)))
+            seconds = sum(s * m["seconds"] for s, m in zip(shares, self.metrics, strict=True))
+        return {self.unit: self._in_unit(epochs), "seconds": seconds}
 
     @property
     def curves(self) -> dict[str, Curve]:
-        """Test accuracy over epochs, of SGD and, where it was tested, of its average.
-
-        For text the test loss over steps.
-        """
+        """Test accuracy over epochs, of SGD and its average; of text, test loss over steps."""
         keys = {"SGD": "test_accuracy", "SWA": "SWA_accuracy"}
         curves = {}
         for name, key in ({"AdamW": "test_loss"} if self.unit == "steps" else keys).items():
@@ -115,13 +112,12 @@ class SGDRun:
         return tested | {self.unit: self._in_unit(last["epoch"]), "seconds": seconds}
 
     def last_checkpoint(self, save_dir: Path) -> Path | None:
-        """The checkpoint that the run saved at its end, if it is known and still there.
+        """The run's last checkpoint, to be measured as other solutions are, if it is there.
 
-        The run itself tests with batch norm's running statistics. To compare it with others, its
-        last checkpoint is measured as they are.
+        The run itself tests with batch norm's running statistics.
         """
-        number = self.metrics[-1]["epoch"] * self.saves_per_epoch if self.metrics else None
-        path = save_dir / f"{number}.pt"
+        last = self.metrics[-1]["epoch"] * self.saves_per_epoch if self.metrics else None
+        path = save_dir / f"{last}.pt"
         return path if path.exists() else None
 
 
@@ -134,8 +130,9 @@ def table(solutions: Mapping[str, Mapping[str, float | None]]) -> str:
     """An aligned table of solutions: by name, the values of a row; None for what is not known."""
     columns = list(dict.fromkeys(key for values in solutions.values() for key in values))
     rows = [["solution", *(key.replace("_", " ") for key in columns)]]
-    for name, values in solutions.items():
-        rows.append([name, *(format_metric(key, values.get(key)) for key in columns)])
+    rows += [
+        [n, *(format_metric(key, s.get(key)) for key in columns)] for n, s in solutions.items()
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
@@ -155,8 +152,7 @@ def figure(
     Args:
         path: the image to write, by its suffix (`.png`).
         curves: name to (epochs, test accuracies in percent).
-        points: name to (epochs spent, test accuracy in percent); a point whose epochs are not known
-            becomes a line.
+        points: name to (epochs spent, test accuracy in percent); a line where epochs are not known.
         averaging_weights: name of a checkpoint file to α.
         loss: whether these are steps and losses in nats a token.
     """
@@ -164,8 +160,8 @@ def figure(
     panels = 1 if averaging_weights is None else 2
     fig = Figure(figsize=(6 * panels, 4))
     left, *right = fig.subplots(1, panels, squeeze=False)[0]
-    for name, (epochs, accuracies) in curves.items():
-        left.plot(epochs, accuracies, color=COLOURS.get(name, OTHER), label=name)
+    for name, curve in curves.items():
+        left.plot(*curve, color=COLOURS.get(name, OTHER), label=name)
     for name, (epochs, value) in points.items():
         style = {"color": COLOURS.get(name, OTHER), "label": f"{name}: {form.format(value)}"}
         if epochs is None:
@@ -173,16 +169,19 @@ def figure(
         else:
             _mark(left, name, (epochs, value), **style)
     # Without a limit the first epochs would squeeze all that matters into a line at the edge.
-    shown = [value for _, values in curves.values() for value in values]
-    shown = sorted(shown + [value for _, value in points.values()], reverse=not loss)
+    shown = [
+        *(v for _, values in curves.values() for v in values),
+        *(v for _, v in points.values()),
+    ]
+    shown.sort(reverse=not loss)
     best, middle = shown[0], shown[2 * len(shown) // 3]
+    spread, labels = abs(best - middle), {"xlabel": "epochs spent", "ylabel": "test accuracy (%)"}
     if loss:
-        left.set_ylim(best - 0.1 * (middle - best), middle + (middle - best))
-        left.set(xlabel="steps spent", ylabel="test loss (nats a token)", title=title)
+        labels = {"xlabel": "steps spent", "ylabel": "test loss (nats a token)"}
+        left.set_ylim(best - 0.1 * spread, middle + spread)
     else:
-        lowest = max(0.0, middle - (best - middle) - 1)
-        left.set_ylim(lowest, min(100.5, best + 0.2 * (best - middle) + 1))
-        left.set(xlabel="epochs spent", ylabel="test accuracy (%)", title=title)
+        left.set_ylim(max(0.0, middle - spread - 1), min(100.5, best + 0.2 * spread + 1))
+    left.set(title=title, **labels)
     left.legend(loc="upper right" if loss else "lower right")
     for axes in right:
         alpha, names = list(averaging_weights.values()), list(averaging_weights)

@@ -345,7 +345,6 @@ class Run:
             UserError: there are some, or the log of others, and `--overwrite` is not given.
         """
         if hasattr(self.args, "overwrite") and not self.resumed and ranks.rank() == 0:
-            self._keep_other_log()
             self._clear()
         self.log = RunLog(self.args, self._log_dir, self._prefix, self.done)
         self._trainer.line = self.log.line
@@ -354,22 +353,20 @@ class Run:
         if self.is_before_first_step:
             self.save()
 
-    def _keep_other_log(self) -> None:
-        path = self._log_dir / f"{self._prefix}run.json"
-        other, own = read_json(path).get("arguments", {}), vars(self.args)
-        if not {"save_dir", "log_dir"} <= other.keys() or own["resume"] or own["overwrite"]:
-            return  # with a named state its log is continued
-        # Relative to the log's folder, which may have been moved or have several names.
-        ours, its = (os.path.relpath(a["save_dir"], a["log_dir"]) for a in (own, other))
-        if ours != its:
-            raise UserError(
-                f"{path}: is of the run with the checkpoints in {other['save_dir']}; give another "
-                "--log-dir, or --overwrite to replace it"
-            )
-
     def _clear(self) -> None:
+        own, overwrite = vars(self.args), self.args.overwrite
+        log = self._log_dir / f"{self._prefix}run.json"
+        other = read_json(log).get("arguments", {})
+        if {"save_dir", "log_dir"} <= other.keys() and not (own["resume"] or overwrite):
+            # Relative to the log's folder, which may have been moved or have several names.
+            ours, its = (os.path.relpath(a["save_dir"], a["log_dir"]) for a in (own, other))
+            if ours != its:
+                raise UserError(
+                    f"{log}: is of the run with the checkpoints in {other['save_dir']}; give "
+                    "another --log-dir, or --overwrite to replace it"
+                )
         earlier = [path for path in self.folder.glob("*.pt") if path.stem.isdecimal()]
-        if earlier and not self.args.overwrite:
+        if earlier and not overwrite:
             raise UserError(
                 f"{self.folder}: holds the checkpoints of an earlier run; "
                 "--resume continues it, --overwrite replaces it"
