@@ -8,9 +8,9 @@ Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resum
 
 import models
 import utils
-from training import data, entry, flags, sgd
-from training.locks import lock
+from training import data, flags, sgd
 from training.loop import set_up
+from training.run import Run, run_script
 
 
 def parse_arguments():
@@ -24,10 +24,10 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    with lock(args.save_dir, writes=not args.evaluate):
+    with Run(args, args.save_dir, "--save-dir", log_dir=args.log_dir) as run:
         utils.set_seed(args.randomseed)
-        sgd.run(args, *set_up(args))
+        sgd.train(run, *set_up(args))
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -10,10 +10,10 @@ Under `torchrun` each rank trains on its share of every batch.
 
 import models
 import utils
-from training import entry, flags, image_folders, sgd
+from training import flags, image_folders, sgd
 from training.flags import number
-from training.locks import lock
 from training.loop import set_up
+from training.run import Run, run_script
 from utils import UserError
 
 
@@ -43,11 +43,11 @@ def main():
     flags.check_launch(args)
     if args.start_epoch > args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} lies past --epochs {args.epochs}")
-    with lock(args.save_dir, writes=not args.evaluate):
-        train_sgd(args)
+    with Run(args, args.save_dir, "--save-dir", log_dir=args.log_dir) as run:
+        train_sgd(args, run)
 
 
-def train_sgd(args):
+def train_sgd(args, run):
     utils.set_seed(args.randomseed)
     model, train, test = set_up(args)
     if args.pretrained:
@@ -57,8 +57,8 @@ def train_sgd(args):
         return 0.1 ** int(x * args.epochs / 30 + 1e-9)  # x may be rounded down
 
     factor = every_30_epochs if args.schedule == "step" else None
-    sgd.run(args, model, train, test, factor, args.start_epoch, top5=True)
+    sgd.train(run, model, train, test, factor, args.start_epoch, top5=True)
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

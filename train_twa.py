@@ -21,7 +21,6 @@ import utils
 from training import (
     coefficients,
     data,
-    entry,
     flags,
     image_folders,
     parallel,
@@ -30,13 +29,13 @@ from training import (
     text,
     windows,
 )
+from training.files import write_json
 from training.flags import number
-from training.locks import lock
-from training.logs import write_json
 from training.loop import Trainer, evaluate, reestimate_bn, sample_loss, set_up, skipped_images
 from training.optimizers import SCHEDULES, step_of_the_paper
-from training.runs import Run
-from twa.files.checkpoints import load_into
+from training.run import Run, run_script
+from twa import best_start
+from twa.files.checkpoints import Checkpoint, load_into
 
 
 def parse_arguments():
@@ -79,20 +78,26 @@ def main():
     args = parse_arguments()
     flags.check_launch(args)
     flags.check_recipe(args)
-    with lock(args.out, writes=not args.evaluate):
-        train_twa(args)
+    with Run(args, args.out, "--out", prefix="twa_") as run:
+        train_twa(args, run)
 
 
-def train_twa(args):
+def train_twa(args, run):
     utils.set_seed(args.randomseed)
     out = Path(args.out)
     layout = parallel.Layout(args)
     model, train, test = set_up(args, on_held_out=True, shard=layout.shard)
+    run.set_data(model, train, test)
     on_imagenet, on_text = (args.datasets == name for name in (image_folders.NAME, text.NAME))
     unit, quality = ("steps", "loss") if on_text else ("epochs", "accuracy")
 
-    def measure() -> dict[str, float]:
-        """Batch norm's statistics belong to the data: every solution has its own."""
+    def measure(checkpoint: Checkpoint | None = None) -> dict[str, float]:
+        """Measures the model, with the weights of `checkpoint` or its own.
+
+        Batch norm's statistics belong to the data: every solution has its own.
+        """
+        if checkpoint is not None:
+            load_into(model, checkpoint)
         reestimate_bn(model, train, args.amp, image_folders.BN_IMAGES if on_imagenet else None)
         return test.measures(evaluate(model, test, args.amp, on_imagenet))
 
@@ -100,50 +105,55 @@ def train_twa(args):
     if on_text:
         text.check_run(sgd.arguments, args)
     window = windows.paths_of(args)
-    averages = windows.averages_of(window, model)
     spent = sgd.spent(args.params_end - 1)
-    solutions = {}
-    for name, checkpoint in averages.items():
-        load_into(model, checkpoint)
-        solutions[name] = measure() | spent
+
+    def measure_averages() -> dict[str, dict[str, float]]:
+        averages = windows.averages_of(window, model)
+        return {name: measure(checkpoint) for name, checkpoint in averages.items()}
+
+    averages = run.once("averages", measure_averages, window)
+    solutions = {name: measured | spent for name, measured in averages.items()}
     if args.evaluate:
         skipped = skipped_images(train, test)
         if ranks.rank() == 0:
             print("\n".join(filter(None, [report.table(solutions), skipped])))
         return
-    full = sgd.measured_end(model, Path(args.save_dir), measure)
+    full, last = sgd.end, sgd.last_checkpoint(Path(args.save_dir))
+    if last:
+        full |= run.once("end of SGD", lambda: measure(last), [last])
 
     def loss(last: bool = False) -> float:
         return sample_loss(model, train, args.amp, last)
 
+    def search() -> dict:
+        started = time.perf_counter()
+        losses = best_start(model, window, loss).losses
+        return {"losses": losses, "seconds": time.perf_counter() - started}
+
+    searched = {"losses": {}, "seconds": 0.0}
+    if windows.is_searched(args):
+        searched = run.once("start", search, window)
+    start, checkpoint, compared = windows.start_of(window, args, model, searched["losses"])
+    if start not in solutions:
+        files = [*window, checkpoint] if isinstance(checkpoint, Path) else window
+        solutions[start] = run.once(start, lambda: measure(checkpoint), files) | spent
     started = time.perf_counter()
-    start, checkpoint, compared = windows.start_of(window, args, model, loss)
     steps = args.epochs * math.ceil(len(train) / args.accumulate)
     samples = math.inf if on_text else len(train.split)
     how = {"start": checkpoint, "process_group": layout.group, "steps": steps, "samples": samples}
     optimizer = coefficients.optimizer_of(args, model, window, **how)
-    build_seconds = time.perf_counter() - started
-    if start not in solutions:  # the model is there now
-        solutions[start] = measure() | spent
+    build_seconds = searched["seconds"] + time.perf_counter() - started
     factor = step_of_the_paper(args.epochs) if args.schedule == "step" else SCHEDULES[args.schedule]
     trainer = Trainer.of(args, model, train, test, optimizer, factor, top5=on_imagenet, name="TWA ")
     late = coefficients.LateMean(optimizer, steps)
-    run = Run(
-        *(args, trainer),
-        state=out / "twa_state.pt",
-        log_dir=out,
-        flag="--out",
-        prefix="twa_",
-        late=late,
-    )
-    run.keep_other_results()
+    run.restore(trainer, late=late)
     run.start(
         f"{args.arch} on {args.datasets}: TWA over checkpoints {args.params_start} to "
         f"{args.params_end - 1} from {start}: {coefficients.described(optimizer)} in "
         f"{build_seconds:.1f} s"
     )
     if ranks.world() > 1:
-        run.log.line(layout.line(optimizer))
+        run.log.line(layout.line)
     if compared:
         run.log.line(f"start: {coefficients.comparison(compared)}")
     for note in sgd.notes(args):
@@ -194,4 +204,4 @@ def train_twa(args):
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -30,7 +30,8 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
-from training import entry, image_folders
+from training import image_folders
+from training.run import run_script
 
 WIDTH, HEIGHT = 500, 375  # pixels, the usual size in ImageNet
 
@@ -138,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -22,7 +22,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training import data, entry
+from training import data
+from training.run import run_script
 
 
 def usual_loader(spec: data.Spec, data_dir: str, batch_size: int) -> DataLoader:
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -51,12 +51,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
-from training import data, entry, flags, ranks
-from training.files import save
+from training import data, flags, ranks
+from training.files import save, write_json
 from training.flags import number
-from training.logs import write_json
 from training.loop import autocast, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
+from training.run import run_script
 from twa import TWA, best_start, rate_of
 from twa.files.checkpoints import load_into
 from utils import UserError
@@ -497,4 +497,4 @@ WAYS = {
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -5,8 +5,7 @@
 
 The first table is measured under torchrun with gloo: for each number of processes, the basis of a
 rank, the peak of the memory that building it took, and the time of a training step. The second is
-computed by the formulas in `twa.storage.memory.Plan` and `training.parallel.sent`. Both are
-Markdown.
+computed by the formulas in `twa.storage.memory.Plan` and `sent`. Both are Markdown.
 """
 
 import argparse
@@ -29,11 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from subspace import checkpoints, peak_memory, write_checkpoints
 
 from training import flags, ranks
-from training.parallel import RIDERS, sent
 from twa import TWA
 from twa.storage.memory import Plan
 
 BATCH = 32
+EXTRAS = 4  # floats that TWA sums together with the gradient of the coefficients
+
+
+def sent(floats: float, ranks: int) -> float:
+    """Bytes that each rank sends in a sum over `ranks`: the least, that of a ring."""
+    return 4 * floats * 2 * (ranks - 1) / ranks
 
 
 def main():
@@ -164,7 +168,7 @@ def print_computed(args):
             link = args.link if gpus <= args.node else args.network
             for bits in (32, 8, 4):
                 plan = Plan(count, bits=bits)
-                basis, wire = plan.basis_bytes(own), sent(weights + plan.height + RIDERS, gpus)
+                basis, wire = plan.basis_bytes(own), sent(weights + plan.height + EXTRAS, gpus)
                 # Activations come on top of the memory; the mean of the window is not read.
                 memory, building = basis + vectors + 4 * weights, plan.build_bytes(own) + vectors
                 reading, sending = 2 * (basis - 4 * own) / args.memory_bandwidth, wire / link

@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import models
-from training import entry, flags, report, text
-from training.logs import read_json, write_json
+from training import flags, report, text
+from training.files import read_json, write_json
+from training.run import run_script
 from twa.files.checkpoints import average, load_into
 from utils import UserError
 
@@ -91,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

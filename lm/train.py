@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 import utils
-from training import entry, flags, sgd, text
+from training import flags, sgd, text
 from training.flags import number
-from training.locks import lock
 from training.loop import set_up
 from training.optimizers import SCHEDULES
+from training.run import Run, run_script
 from twa.files.checkpoints import load_into
 from twa.files.formats import load
 
@@ -80,11 +80,11 @@ def check_arguments(args, parser):
 
 def main():
     args = parse_arguments()
-    with lock(args.save_dir, writes=not args.evaluate):
-        train_language_model(args)
+    with Run(args, args.save_dir, "--dir", log_dir=args.log_dir) as run:
+        train_language_model(args, run)
 
 
-def train_language_model(args):
+def train_language_model(args, run):
     utils.set_seed(args.randomseed)
     model, train, test = set_up(args)
     state = None
@@ -100,8 +100,8 @@ def train_language_model(args):
     def factor(x: float) -> float:
         return 1.0 if x <= begins else SCHEDULES[args.decay]((x - begins) / (1 - begins))
 
-    sgd.run(args, model, train, test, factor, state=state, flag="--dir")
+    sgd.train(run, model, train, test, factor, state=state)
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -26,12 +26,15 @@ import torch
 
 import models
 import utils
-from training import data, entry, flags, locks, logs, optimizers, ranks
-from training.files import load_verified, save
+from training import data, flags, optimizers, ranks
+from training.files import read_lines, save, write_json, write_lines
 from training.flags import number
+from training.logs import provenance
 from training.loop import Diverged, Trainer, build, describe
 from training.optimizers import OPTIMIZERS, SCHEDULES
-from twa.files.checkpoints import CheckpointError
+from training.run import lock, run_script
+from twa.files.checkpoints import CheckpointError, load_into
+from twa.files.formats import verify
 from utils import UserError
 
 
@@ -93,7 +96,8 @@ def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
         models.imagenet.load_pretrained(model, args.arch)
         origin = "torchvision"
     else:
-        load_verified(model, args.base)
+        verify(args.base)
+        load_into(model, args.base)
         origin = hashlib.sha256(Path(args.base).read_bytes()).hexdigest()[:16]
     return copy.deepcopy(model.state_dict()), origin
 
@@ -115,7 +119,8 @@ def is_finished(record: dict | None, settings: dict, path: Path, model: torch.nn
     if record["validation"] is None:
         return True
     try:
-        load_verified(model, path)
+        verify(path)
+        load_into(model, path)
     except CheckpointError:
         return False
     return True
@@ -138,7 +143,7 @@ def train(model, training, validation, name: str, args) -> dict[str, float]:
 def main():
     args = parse_arguments()
     ranks.refuse()
-    with locks.lock(args.save_dir):
+    with lock(args.save_dir):
         fine_tune(args)
 
 
@@ -153,7 +158,7 @@ def fine_tune(args):
     start, origin = start_point(args, model)
 
     save_dir = Path(args.save_dir)
-    logs.write_json({"arguments": vars(args), **logs.provenance()}, save_dir / "run.json")
+    write_json({"arguments": vars(args), **provenance()}, save_dir / "run.json")
     same = ("batch_size", "optimizer", "momentum", "schedule", "amp", "warmup_epochs", "clip_grad")
     fixed = {
         "model": args.arch,
@@ -164,7 +169,7 @@ def fine_tune(args):
         **{key: getattr(args, key) for key in same},
     }
     runs = save_dir / "runs.jsonl"
-    records = {record["file"]: record for record in logs.read_lines(runs, "file", "settings")}
+    records = {record["file"]: record for record in read_lines(runs, "file", "settings")}
     for varied in settings_of_runs(args):
         settings, path = varied | fixed, save_dir / f"{varied['seed']:03}.pt"
         if is_finished(records.get(path.name), settings, path, model):
@@ -185,7 +190,7 @@ def fine_tune(args):
             "validation": scores,
             "seconds": time.perf_counter() - started,
         }
-        logs.write_lines(records.values(), runs)
+        write_lines(records.values(), runs)
         if scores:
             told = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
             print(f"{path.name}: validation {describe(scores)} ({told})")
@@ -193,4 +198,4 @@ def fine_tune(args):
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -31,9 +31,10 @@ from torch import Tensor
 
 import models
 import utils
-from training import coefficients, data, entry, flags, image_folders, locks, logs, ranks, report
-from training.files import load_verified, save
+from training import coefficients, data, flags, image_folders, ranks, report
+from training.files import read_lines, save, write_json, write_lines
 from training.flags import number
+from training.logs import provenance
 from training.loop import (
     Trainer,
     build,
@@ -47,7 +48,9 @@ from training.loop import (
     skipped_images,
 )
 from training.optimizers import SCHEDULES
+from training.run import lock, run_script
 from twa.files.checkpoints import Checkpoint, average, load_into
+from twa.files.formats import verify
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on
@@ -98,7 +101,7 @@ def refuse_other_split(paths: Sequence[Path], args) -> None:
     """Refuses models of `finetune.py` that were trained on what is held out here."""
     here = flags.held_out(args)
     for folder in sorted({path.parent for path in paths}):
-        for record in logs.read_lines(folder / "runs.jsonl", "file", "settings"):
+        for record in read_lines(folder / "runs.jsonl", "file", "settings"):
             path, there = folder / record["file"], record["settings"]["held_out"]
             if path in paths and there != here:
                 raise UserError(
@@ -111,7 +114,7 @@ def refuse_own_soups(paths: Sequence[Path]) -> None:
     """Refuses soups that an earlier call made of others of `paths`: a glob took them for models."""
     names = set(map(str, paths))
     for folder in sorted({path.parent for path in paths}):
-        for record in logs.read_lines(folder / RESULTS, "name", "settings", *PARTS):
+        for record in read_lines(folder / RESULTS, "name", "settings", *PARTS):
             soup = folder / file_of(record["name"])
             if soup in paths and not names.isdisjoint(record.get("models", ())):
                 raise UserError(
@@ -227,7 +230,7 @@ class Solutions:
 
     def __init__(self, log_dir: Path, evaluator: Evaluator):
         self.path, self._evaluator = log_dir / RESULTS, evaluator
-        records = logs.read_lines(self.path, "name", "settings", *PARTS)
+        records = read_lines(self.path, "name", "settings", *PARTS)
         self.records = {record["name"]: record for record in records}
 
     def refuse_other_flags(self, name: str, settings: dict, twa_settings: dict) -> None:
@@ -259,7 +262,7 @@ class Solutions:
                 values["seconds"] = time.perf_counter() - started
                 values |= {part: self._evaluator.evaluate(part) for part in PARTS}
             record = self.records[name] = {"name": name, **values, "settings": settings}
-            logs.write_lines(self.records.values(), self.path)
+            write_lines(self.records.values(), self.path)
             print(f"{name}: {', '.join(f'{part} {describe(record[part])}' for part in PARTS)}")
         return record
 
@@ -321,7 +324,7 @@ def train_coefficients(
 def main():
     args = parse_arguments()
     ranks.refuse()
-    with locks.lock(args.log_dir), warnings.catch_warnings():
+    with lock(args.log_dir), warnings.catch_warnings():
         make_soups(args)
 
 
@@ -332,14 +335,15 @@ def make_soups(args):
     refuse_other_split(paths, args)
     evaluator = Evaluator(args)
     for path in paths:
-        load_verified(evaluator.model, path)
+        verify(path)
+        load_into(evaluator.model, path)
         warnings.filterwarnings("ignore", "ignored in the checkpoints")  # said of the first
 
     solutions, settings = Solutions(log_dir, evaluator), settings_of(paths, args)
     twa_settings = settings | twa_settings_of(args)
     for kind in args.twa:
         solutions.refuse_other_flags(name_of(kind, args), settings, twa_settings)
-    logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
+    write_json({"arguments": vars(args), **provenance()}, log_dir / "soup_run.json")
     started, names = time.perf_counter(), [str(path) for path in paths]
     for name, path in zip(names, paths, strict=True):
         solutions.make(name, settings, partial(evaluator.evaluate_single, path))
@@ -401,4 +405,4 @@ def show(solutions: Solutions, names: Sequence[str], settings: dict, args) -> No
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -21,7 +21,7 @@ import torch
 from tables import markdown
 
 from training import data
-from training.logs import write_json
+from training.files import write_json
 from training.loop import build, evaluate, reestimate_bn
 from twa.files.checkpoints import Checkpoint, average, load_into
 

@@ -42,8 +42,9 @@ from study import (
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 
-from training import entry, flags
+from training import flags
 from training.loop import autocast
+from training.run import run_script
 from twa import TWA, Subspace
 from twa.files.checkpoints import Checkpoint, load_into
 from twa.subspace import UNITS
@@ -423,4 +424,4 @@ PARTS = {
 CHOOSING = ("units", "rates", "settings", "checkpoints", "second-order")
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -30,9 +30,11 @@ from study import ROOT, ema, fit, weighted
 from torch import Tensor, nn
 
 import utils
-from training import entry, flags, logs, text
+from training import flags, text
 from training.coefficients import LateMean, averaging_weights, keep_best
+from training.files import read_json, write_json
 from training.loop import build, evaluate, sample_loss
+from training.run import run_script
 from twa import TWA, best_start, rate_of
 from twa.files.checkpoints import Checkpoint, average, load_into
 from twa.files.formats import load
@@ -77,7 +79,7 @@ class Bench:
         # Whose rates are tuned; None for the first seed itself.
         self.first = self.path.with_name(f"{name.format(first)}.json") if seed != first else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.records = logs.read_json(self.path)
+        self.records = read_json(self.path)
         if not self.checkpoint(STEPS).exists():
             command = [sys.executable, ROOT / "lm/train.py", "--dir", self._folder]
             command += ["--steps", STEPS, "--save-every", EVERY, "--test-every", 2000]
@@ -131,7 +133,7 @@ class Bench:
         validated = evaluate(self.model, self.validation, amp=True)["loss"]
         measured = made | {"loss": tested["loss"], "validation_loss": validated}
         self.records[name] = {key: rounded(value) for key, value in measured.items()}
-        logs.write_json(self.records, self.path)
+        write_json(self.records, self.path)
         print(f"{self.path.stem}: {name}: {tested['loss']:.4f}", flush=True)
 
     def solution(self, name: str, checkpoint: Callable[[], Checkpoint], **known) -> None:
@@ -334,4 +336,4 @@ def main():
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

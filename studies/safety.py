@@ -27,8 +27,7 @@ from torch.nn import functional as F
 import utils
 from training import data, text, windows
 from training.coefficients import LateMean, keep_best, unit_of
-from training.files import save
-from training.logs import write_json
+from training.files import save, write_json
 from training.loop import build, predict, reestimate_bn, sample_loss
 from twa import TWA, rate_of
 from twa.files.checkpoints import load_into

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import utils
-from training import data, logs
+from training import data
 from training.coefficients import LateMean, averaging_weights, keep_best, unit_of
+from training.files import read_lines, write_json
 from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA, best_start, rate_of
@@ -117,7 +118,7 @@ class Bench:
     def sgd(self, epochs: int, saves: int) -> list[dict]:
         """The metrics of an SGD run with its whole schedule; trains it unless it is finished."""
         folder = self._folder / f"sgd{epochs}"
-        metrics = logs.read_lines(folder / "metrics.jsonl")
+        metrics = read_lines(folder / "metrics.jsonl")
         if len(metrics) < epochs:
             command = [sys.executable, ROOT / "train_sgd_cifar.py", "--datasets", "FashionMNIST"]
             command += ["--model-factory" if ":" in self.arch else "--arch", self.arch, "--amp"]
@@ -126,7 +127,7 @@ class Bench:
             command += ["--batch-size", BATCH, "--epochs", epochs, "--saves-per-epoch", saves]
             command += ["--save-dir", folder, "--log-dir", folder, "--resume"]
             subprocess.run([str(word) for word in command], check=True)
-            metrics = logs.read_lines(folder / "metrics.jsonl")
+            metrics = read_lines(folder / "metrics.jsonl")
         return metrics
 
     def end(self, epochs: int, saves: int) -> dict:
@@ -170,7 +171,7 @@ class Bench:
         """Adds what `make` returns as the entry `name`, unless there is one."""
         if name not in self.records:
             self.records[name] = make()
-            logs.write_json(self.records, self.path)
+            write_json(self.records, self.path)
             shown = {k: v for k, v in self.records[name].items() if not isinstance(v, list)}
             print(f"{self.path.stem}: {name}: {shown}", flush=True)
 

@@ -17,12 +17,11 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 
 import models
 import utils
-from training import data, entry, flags, optimizers, ranks, report
+from training import data, flags, optimizers, ranks, report
+from training.files import write_json
 from training.flags import number
-from training.locks import lock
-from training.logs import write_json
 from training.loop import Trainer, evaluate, reestimate_bn, set_up
-from training.runs import Run, clear
+from training.run import Run, run_script
 
 
 def parse_arguments():
@@ -72,14 +71,15 @@ def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
 
 def main():
     args = parse_arguments()
-    with lock(args.save_dir):
-        train_swa(args)
+    with Run(args, args.save_dir, "--dir", log_dir=args.log_dir) as run:
+        train_swa(args, run)
 
 
-def train_swa(args):
+def train_swa(args, run):
     utils.set_seed(args.randomseed)
     log_dir, save_dir = Path(args.log_dir), Path(args.save_dir)
     model, train, test = set_up(args)
+    run.set_data(model, train, test)
     average = AveragedModel(model)
     base, settings = optimizers.chosen("sgd", args.lr_init, args.wd, args.momentum)
     optimizer = base(model.parameters(), **settings)
@@ -89,35 +89,28 @@ def train_swa(args):
         amp=args.amp,
         print_every=args.print_freq,
     )
-    run = Run(
-        *(args, trainer),
-        state=save_dir / "state.pt",
-        log_dir=log_dir,
-        flag="--dir",
-        save_every=args.save_freq,
-        average=average,
-    )
-    if not run.resumed:
-        clear(save_dir, args.overwrite)
+    run.restore(trainer, average=average)
     run.start(f"{args.arch} on {args.datasets}: epochs {run.done} to {args.epochs}")
     if run.is_before_first_step:
         ranks.save_model(model, save_dir / "0.pt")
 
-    def update_average(epoch: int, metrics: dict) -> None:
+    def update_average(epoch: int) -> None:
         ranks.save_model(model, save_dir / f"{epoch}.pt")
+        past_start = epoch - args.swa_start
+        if args.swa and past_start >= 0 and past_start % args.swa_c_epochs == 0:
+            average.update_parameters(model)
+
+    def test_average(epoch: int, metrics: dict) -> None:
         if not args.swa:
             return
-        past_start = epoch - args.swa_start
-        if past_start >= 0 and past_start % args.swa_c_epochs == 0:
-            average.update_parameters(model)
         averaged = {"loss": None, "accuracy": None}
-        if past_start >= 0 and (epoch % args.eval_freq == 0 or epoch == args.epochs):
+        if epoch >= args.swa_start and (epoch % args.eval_freq == 0 or epoch == args.epochs):
             reestimate_bn(average, train, args.amp)
             averaged = evaluate(average, test, args.amp)
         metrics |= {f"SWA_{key}": value for key, value in averaged.items()}
         metrics["seconds"] = metrics.pop("seconds")  # stays the last column
 
-    run.train(after_epoch=update_average)
+    run.train(after_training=update_average, after_epoch=test_average)
 
     if args.swa:
         ranks.save_model(average.module, save_dir / "swa.pt")
@@ -142,4 +135,4 @@ def train_swa(args):
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

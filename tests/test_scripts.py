@@ -29,7 +29,6 @@ import utils
 from training import coefficients, data, logs
 from training.files import save
 from training.loop import evaluate, reestimate_bn, sample_loss
-from training.states import load_state, save_state
 from twa.files.checkpoints import average, load_into, load_state_dict
 
 SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
@@ -532,12 +531,15 @@ def test_a_resumed_run_draws_what_the_run_would_have_drawn(tmp_path):
 
     utils.set_seed(5)
     draws()  # of an odd number of normal ones, so that a generator holds one back
-    model, state = torch.nn.Linear(2, 2), tmp_path / "state.pt"
-    save_state(state, 3, {"epochs": 9}, model=model)
-    expected = draws()
-    assert draws() != expected
-    assert load_state(state, {"epochs": 9}, "--save-dir", model=model) == 3
-    assert draws() == expected
+    model = torch.nn.Linear(2, 2)
+    with processes.small_run(tmp_path, model, epochs=9) as run:
+        run.done = 3
+        run.save()
+        expected = draws()
+        assert draws() != expected
+    with processes.small_run(tmp_path, model, resume="", epochs=9) as run:
+        assert run.done == 3
+        assert draws() == expected
 
 
 def kill_in(folder: Path, moment: str, *args) -> None:
@@ -1006,7 +1008,7 @@ def test_divergence_ends_in_one_line_and_leaves_the_last_state(run):
     # A state whose next epoch must diverge.
     path = run / "checkpoints/state.pt"
     state = torch.load(path, weights_only=True)
-    state["epoch"] = 3
+    state["epoch"] = state["progress"]["epoch"] = 3
     state["optimizer"]["param_groups"][0]["lr"] = 1e30
     state["scheduler"]["base_lrs"] = [1e34]
     torch.save(state, path)

@@ -16,10 +16,11 @@ import models
 import train_sgd_cifar
 import train_twa
 from soup import finetune, soup
-from training import data, entry
+from training import data
 from training.data import DATASETS, Split
 from training.files import save
 from training.optimizers import SCHEDULES, schedule_of
+from training.run import run_script
 from twa.files.checkpoints import average
 from twa.storage.memory import Plan
 from utils import UserError
@@ -33,7 +34,7 @@ def call(script, *arguments) -> None:
     """A script in this process, as from a command line."""
     before, sys.argv = sys.argv, [script.__name__, *map(str, arguments)]
     try:
-        entry.run(script.main)
+        run_script(script.main)
     finally:
         sys.argv = before
 

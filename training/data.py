@@ -152,6 +152,7 @@ class Loader:
 
     skipped: Set[str] = frozenset()  # none, of data that are held on the device
     sample = 1024  # images on which start and end points are compared
+    watch = staticmethod(iter)  # what passes on the batches of a measurement; see `Run.set_data`
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class Loader:
         return math.ceil(self.count / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.batches()
+        return self.watch(self.batches())
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration."""
@@ -227,7 +228,8 @@ class Loader:
         """
         turns = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
         starts = [turn % count * self.batch_size for turn in turns]
-        return self._load([slice(first, first + self.batch_size) for first in starts])
+        parts = [slice(first, first + self.batch_size) for first in starts]
+        return self.watch(self._load(parts))
 
     def _share(self, batch: int) -> tuple[int, int]:
         """The positions in the epoch at which this rank's part of a batch begins and ends."""

@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from training import data, flags, optimizers, ranks
 from training.flags import number
 from training.loop import Trainer, describe, evaluate, skipped_images
 from training.optimizers import OPTIMIZERS, SCHEDULES
-from training.runs import Run, clear
+from training.run import Run
 from utils import UserError
 
 
@@ -42,8 +41,8 @@ def add_arguments(
     flags.add_recipe_arguments(parser)
 
 
-def run(
-    args: argparse.Namespace,
+def train(
+    run: Run,
     model: nn.Module,
     train: data.Loader,
     test: data.Loader,
@@ -51,25 +50,25 @@ def run(
     start_epoch: int = 0,
     top5: bool = False,
     state: dict | None = None,
-    flag: str = "--save-dir",
 ) -> None:
     """Trains `model` as the arguments say, from where a resumed run stopped, or evaluates it.
 
     Args:
+        run: in the folder of the checkpoints.
         factor: the rate's, at x, the share of the training that is done, in [0, 1); None: as
             `--schedule` says.
         start_epoch: how many epochs count as done if there is no state to go on from.
         top5: whether the accuracy among the five best classes is reported, too.
         state: of the optimizer, to begin with; its rate and weight decay are those of `args`.
-        flag: what names the folder of the checkpoints on the command line.
 
     Raises:
         UserError, CheckpointError: what a user can mend, as `Run` and `Trainer.epoch`.
     """
+    args = run.args
     flags.check_recipe(args)
+    run.set_data(model, train, test)
     if args.saves_per_epoch > len(train):
         raise UserError(f"--saves-per-epoch: an epoch has only {len(train)} iterations")
-    save_dir = Path(args.save_dir)
     base, settings = optimizers.chosen(args.optimizer, args.lr, args.weight_decay, args.momentum)
     optimizer = base(model.parameters(), **settings)
     if state is not None:
@@ -78,25 +77,16 @@ def run(
     factor = factor or SCHEDULES[args.schedule]
     done = start_epoch * len(train)
     trainer = Trainer.of(args, model, train, test, optimizer, factor, first=done, top5=top5)
-    run = Run(
-        *(args, trainer),
-        state=save_dir / "state.pt",
-        log_dir=Path(args.log_dir),
-        flag=flag,
-        first_epoch=start_epoch,
-    )
+    run.restore(trainer, start_epoch)
     if args.evaluate:
         tested = test.measures(evaluate(model, test, args.amp, top5))
         skipped = skipped_images(test)
         if ranks.rank() == 0:
             print("\n".join(filter(None, [f"test {describe(tested)}", skipped])))
         return
-    if not run.resumed:
-        run.keep_other_log()
-        clear(save_dir, args.overwrite)
     run.start(f"{args.arch} on {args.datasets}: epochs {run.done} to {args.epochs}")
     if run.is_before_first_step:
-        ranks.save_model(model, save_dir / f"{run.done * args.saves_per_epoch}.pt")
+        ranks.save_model(model, run.folder / f"{run.done * args.saves_per_epoch}.pt")
 
     # The iterations of an epoch after which a checkpoint is saved, evenly spaced.
     saves = range(1, args.saves_per_epoch + 1)
@@ -105,7 +95,7 @@ def run(
     def save_checkpoint(epoch: int, iteration: int) -> None:
         if iteration in save_after:
             number = (epoch - 1) * args.saves_per_epoch + save_after[iteration]
-            ranks.save_model(model, save_dir / f"{number}.pt")
+            ranks.save_model(model, run.folder / f"{number}.pt")
 
     run.train(after_step=save_checkpoint)
     skipped = skipped_images(train, test)

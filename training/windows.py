@@ -1,13 +1,11 @@
 """A window of checkpoints, and the averages of it that TWA is compared with."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from training import flags, ranks
-from twa import best_start
 from twa.files.checkpoints import Checkpoint, average, last_means
 from twa.files.formats import verify
 from utils import UserError
@@ -116,13 +114,21 @@ def averages_of(window: list[Path], model: nn.Module) -> dict[str, dict]:
     return {name: means[count] for name, count in names.items()}
 
 
+def is_searched(args: argparse.Namespace) -> bool:
+    """Whether the flags leave the start point to `best_start`."""
+    return args.train_start is None and args.start == "auto" and not args.start_average
+
+
 def start_of(
-    window: list[Path], args: argparse.Namespace, model: nn.Module, loss: Callable[[], float]
+    window: list[Path],
+    args: argparse.Namespace,
+    model: nn.Module,
+    losses: dict[float, float],
 ) -> tuple[str, Checkpoint, dict[str, float]]:
-    """The start point that the flags ask for: its name, the checkpoint, what it was compared with.
+    """The start point that the flags ask for: its name, the checkpoint, and what it was chosen by.
 
     Args:
-        loss: of the model as it is; what `--start auto` compares.
+        losses: what `best_start` returned, where `is_searched`.
 
     Raises:
         UserError: the window is shorter than `--start-average`.
@@ -132,9 +138,10 @@ def start_of(
     start = args.start if args.train_start is None else "SWA"
     count = args.start_average or {"auto": None, "last": 1, "SWA": len(window)}[start]
     if count is None:
-        checkpoint, losses = best_start(model, window, loss)
+        count = min(losses, key=losses.get)  # of equals the first
+        decay, kept = (count, window) if count < 1 else (1.0, window[-count:])
         compared = {name_of(key, window): value for key, value in losses.items()}
-        return min(compared, key=compared.get), checkpoint, compared
+        return name_of(count, window), average(kept, model, decay), compared
     if count > len(window):
         raise UserError(f"--start-average: the window has only {len(window)} checkpoints")
     return name_of(count, window), average(window[-count:], model), {}

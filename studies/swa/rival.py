@@ -19,7 +19,7 @@ from study import BATCH, ROOT, fit
 
 import utils
 from training import data
-from training.logs import write_json
+from training.files import write_json
 from training.loop import build, evaluate, reestimate_bn, sample_loss
 from twa import best_start
 from twa.files.checkpoints import load_into
