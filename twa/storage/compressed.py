@@ -1,0 +1,186 @@
+"""`CompressedMatrix`: the basis in 8 or 4 bits.
+
+A row is stored in tiles of about 256 columns. An element is a small integer times the scale that
+its row has in the tile; zero is represented exactly. Both products use the same rounded elements,
+so `project` is the exact adjoint of `expand`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from twa.files.formats import one_line
+from twa.storage.columns import Blocks
+from twa.storage.matrix import TILE, Matrix
+
+# The number of elements from which compiled kernels save more time than their compilation takes.
+COMPILE_FROM = 2**27
+# Elements of a call: they fill a GPU, and the intermediate sums of a compiled kernel fit the cache
+# of a CPU. Where nothing is compiled, the decompressed elements have to fit it.
+PART = 2**24
+CACHED_PART = 2**20
+
+
+class CompressedMatrix(Matrix):
+    """P in 8 or 4 bits.
+
+    The values of tiles are int8 [tiles, height, width]. At 4 bits they are uint8
+    [tiles, height, width / 2]: byte k contains column k in its low half and column k + width / 2 in
+    its high half, each from -8 to 7 with 8 added. A zero column pads an odd width. The scales are
+    float32 [tiles, height].
+
+    Compiled kernels, which decompress in registers, multiply large matrices. Small ones, and all of
+    them where there is no compiler, are decompressed in parts.
+
+    Args:
+        bits: 8 or 4.
+        height: the number of rows.
+        blocks, count: as for `Matrix`.
+        device: where the matrix is stored.
+    """
+
+    def __init__(
+        self, bits: int, height: int, blocks: list[Blocks], count: int, device: torch.device
+    ):
+        self._set_up(height, blocks, count, TILE)
+        self._values, self._scales = [], []
+        for tiles in self._tiles:
+            stored, dtype = tiles.width + tiles.width % 2, torch.int8
+            if bits == 4:
+                stored, dtype = stored // 2, torch.uint8
+            shape = (tiles.count, height)
+            self._values.append(torch.empty(*shape, stored, dtype=dtype, device=device))
+            self._scales.append(torch.empty(shape, dtype=torch.float32, device=device))
+        elements = height * sum(tiles.count * tiles.width for tiles in self._tiles)
+        self._compiled = elements >= COMPILE_FROM
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of values and scales in bytes."""
+        return sum(tensor.nbytes for tensor in (*self._values, *self._scales))
+
+    def fill(self, start: int, rows: Tensor) -> None:
+        """Compresses `rows`, float32 [height, columns], into the columns from `start` on.
+
+        They are whole blocks, or begin and end at multiples of `TILE` in a block or at its end.
+        """
+        for tiles, values, scales in zip(self._tiles, self._values, self._scales, strict=True):
+            columns = tiles.columns
+            low, high = max(start, columns.start), min(start + rows.shape[1], columns.stop)
+            if low < high:
+                part = rows[:, low - start : high - start].unflatten(1, (-1, tiles.width))
+                first = (low - columns.start) // tiles.width
+                place = slice(first, first + part.shape[1])
+                _compress(part.transpose(0, 1), values[place], scales[place])
+
+    def _project(self, index: int, columns: Tensor, out: Tensor) -> None:
+        self._run("project", index, _padded(columns), out)
+
+    def _expand(self, index: int, coefficients: Tensor, out: Tensor) -> None:
+        padded = _padded(out)
+        self._run("expand", index, coefficients, padded)
+        if padded is not out:
+            out.copy_(padded[:, :-1])
+
+    def _run(self, product: str, index: int, factors: Tensor, out: Tensor) -> None:
+        """Runs the kernel of `product`; `factors` and `out` have a row for each tile."""
+        values, width = self._values[index], self._tiles[index].width
+
+        def run(kernel: Callable, elements: int) -> None:
+            step = max(1, elements // (self.height * width))
+            tensors = (values, self._scales[index], factors, out)
+            for part in zip(*(tensor.split(step) for tensor in tensors), strict=True):
+                kernel(*part)
+
+        if self._compiled and values.numel() > CACHED_PART:
+            try:
+                return run(_compiled(product), PART)
+            except Exception as error:  # Whatever the compiler fails at, the plain kernels work.
+                _warn_once(f"the compressed basis runs uncompiled, and slower: {one_line(error)}")
+                self._compiled = False
+        kernel = {"project": _project, "expand": _expand}[product]
+        run(kernel, PART if out.device.type == "cuda" else CACHED_PART)
+
+
+def _compress(rows: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Compresses `rows`, float32 [tiles, height, width], into `values` and `scales`."""
+    # The largest element takes the lowest level, as there is one more level below zero.
+    levels = 8 if values.dtype == torch.uint8 else 128
+    low, high = rows.amin(dim=2, keepdim=True), rows.amax(dim=2, keepdim=True)
+    factors = torch.where(high > -low, high, low) / -levels
+    scales.copy_(factors[:, :, 0])
+    rounded = (rows / factors.where(factors != 0, 1)).round_().clamp_(-levels, levels - 1)
+    rounded = _padded(rounded)
+    if values.dtype == torch.uint8:
+        low, high = (rounded + 8).to(torch.uint8).chunk(2, dim=2)
+        rounded = low | high << 4
+    values.copy_(rounded)
+
+
+def _padded(columns: Tensor) -> Tensor:
+    """`columns`, with a zero appended to its last dimension if that is odd."""
+    odd = columns.shape[-1] % 2
+    return torch.nn.functional.pad(columns, (0, 1)) if odd else columns
+
+
+def _project(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
+    """Writes each tile of P times its `gradients` [tiles, width] to `out` [tiles, height]."""
+    torch.mul(scales, (gradients[:, None] @ _floats(values).mT)[:, 0], out=out)
+
+
+def _expand(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    """Writes `coefficients` [tiles, height] times each tile of P to `out` [tiles, width]."""
+    torch.bmm((scales * coefficients)[:, None], _floats(values), out=out[:, None])
+
+
+def _floats(values: Tensor) -> Tensor:
+    """`values` as float32 [tiles, height, width], not yet scaled."""
+    if values.dtype == torch.uint8:
+        return torch.cat([values & 15, values >> 4], dim=2).float().sub_(8)
+    return values.float()
+
+
+# The same products in a form that the compiler fuses. The two halves of a tile are separate sums:
+# at 4 bits they are the low and the high halves of bytes, and two sums run in parallel. Naming the
+# usual width makes the compiler write faster kernels for it.
+
+
+def _project_fused(values: Tensor, scales: Tensor, gradients: Tensor, out: Tensor) -> None:
+    low, high = _halves(values)
+    half = TILE // 2 if gradients.shape[1] == TILE else gradients.shape[1] // 2
+    left, right = gradients[:, None, :half], gradients[:, None, half:]
+    out.copy_(scales * (low * left + high * right).sum(2))
+
+
+def _expand_fused(values: Tensor, scales: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    coefficients = (scales * coefficients)[:, :, None]
+    low, high = _halves(values)
+    half = TILE // 2 if out.shape[1] == TILE else out.shape[1] // 2
+    out[:, :half] = (low * coefficients).sum(1)
+    out[:, half:] = (high * coefficients).sum(1)
+
+
+def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    if values.dtype == torch.uint8:
+        # On CPUs the compiler vectorises shifts of 32-bit integers, not of bytes.
+        values = values.int()
+        return ((values & 15) - 8).float(), ((values >> 4) - 8).float()
+    low, high = values.chunk(2, dim=2)
+    return low.float(), high.float()
+
+
+@functools.cache
+def _compiled(product: str):
+    kernel = {"project": _project_fused, "expand": _expand_fused}[product]
+    # Once for all shapes: layers and channels differ in the number and the width of their tiles.
+    return torch.compile(kernel, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
