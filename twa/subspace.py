@@ -142,7 +142,7 @@ class Subspace:
             transform, of_batch, kept, dtype = self._transform(batch, window)
             self._fill(batch, window, transform, dtype)
             used += kept.cpu().any(dim=0)
-            if self._provides(batch):
+            if self._shards.first or not batch.shared:  # One rank reports a shared block.
                 units[batch.numbers] = of_batch.float().cpu()
         if several:
             names = (f"checkpoint {Path(name).name}" for name in window.names)
@@ -174,7 +174,7 @@ class Subspace:
     def _transform(
         self, batch: Blocks, window: Window
     ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-        """Computes T and u of the blocks in `batch`.
+        """Computes how P and u of the blocks in `batch` come from the checkpoints.
 
         Returns:
             T with `P = T X` for the differences X of neighbouring checkpoints, float64
@@ -205,16 +205,10 @@ class Subspace:
             if self.mean is not None:
                 self.mean[start : start + rows.shape[1]] = rows[-1]
 
-    def _provides(self, batch: Blocks) -> bool:
-        """Whether this rank provides the results of `batch`: of a shared block, the first does."""
-        return self._shards.first or not batch.shared
-
     def _number_coefficients(self, units: Tensor) -> None:
-        """Numbers the coefficients: a block has one for each of its rows, and may lack some rows.
+        """Numbers the coefficients, one for each row that a block has.
 
-        Args:
-            units: u [blocks, height], 0 where a block has no such row and in blocks that another
-                rank provides.
+        `units` is u [blocks, height], 0 for rows that a block does not have or another rank reports.
         """
         self._shape = units.shape
         units = self._shards.sum(units.to(self.parameters[0].device)).flatten()
@@ -267,11 +261,11 @@ class Subspace:
 
         Args:
             coefficients: float32 [len(self)].
-            out: float32 [D] to write to. A loop should reuse one vector: allocating a result can
-                take longer than the product.
+            out: the result, to write to. A loop should reuse one vector: allocating it can take
+                longer than the product.
 
         Returns:
-            float32 [D], in the order of the columns; `out` if given.
+            float32 [D], in the order of the columns.
         """
         out = self.empty() if out is None else out
         scaled = coefficients if self.scale is None else coefficients * self.scale
@@ -282,11 +276,7 @@ class Subspace:
     def coordinates(self, weights: Tensor) -> Tensor:
         """The coefficients of the point of the subspace that is nearest to `weights`.
 
-        Args:
-            weights: float32 [D], in the order of the columns.
-
-        Returns:
-            float32 [len(self)].
+        Takes float32 [D], in the order of the columns, and returns float32 [len(self)].
         """
         weights = weights if self.mean is None else weights - self.mean
         square = 1 if self.scale is None else self.scale.square()
@@ -311,9 +301,6 @@ class Subspace:
         It reads the checkpoints again: to store n numbers for each direction of each block could
         take more memory than a compressed basis.
 
-        Args:
-            coefficients: float32 [len(self)].
-
         Returns:
             float64 on the CPU, [checkpoints] at granularity "model", else [blocks, checkpoints].
             They sum to 1 for "PCA". They are zero where a checkpoint was dropped.
@@ -325,7 +312,7 @@ class Subspace:
             transform, units, kept, _ = self._transform(batch, window)
             rows = extraction.of_checkpoints(units[:, :, None] * transform)
             rows = rows.masked_fill_(~kept[:, None].to(rows.device), 0).cpu()
-            if self._provides(batch):
+            if self._shards.first or not batch.shared:
                 weights[batch.numbers] = (coefficients[batch.numbers, None] @ rows)[:, 0]
         if self._shards.count > 1:  # NCCL needs its device. (MPS, without float64, has one rank.)
             weights = self._shards.sum(weights.to(self.parameters[0].device)).cpu()
@@ -342,12 +329,8 @@ class Subspace:
     def flatten(self, tensors: Iterable[Tensor | None], out: Tensor | None = None) -> Tensor:
         """`tensors`, one for each parameter, as one vector in the order of the columns.
 
-        Args:
-            tensors: in the shapes of `self.parameters`, any dtype; None stands for zeros.
-            out: float32 [D] to write to, as for `expand`.
-
-        Returns:
-            float32 [D]; `out` if given.
+        They have the shapes of `self.parameters` and any dtype; None stands for zeros. The result
+        is float32 [D], written to `out` if that is given.
         """
         out = self.empty() if out is None else out
         parts = self._columns.split(out)

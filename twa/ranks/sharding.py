@@ -1,9 +1,8 @@
 """Sharded parameters: the rows of each that this rank has, and sums over the ranks.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`) turns a parameter into a `DTensor`, which is divided
-along its first dimension, one shard for each rank. To the functions here an ordinary tensor is a
-single shard. They import from `torch.distributed` only for a `DTensor`: some builds of torch lack
-it.
+along its first dimension, one shard for each rank. The functions here treat any other tensor as a
+single shard. Only a `DTensor` makes them import `torch.distributed`, which some builds lack.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """The index in the whole tensor of the first row of this rank's shard.
-
-    Raises:
-        ValueError: the tensor is not sharded along its first dimension.
-    """
+    """The index of the first row of this rank's shard in the whole tensor."""
     if not is_sharded(tensor):
         return 0
     dimension, mesh = _mesh_dimension(tensor), tensor.device_mesh
@@ -52,15 +47,9 @@ def shard(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     from torch.distributed.tensor import DTensor
 
-    rows = whole if whole.shape != like.shape else part(whole, like)
-    return DTensor.from_local(
-        rows.to(like.device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    rows = (whole if whole.shape != like.shape else part(whole, like)).to(like.device)
+    placed = (like.device_mesh, like.placements)
+    return DTensor.from_local(rows, *placed, shape=like.shape, stride=like.stride())
 
 
 class Shards:
@@ -71,13 +60,11 @@ class Shards:
         count: the number of ranks.
 
     Raises:
-        ValueError: some trainable parameters are sharded and others are not, or not by one mesh.
+        ValueError: the trainable parameters are not all sharded alike, or not by FSDP2.
     """
 
     def __init__(self, model: nn.Module):
-        fsdp = sys.modules.get(
-            "torch.distributed.fsdp"
-        )  # Unless it is imported, nothing is sharded.
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # Nothing is sharded before its import.
         self._modules = [m for m in model.modules() if fsdp and isinstance(m, fsdp.FSDPModule)]
         self.reshard()
         meshes = {
@@ -118,7 +105,11 @@ class Shards:
 
 
 def _mesh_dimension(tensor: Tensor) -> int:
-    """The dimension of the mesh along which `tensor` is sharded."""
+    """The dimension of the mesh along which `tensor` is sharded.
+
+    Raises:
+        ValueError: the tensor is not sharded once, along its first dimension.
+    """
     from torch.distributed.tensor import Shard
 
     sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]

@@ -1,14 +1,13 @@
 """`Columns`: the order of the basis's columns, and the blocks that they form.
 
 The columns are the model's trainable parameters, one after the other, or this rank's shards of
-them. They form blocks (the whole model, layers or output channels), and each block has a basis of
-its own.
+them. A block (the whole model, a layer or an output channel) has a basis of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ from twa.ranks.sharding import Shards, first_row, local, part
 class Blocks:
     """`count` adjacent blocks of `width` columns each, from column `start` on.
 
-    The first one is block `first` of the model. Several ranks have columns of a `shared` block;
-    any other block is on this rank alone.
+    The first one is block `first` of the model. Several ranks have columns of a `shared` block.
     """
 
     first: int
@@ -42,17 +40,12 @@ class Blocks:
         """The column after the last."""
         return self.start + self.count * self.width
 
-    def follows(self, other: Blocks) -> bool:
-        """Whether these blocks can be appended to `other`: adjacent, equally wide, not shared."""
-        shared = self.shared or other.shared
-        return not shared and (other.numbers.stop, other.width) == (self.first, self.width)
-
     def split(self, columns: int) -> Iterator[Blocks]:
         """These blocks in groups of at most `columns` columns; a wider block is alone."""
         step = max(1, columns // max(1, self.width))
         for skip in range(0, self.count, step):
             count, start = min(step, self.count - skip), self.start + skip * self.width
-            yield Blocks(self.first + skip, start, count, self.width, self.shared)
+            yield replace(self, first=self.first + skip, start=start, count=count)
 
 
 class Columns:
@@ -66,12 +59,11 @@ class Columns:
         shards: the ranks that the model is sharded among.
         names: the parameters' names in a `state_dict`, without the prefixes of wrappers.
         parameters: the trainable parameters, in the same order.
-        widths: the number of columns of each parameter on this rank.
-        total: the number of columns on this rank.
+        widths: the number of columns of each parameter on this rank; `total` is their sum.
         layout: the parameters' names and shapes, to compare.
         fit: finds in a checkpoint what the model needs.
-        blocks: the blocks at `granularity` that have columns on this rank. Adjacent blocks of equal
-            width form one item. Shared blocks do not: their items are the same on every rank.
+        blocks: the blocks that have columns on this rank. Adjacent ones of equal width are one
+            item; shared ones are not, so that they are the same items on every rank.
         count: the number of blocks of the whole model.
 
     Raises:
@@ -141,14 +133,12 @@ class Columns:
             else:
                 width = sum(local(p).numel() for p in parameters)
                 new = Blocks(count, start, 1, width, shared=self.shards.count > 1)
-            count += number
-            if not new.count:
-                continue
-            start = new.stop
-            if blocks and new.follows(blocks[-1]):
-                last = blocks.pop()
-                new = Blocks(last.first, last.start, last.count + new.count, last.width)
-            blocks.append(new)
+            count, start, last = count + number, new.stop, blocks[-1] if blocks else None
+            separate = last is None or last.shared or new.shared
+            if not separate and (last.numbers.stop, last.width) == (new.first, new.width):
+                blocks[-1] = replace(last, count=last.count + new.count)
+            elif new.count:
+                blocks.append(new)
         return blocks, count
 
     def _parts(self, granularity: str) -> Iterator[tuple[int, list[nn.Parameter]]]:
@@ -164,7 +154,6 @@ class Columns:
                     yield from ((self._channels(p), [p]) for p in parameters)
 
     def _channels(self, weight: nn.Parameter) -> int:
-        """The number of output channels of a weight."""
         groups = self._groups.get(id(weight))
         return len(weight) if groups is None else groups * weight.shape[1]
 

@@ -1,8 +1,8 @@
 """`CompressedMatrix`: the basis in 8 or 4 bits.
 
-A row is stored in tiles of about 256 columns. An element is a small integer times the scale that
-its row has in the tile; zero is represented exactly. Both products use the same rounded elements,
-so `project` is the exact adjoint of `expand`.
+The columns are divided into tiles of about 256. An element is a small integer times the scale of
+its row in the tile; zero is exact. Both products use the same rounded elements, so `project` is the
+exact adjoint of `expand`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from twa.files.formats import one_line
 from twa.storage.columns import Blocks
-from twa.storage.matrix import TILE, Matrix
+from twa.storage.matrix import TILE, Matrix, runs_of_tiles
 
 # The number of elements from which compiled kernels save more time than their compilation takes.
 COMPILE_FROM = 2**27
-# Elements of a call: they fill a GPU, and the intermediate sums of a compiled kernel fit the cache
-# of a CPU. Where nothing is compiled, the decompressed elements have to fit it.
+# The elements of a call: they fill a GPU, and the intermediate sums of a compiled kernel fit the
+# cache of a CPU. Without a compiler, the decompressed elements have to fit it.
 PART = 2**24
 CACHED_PART = 2**20
 
@@ -29,13 +29,13 @@ CACHED_PART = 2**20
 class CompressedMatrix(Matrix):
     """P in 8 or 4 bits.
 
-    The values of tiles are int8 [tiles, height, width]. At 4 bits they are uint8
+    At 8 bits the values of tiles are int8 [tiles, height, width]. At 4 bits they are uint8
     [tiles, height, width / 2]: byte k contains column k in its low half and column k + width / 2 in
     its high half, each from -8 to 7 with 8 added. A zero column pads an odd width. The scales are
     float32 [tiles, height].
 
-    Compiled kernels, which decompress in registers, multiply large matrices. Small ones, and all of
-    them where there is no compiler, are decompressed in parts.
+    Large matrices use compiled kernels, which decompress in registers. Small ones, and all of them
+    where there is no compiler, are decompressed in parts.
 
     Args:
         bits: 8 or 4.
@@ -47,36 +47,32 @@ class CompressedMatrix(Matrix):
     def __init__(
         self, bits: int, height: int, blocks: list[Blocks], count: int, device: torch.device
     ):
-        self._set_up(height, blocks, count, TILE)
-        self._values, self._scales = [], []
-        for tiles in self._tiles:
-            stored, dtype = tiles.width + tiles.width % 2, torch.int8
-            if bits == 4:
-                stored, dtype = stored // 2, torch.uint8
-            shape = (tiles.count, height)
-            self._values.append(torch.empty(*shape, stored, dtype=dtype, device=device))
-            self._scales.append(torch.empty(shape, dtype=torch.float32, device=device))
-        elements = height * sum(tiles.count * tiles.width for tiles in self._tiles)
-        self._compiled = elements >= COMPILE_FROM
+        self.height, self._count = height, count
+        self._runs = list(runs_of_tiles(blocks, TILE))
+        self._tiles: list[tuple[Tensor, Tensor]] = []  # values and scales
+        for run, pieces in self._runs:
+            width = -(-run.width // pieces // 2) * (bits // 4)  # in bytes
+            shape, dtype = (run.count * pieces, height), torch.int8 if bits == 8 else torch.uint8
+            values = torch.empty(*shape, width, dtype=dtype, device=device)
+            self._tiles.append((values, torch.empty(shape, dtype=torch.float32, device=device)))
+        self._compiled = (
+            height * sum(run.count * run.width for run, _ in self._runs) >= COMPILE_FROM
+        )
 
     @property
     def nbytes(self) -> int:
         """The memory of values and scales in bytes."""
-        return sum(tensor.nbytes for tensor in (*self._values, *self._scales))
+        return sum(tensor.nbytes for tensors in self._tiles for tensor in tensors)
 
     def fill(self, start: int, rows: Tensor) -> None:
-        """Compresses `rows`, float32 [height, columns], into the columns from `start` on.
-
-        They are whole blocks, or begin and end at multiples of `TILE` in a block or at its end.
-        """
-        for tiles, values, scales in zip(self._tiles, self._values, self._scales, strict=True):
-            columns = tiles.columns
-            low, high = max(start, columns.start), min(start + rows.shape[1], columns.stop)
+        """As `Matrix.fill`; compresses the rows."""
+        for (run, pieces), (values, scales) in zip(self._runs, self._tiles, strict=True):
+            low, high = max(start, run.start), min(start + rows.shape[1], run.stop)
             if low < high:
-                part = rows[:, low - start : high - start].unflatten(1, (-1, tiles.width))
-                first = (low - columns.start) // tiles.width
-                place = slice(first, first + part.shape[1])
-                _compress(part.transpose(0, 1), values[place], scales[place])
+                width = run.width // pieces
+                part = rows[:, low - start : high - start].unflatten(1, (-1, width))
+                tiles = slice((low - run.start) // width, (high - run.start) // width)
+                _compress(part.transpose(0, 1), values[tiles], scales[tiles])
 
     def _project(self, index: int, columns: Tensor, out: Tensor) -> None:
         self._run("project", index, _padded(columns), out)
@@ -89,22 +85,22 @@ class CompressedMatrix(Matrix):
 
     def _run(self, product: str, index: int, factors: Tensor, out: Tensor) -> None:
         """Runs the kernel of `product`; `factors` and `out` have a row for each tile."""
-        values, width = self._values[index], self._tiles[index].width
-
-        def run(kernel: Callable, elements: int) -> None:
-            step = max(1, elements // (self.height * width))
-            tensors = (values, self._scales[index], factors, out)
-            for part in zip(*(tensor.split(step) for tensor in tensors), strict=True):
-                kernel(*part)
-
-        if self._compiled and values.numel() > CACHED_PART:
+        (run, pieces), tensors = self._runs[index], (*self._tiles[index], factors, out)
+        size = self.height * (run.width // pieces)
+        if self._compiled and tensors[0].numel() > CACHED_PART:
             try:
-                return run(_compiled(product), PART)
+                return _in_parts(_compiled(product), PART // size, tensors)
             except Exception as error:  # Whatever the compiler fails at, the plain kernels work.
                 _warn_once(f"the compressed basis runs uncompiled, and slower: {one_line(error)}")
                 self._compiled = False
         kernel = {"project": _project, "expand": _expand}[product]
-        run(kernel, PART if out.device.type == "cuda" else CACHED_PART)
+        _in_parts(kernel, (PART if out.device.type == "cuda" else CACHED_PART) // size, tensors)
+
+
+def _in_parts(kernel: Callable, step: int, tensors: tuple[Tensor, ...]) -> None:
+    """Calls `kernel` for `step` tiles at a time, or for one."""
+    for part in zip(*(tensor.split(max(1, step)) for tensor in tensors), strict=True):
+        kernel(*part)
 
 
 def _compress(rows: Tensor, values: Tensor, scales: Tensor) -> None:

@@ -7,7 +7,7 @@ Memory traffic bounds its speed, so it reads P once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,50 +20,22 @@ PIECE = 2**16
 TILE = 256
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """`count` adjacent tiles of `width` columns, from column `start` on.
-
-    A block consists of `pieces` tiles. The first block is block `first` of the model.
-    """
-
-    start: int
-    count: int
-    width: int
-    first: int
-    pieces: int
-
-    @property
-    def columns(self) -> slice:
-        """Their columns in P."""
-        return slice(self.start, self.start + self.count * self.width)
-
-    @property
-    def blocks(self) -> slice:
-        """The indices of their blocks among all blocks of the model."""
-        return slice(self.first, self.first + self.count // self.pieces)
-
-
 class Matrix:
     """P, and its products for the blocks that its columns form.
 
     Args:
         rows: P, float32 [height, D]; not copied.
         blocks: the blocks of the columns.
-        count: the number of blocks of the model, some of which other ranks may store.
+        count: the number of blocks of the model; other ranks may have some of them.
     """
 
     def __init__(self, rows: Tensor, blocks: list[Blocks], count: int):
-        self.rows = rows
-        self._set_up(len(rows), blocks, count, PIECE)
-        self._values = [
-            rows[:, tiles.columns].unflatten(1, (-1, tiles.width)).transpose(0, 1)
-            for tiles in self._tiles
+        self.rows, self.height, self._count = rows, len(rows), count
+        self._runs = list(runs_of_tiles(blocks, PIECE))
+        self._tiles = [
+            rows[:, run.start : run.stop].unflatten(1, (run.count * pieces, -1)).transpose(0, 1)
+            for run, pieces in self._runs
         ]
-
-    def _set_up(self, height: int, blocks: list[Blocks], count: int, longest: int) -> None:
-        self.height, self._count = height, count
-        self._tiles = [tiles for group in blocks for tiles in _tiles_of(group, longest)]
 
     @property
     def nbytes(self) -> int:
@@ -80,45 +52,47 @@ class Matrix:
     def project(self, gradients: Tensor) -> Tensor:
         """`P g` of each block, [blocks, height], for g [D]."""
         products = gradients.new_zeros(self._count, self.height)
-        for index, tiles in enumerate(self._tiles):
-            columns = gradients[tiles.columns].view(-1, tiles.width)
-            sums = columns.new_empty(tiles.count, self.height)
+        for index, (run, pieces) in enumerate(self._runs):
+            columns = gradients[run.start : run.stop].view(run.count * pieces, -1)
+            sums = columns.new_empty(len(columns), self.height)
             self._project(index, columns, sums)
-            products[tiles.blocks] += _sum(sums.unflatten(0, (-1, tiles.pieces)))
+            products[run.numbers] += _sum(sums.unflatten(0, (-1, pieces)))
         return products
 
     def expand(self, coefficients: Tensor, out: Tensor) -> None:
         """Writes `Pᵀ c` to `out` [D], for the coefficients c of each block, [blocks, height]."""
-        for index, tiles in enumerate(self._tiles):
-            columns = out[tiles.columns].view(-1, tiles.width)
-            of_tiles = coefficients[tiles.blocks, None].expand(-1, tiles.pieces, -1).flatten(0, 1)
+        for index, (run, pieces) in enumerate(self._runs):
+            columns = out[run.start : run.stop].view(run.count * pieces, -1)
+            of_tiles = coefficients[run.numbers, None].expand(-1, pieces, -1).flatten(0, 1)
             self._expand(index, of_tiles, columns)
 
     def _project(self, index: int, columns: Tensor, out: Tensor) -> None:
         """Writes the tiles times `columns` [tiles, width] to `out` [tiles, height]."""
-        torch.bmm(columns[:, None], self._values[index].mT, out=out[:, None])
+        torch.bmm(columns[:, None], self._tiles[index].mT, out=out[:, None])
 
     def _expand(self, index: int, coefficients: Tensor, out: Tensor) -> None:
         """Writes `coefficients` [tiles, height] times the tiles to `out` [tiles, width]."""
-        torch.bmm(coefficients[:, None], self._values[index], out=out[:, None])
+        torch.bmm(coefficients[:, None], self._tiles[index], out=out[:, None])
 
 
-def _tiles_of(group: Blocks, longest: int) -> Iterator[Tiles]:
-    """The tiles of the blocks in `group`, of about `longest` columns at most."""
-    if group.count > 1 and group.width < PIECE:  # `fill` gets wider blocks in parts.
-        # A block is one tile or is divided evenly: channels are mostly 9 times a power of 2 wide.
-        divisors = range(1, 4 * group.width // longest + 1) if group.width > 2 * longest else ()
-        even = (k for k in divisors if group.width % k == 0 and group.width <= 2 * longest * k)
-        pieces = next(even, 1)
-        width = group.width // pieces
-        yield Tiles(group.start, group.count * pieces, width, group.first, pieces)
-        return
-    for block in group.split(1):
-        pieces, rest = divmod(block.width, longest)
-        if pieces:
-            yield Tiles(block.start, pieces, longest, block.first, pieces)
-        if rest:
-            yield Tiles(block.stop - rest, 1, rest, block.first, 1)
+def runs_of_tiles(blocks: list[Blocks], longest: int) -> Iterator[tuple[Blocks, int]]:
+    """Divides blocks into runs of equal tiles, of about `longest` columns at most.
+
+    Yields blocks, or parts of a block, and the number of tiles in each.
+    """
+    for group in blocks:
+        if group.count > 1 and group.width < PIECE:  # `fill` gets wider blocks in parts.
+            # Tiles as wide as the block, or even parts: many channels are 9 * 2^k columns wide.
+            divisors = range(1, 4 * group.width // longest + 1) if group.width > 2 * longest else ()
+            even = (k for k in divisors if group.width % k == 0 and group.width <= 2 * longest * k)
+            yield group, next(even, 1)
+            continue
+        for block in group.split(1):
+            pieces, rest = divmod(block.width, longest)
+            if pieces:
+                yield replace(block, width=pieces * longest), pieces
+            if rest:
+                yield replace(block, start=block.stop - rest, width=rest), 1
 
 
 def _sum(pieces: Tensor) -> Tensor:

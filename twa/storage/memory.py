@@ -61,7 +61,7 @@ class Plan:
         return self.bits == 32 and self.height >= self.n - 1 and self.build_device == self.device
 
     def chunk(self, blocks: list[Blocks]) -> int:
-        """The columns of a chunk: whole tiles, and at least one block where several are adjacent."""
+        """The number of columns in a chunk: whole tiles, and the widest of adjacent blocks."""
         chunk = CHUNK.get(self.device.type, CHUNK["cpu"]) // self.n
         if self.device.type == "cpu" and self.extract == "Schmidt":  # which may use float32
             chunk = min(chunk, LONGEST)
@@ -89,10 +89,7 @@ class Plan:
     def check(self, total: int, free: float | None, shards: int) -> None:
         """Raises a `MemoryError` that names remedies if the basis does not fit.
 
-        Args:
-            total: the number of columns on this rank.
-            free: the free bytes; None if unknown.
-            shards: the number of ranks that the model is sharded among.
+        A rank, one of `shards`, has `total` columns and `free` bytes; None if that is unknown.
         """
 
         def needed(n: int, bits: int) -> int:
@@ -102,15 +99,10 @@ class Plan:
         n, bits = self.n, self.bits
         if free is None or needed(n, bits) <= free:
             return
-        remedies = []
-        fewer = max((k for k in range(2, n) if needed(k, bits) <= free), default=None)
-        if fewer:
-            remedies.append(f"{fewer} checkpoints")
-        smaller = [b for b in BITS if b < bits and needed(n, b) <= free]
-        if smaller:
-            remedies.append(f"bits={smaller[0]}")
+        fewer = [f"{k} checkpoints" for k in range(2, n) if needed(k, bits) <= free]
+        smaller = [f"bits={b}" for b in BITS if b < bits and needed(n, b) <= free]
         more = math.ceil(shards * needed(n, bits) / max(1, free))
-        remedies.append(f"{more} ranks with as much memory each")
+        remedies = [*fewer[-1:], *smaller[:1], f"{more} ranks with as much memory each"]
         share = f" (one of {shards} shards)" if shards > 1 else ""
         raise MemoryError(
             f"a basis of {n} checkpoints of {total:,} weights{share} at {bits} bits takes "
@@ -136,11 +128,8 @@ def free_in_control_groups(
     """The bytes that each memory limit of this process's control groups leaves free.
 
     Containers and batch systems on Linux limit memory in this way, in version 1 or 2 of the
-    interface. The page cache counts as free: the kernel drops it when memory is needed.
-
-    Args:
-        root: the directory where the groups are mounted.
-        own: the file that names this process's groups.
+    interface. The page cache counts as free: the kernel drops it when memory is needed. The groups
+    are mounted at `root`; the file `own` names those of this process.
     """
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)

@@ -1,7 +1,5 @@
 """`full_precision`: methods that compute in float32, whatever the caller has set."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
@@ -14,11 +12,9 @@ def full_precision(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for kind in {"cpu", self.parameters[0].device.type}:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.enter_context(_ieee_products())
+        on_cpu = torch.autocast("cpu", enabled=False)
+        on_device = torch.autocast(self.parameters[0].device.type, enabled=False)
+        with torch.no_grad(), on_cpu, on_device, _ieee_products():
             return method(self, *args, **kwargs)
 
     return wrapped
@@ -27,20 +23,13 @@ def full_precision(method: Callable) -> Callable:
 @contextlib.contextmanager
 def _ieee_products() -> Iterator[None]:
     """A context in which products of float32 matrices are not rounded to TF32 or bfloat16."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    if not hasattr(backends[0], "fp32_precision"):  # torch < 2.9 has one setting for all backends.
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    precisions = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+    with contextlib.ExitStack() as stack:
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+        else:  # torch < 2.9 has one setting for all backends.
+            before = torch.get_float32_matmul_precision()
+            stack.callback(torch.set_float32_matmul_precision, before)
+            torch.set_float32_matmul_precision("highest")
         yield
-    finally:
-        for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,12 +31,7 @@ class Window:
     """
 
     def __init__(
-        self,
-        columns: Columns,
-        checkpoints: Sequence[Checkpoint],
-        plan: Plan,
-        whole: bool = False,
-        hashed: bool = False,
+        self, columns: Columns, checkpoints: list[Checkpoint], plan: Plan, whole=False, hashed=False
     ):
         self._columns, self._checkpoints, self._hashed = columns, checkpoints, hashed
         self._chunk, n, device = plan.chunk(columns.blocks), len(checkpoints), plan.build_device
@@ -81,17 +76,12 @@ class Window:
     def products(self, batch: Blocks, transform: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`X Xᵀ` of each block, or `(T X)(T X)ᵀ` computed from the rows `T X` themselves.
 
-        Every rank has to call it: a shared block gets the sum over the ranks.
+        Every rank has to call it: shared blocks are summed over the ranks. It raises a
+        `CheckpointError` if a checkpoint contains NaN or infinity.
 
         Args:
             transform: T, float64 [blocks, rows, n]; None for X itself.
-            dtype: the dtype of the factors; their sums are float64.
-
-        Returns:
-            float64 [blocks, rows, rows].
-
-        Raises:
-            CheckpointError: a checkpoint contains NaN or infinity.
+            dtype: the dtype of the factors; the result is float64 [blocks, rows, rows].
         """
         height = len(self.rows) if transform is None else transform.shape[1]
         total = self._buffer.new_zeros(batch.count, height, height)
