@@ -109,22 +109,16 @@ class Subspace:
         n = len(self._checkpoints)
         _check_arguments(n, extract, components, bits, granularity, unit)
         self._extract, self._granularity, self.unit = extract, granularity, unit
-        self._columns = Columns(model, granularity)
-        self._shards, self._replicas = self._columns.shards, Replicas(process_group)
-        self.parameters = self._columns.parameters
-        device = self.parameters[0].device
+        columns = self._columns = Columns(model, granularity)
+        self._shards, self._replicas = columns.shards, Replicas(process_group)
+        self.parameters, device = columns.parameters, columns.parameters[0].device
         if device.type == "meta":
             raise ValueError("the model is on meta: give it a device first, by model.to_empty")
-        self._replicas.check(
-            {
-                "model": self._columns.layout,
-                "number of checkpoints": n,
-                "basis": (extract, components, bits, granularity, unit),
-            }
-        )
+        basis = (extract, components, bits, granularity, unit)
+        self._replicas.check({"model": columns.layout, "number of checkpoints": n, "basis": basis})
         self._plan = Plan(n, extract, components, bits, device)
         free = self._shards.share(free_memory(device), device, self._replicas.count)
-        self._plan.check(self._columns.total, free, self._shards.count)
+        self._plan.check(columns.total, free, self._shards.count)
         self._build()
 
     @full_precision
@@ -208,7 +202,7 @@ class Subspace:
     def _number_coefficients(self, units: Tensor) -> None:
         """Numbers the coefficients, one for each row that a block has.
 
-        `units` is u [blocks, height], 0 for rows that a block does not have or another rank reports.
+        `units` is u [blocks, height], 0 for rows that do not exist or that another rank reports.
         """
         self._shape = units.shape
         units = self._shards.sum(units.to(self.parameters[0].device)).flatten()
@@ -379,18 +373,15 @@ class Subspace:
 
 
 def _check_arguments(n, extract, components, bits, granularity, unit) -> None:
-    for name, value, allowed in (
-        ("extract", extract, EXTRACTS),
-        ("bits", bits, BITS),
-        ("granularity", granularity, GRANULARITIES),
-        ("unit", unit, UNITS),
-    ):
+    choices = {"extract": EXTRACTS, "bits": BITS, "granularity": GRANULARITIES, "unit": UNITS}
+    given = (extract, bits, granularity, unit)
+    for (name, allowed), value in zip(choices.items(), given, strict=True):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
     if n == 1 and extract == "PCA":
         raise ValueError("extract 'PCA' takes two checkpoints or more: one has no spread")
-    for name, given in (("components", components is not None), ("unit", unit == "block")):
-        if extract == "Schmidt" and given:
+    for name, used in (("components", components is not None), ("unit", unit == "block")):
+        if extract == "Schmidt" and used:
             raise ValueError(f"{name} belongs to extract 'PCA', not to 'Schmidt'")
     if components is not None and components < 1:
         raise ValueError(f"components must be 1 or more, not {components!r}")

@@ -29,19 +29,12 @@ CACHED_PART = 2**20
 class CompressedMatrix(Matrix):
     """P in 8 or 4 bits.
 
-    At 8 bits the values of tiles are int8 [tiles, height, width]. At 4 bits they are uint8
-    [tiles, height, width / 2]: byte k contains column k in its low half and column k + width / 2 in
-    its high half, each from -8 to 7 with 8 added. A zero column pads an odd width. The scales are
-    float32 [tiles, height].
+    The scales of tiles are float32 [tiles, height]. The values are int8 [tiles, height, width] or,
+    at 4 bits, uint8 [tiles, height, width / 2]: byte k contains column k in its low half and column
+    k + width / 2 in its high half, each from -8 to 7 with 8 added. A zero column pads an odd width.
 
     Large matrices use compiled kernels, which decompress in registers. Small ones, and all of them
     where there is no compiler, are decompressed in parts.
-
-    Args:
-        bits: 8 or 4.
-        height: the number of rows.
-        blocks, count: as for `Matrix`.
-        device: where the matrix is stored.
     """
 
     def __init__(
@@ -75,26 +68,28 @@ class CompressedMatrix(Matrix):
                 _compress(part.transpose(0, 1), values[tiles], scales[tiles])
 
     def _project(self, index: int, columns: Tensor, out: Tensor) -> None:
-        self._run("project", index, _padded(columns), out)
+        self._run(_project, _project_fused, index, _padded(columns), out)
 
     def _expand(self, index: int, coefficients: Tensor, out: Tensor) -> None:
         padded = _padded(out)
-        self._run("expand", index, coefficients, padded)
+        self._run(_expand, _expand_fused, index, coefficients, padded)
         if padded is not out:
             out.copy_(padded[:, :-1])
 
-    def _run(self, product: str, index: int, factors: Tensor, out: Tensor) -> None:
-        """Runs the kernel of `product`; `factors` and `out` have a row for each tile."""
+    def _run(self, plain: Callable, fused: Callable, index: int, factors: Tensor, out: Tensor):
+        """Runs one of both kernels; `factors` and `out` have a row for each tile."""
         (run, pieces), tensors = self._runs[index], (*self._tiles[index], factors, out)
         size = self.height * (run.width // pieces)
         if self._compiled and tensors[0].numel() > CACHED_PART:
             try:
-                return _in_parts(_compiled(product), PART // size, tensors)
+                return _in_parts(_compiled(fused), PART // size, tensors)
             except Exception as error:  # Whatever the compiler fails at, the plain kernels work.
-                _warn_once(f"the compressed basis runs uncompiled, and slower: {one_line(error)}")
+                warnings.warn(
+                    f"the compressed basis runs uncompiled, and slower: {one_line(error)}",
+                    stacklevel=2,
+                )
                 self._compiled = False
-        kernel = {"project": _project, "expand": _expand}[product]
-        _in_parts(kernel, (PART if out.device.type == "cuda" else CACHED_PART) // size, tensors)
+        _in_parts(plain, (PART if out.device.type == "cuda" else CACHED_PART) // size, tensors)
 
 
 def _in_parts(kernel: Callable, step: int, tensors: tuple[Tensor, ...]) -> None:
@@ -171,12 +166,6 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _compiled(product: str):
-    kernel = {"project": _project_fused, "expand": _expand_fused}[product]
+def _compiled(kernel: Callable) -> Callable:
     # Once for all shapes: layers and channels differ in the number and the width of their tiles.
     return torch.compile(kernel, dynamic=True, fullgraph=True)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
