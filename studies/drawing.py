@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from study import EPOCHS, HEAD
-from tables import BY_CHANNEL, BY_MODEL, RECIPE, Runs, mean, values
+from tables import BY_CHANNEL, BY_MODEL, Runs, mean, values
 
 SHOWN = 2  # epochs after the head, in the figure's left half
 
@@ -17,7 +16,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     """Left, accuracy over all epochs; right, over the epochs spent after the head."""
     fig = Figure(figsize=(11, 4.6))
     left, right = fig.subplots(1, 2)
-    shown = BY_CHANNEL if BY_CHANNEL in rows else RECIPE
+    shown = BY_CHANNEL
     curves = [[m["test_accuracy"] for m in run["SGD"]["curve"]] for run in runs]
     averaged = [statistics.mean(accuracies) for accuracies in zip(*curves, strict=True)]
     end = averaged[-1]
@@ -34,7 +33,7 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
         there = [b for b in budgets if values(runs, f"{row} | {b}")]
         found = [values(runs, f"{row} | {b}") for b in there]
         means, x = [statistics.mean(v) for v in found], [float(b) for b in there]
-        ours = {RECIPE: "#ff7f0e", BY_MODEL: "#e377c2"} | {shown: "C3"}
+        ours = {BY_MODEL: "#e377c2", shown: "C3"}
         colour = ours[row] if row in ours else next(rivals)
         right.plot(x, means, "o-" if row in ours else "s--", color=colour, label=row)
         if row == shown and len(found[0]) > 1:
@@ -53,39 +52,6 @@ def draw_head(runs: Runs, rows: list[str], budgets: list[str], path: Path) -> No
     for axes in (left, right):
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
         axes.grid(alpha=0.3)
-    save(fig, path)
-
-
-def draw_averaging(runs: Runs, path: Path) -> None:
-    """The averaging coefficients after training, in the first seed."""
-    fig = Figure(figsize=(8, 3.4))
-    axes = fig.subplots()
-    for i, saves in enumerate((1, 2, 5)):  # with more, neighbours cancel each other
-        entry = runs[0].get(f"{saves} an epoch | 0")
-        if entry:
-            alpha = [a * saves for a in entry["averaging_weights"]]
-            epochs = [(k + 1) / saves for k in range(len(alpha))]
-            axes.plot(epochs, alpha, ".-", color=f"C{i}", label=f"{saves} an epoch")
-    axes.axhline(1 / HEAD, color="#7f7f7f", linestyle=":", label="the uniform mean (SWA)")
-    axes.set(xlabel="epoch of the checkpoint", ylabel="coefficient · checkpoints an epoch")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    save(fig, path)
-
-
-def draw_plane(runs: Runs, path: Path) -> None:
-    """The training loss on the plane through three solutions."""
-    found = runs[0]["plane"]
-    fig = Figure(figsize=(6, 4.6))
-    axes = fig.subplots()
-    losses = torch.tensor(found["loss"])
-    levels = torch.logspace(losses.min().log10().item(), losses.max().log10().item(), 18).tolist()
-    contours = axes.contourf(found["x"], found["y"], losses, levels, cmap="viridis_r")
-    fig.colorbar(contours, label="training loss", format="%.2f")
-    for name, (x, y) in found["points"][0].items():
-        axes.plot(x, y, "o", color="white", markeredgecolor="black")
-        axes.annotate(name, (x, y), (5, 5), textcoords="offset points", color="black")
-    axes.set(xlabel="way from SGD's last checkpoint to SWA", ylabel="across")
     save(fig, path)
 
 

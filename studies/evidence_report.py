@@ -14,16 +14,13 @@ import drawing
 import front_page
 import goals
 import stages
-import torch
 from study import EPOCHS, HEAD, RESULTS, SAVES
 from study import EVERY as APART
 from tables import (
     ADVISED,
     BY_CHANNEL,
     BY_MODEL,
-    RECIPE,
     SPREAD,
-    START,
     TUNED,
     Runs,
     averages,
@@ -39,10 +36,7 @@ from tables import (
     table,
     values,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
-import models
-from training import data
 from training.coefficients import MANY_STEPS
 
 BEGIN, END = "<!-- python studies/evidence.py report -->", "<!-- end of the report -->"
@@ -87,16 +81,14 @@ def head(runs: Runs, figure: Path) -> list[str]:
     lines += ["or how many points are missing:", ""]
     lines += [*with_full_run(runs, rows, budgets), "", "Test loss:", ""]
     lines += [*table(runs, rows, budgets, "loss", ".4f"), ""]
-    against = [(RECIPE, None, "the best rival, averages included")]
-    if goals.measured(runs):
-        ours = (ADVISED, BY_CHANNEL, BY_MODEL)
-        against += [(row, TUNED, "the rival at its tuned rate") for row in ours]
+    ours = (ADVISED, BY_CHANNEL, BY_MODEL)
+    against = [(row, TUNED, "the rival at its tuned rate") for row in ours]
     lines += ["Points of accuracy ahead, and by how much the loss is below, paired by seed:", ""]
     lines += compared(runs, against, budgets)
     if goals.measured(runs):
         for row in (ADVISED, BY_CHANNEL):
             lines += ["", f"The goals for “{row}”:", "", *goals.table(runs, row)]
-    shown = [row for row in rows if row in (RECIPE, BY_CHANNEL, BY_MODEL) or row[:3] != "TWA"]
+    shown = [row for row in rows if row in (BY_CHANNEL, BY_MODEL) or row[:3] != "TWA"]
     drawing.draw_head(runs, shown, budgets, figure)
     return lines
 
@@ -150,84 +142,8 @@ def both(runs: Runs, what: str, images: str = "test") -> list[str]:
     return lines + table(runs, rows, columns, "loss", ".4f")
 
 
-def choice(runs: Runs, what: str) -> list[str]:
-    """The tables of a part that compares settings, on the validation images."""
-    return [started(runs), "", *both(runs, what, "validation")]
-
-
-def started(runs: Runs) -> str:
-    """What the point that TWA starts from has without training."""
-    accuracy, loss = scores(runs, START)
-    return f"The start, the {START}: {accuracy} %, loss {loss}."
-
-
 def units(runs: Runs, figure: Path) -> list[str]:
     return both(runs, "after so many epochs more", "validation")
-
-
-def rates(runs: Runs, figure: Path) -> list[str]:
-    rows, factors = split(runs)
-    lines = [started(runs), "", "Validation accuracy (%) at so many times the default rate, and"]
-    lines += ["the points by which the default is below the best:", ""]
-    first, rule, *rest = table(runs, rows, factors)
-    told = [f"{line} {best_rate(runs, r)[1]:.2f} |" for line, r in zip(rest, rows, strict=True)]
-    return [*lines, f"{first} below the best |", f"{rule} --- |", *told]
-
-
-def best_rate(runs: Runs, row: str) -> tuple[str, float]:
-    """The best factor in the mean of the seeds, and the points by which the default is below it."""
-    _, factors = split(runs)
-    means = {f: statistics.mean(v) for f in factors if (v := values(runs, f"{row} | {f}"))}
-    best = max(means, key=means.get)
-    return best, means[best] - means["1"]
-
-
-def settings(runs: Runs, figure: Path) -> list[str]:
-    return choice(runs, "with coefficients of the model, of each layer, of each channel")
-
-
-def checkpoints(runs: Runs, figure: Path) -> list[str]:
-    what = "by checkpoints an epoch and by the epoch that the window begins after"
-    drawing.draw_averaging(runs, figure)
-    return choice(runs, what)
-
-
-def second_order(runs: Runs, figure: Path) -> list[str]:
-    lines = choice(runs, "for so many epochs' worth of passes")
-    long, short = values(runs, "SGD | 10"), [values(runs, f"{m} | 1") for m in ("L-BFGS", "Newton")]
-    if not (long and all(short)):
-        return lines
-    gap = statistics.mean(long) - max(map(statistics.mean, short))
-    do = "do not reach" if gap > 0 else "reach"
-    return [*lines, "", f"In one epoch they {do} what SGD has after ten: {-gap:+.2f} points."]
-
-
-def plane(runs: Runs, figure: Path) -> list[str]:
-    drawing.draw_plane(runs, figure)
-    return ["Training loss; 1,024 images."]
-
-
-def little(runs: Runs, figure: Path) -> list[str]:
-    return [*plain(runs), "", *both(runs, "after training on the column's images alone")]
-
-
-def cost(runs: Runs, figure: Path) -> list[str]:
-    (run, *_) = runs
-    steps, sgd = run["process"]["steps_an_epoch"], run["SGD"]["step_ms"]
-    columns = {
-        "": lambda name, _: name.replace(" | ", ", by "),
-        "seconds an epoch": lambda _, e: f"{e['step_ms'] * steps / 1e3:.1f}",
-        "of SGD's": lambda _, e: f"{e['step_ms'] / sgd:.2f}",
-        "share of a step in the optimizer": lambda _, e: f"{e['optimizer_ms'] / e['step_ms']:.1%}",
-        "coefficients": lambda _, e: f"{e['coefficients']:,}" if "coefficients" in e else "",
-        "basis MB": lambda _, e: f"{e['basis_bytes'] / 1e6:.1f}" if "basis_bytes" in e else "",
-        "build seconds": lambda _, e: f"{e['build_seconds']:.2f}" if "build_seconds" in e else "",
-    }
-    names = ("SGD", *(name for name in run if name.startswith("TWA")))
-    rows = [[cell(name, run[name]) for cell in columns.values()] for name in names]
-    peak = run["process"]["peak_bytes"] / 1e9
-    end = f"The process, PyTorch and the data set included, peaked at {peak:.2f} GB."
-    return [*markdown([*columns], rows), "", end]
 
 
 # The pages behind RESULTS.md: title, introduction, and sections of a part of the measurements each.
@@ -241,10 +157,7 @@ PAGES = {
         "best of 0.01, 0.02, 0.05 and 0.1 by loss on 4,000 validation images, tried for each "
         f"budget on the first seed, from the start point of TWA. “{SPREAD}” is TWA as the scripts "
         f"have it; as advised: by model in fewer than {MANY_STEPS} steps, by channel from there "
-        "on, which validation images of other seeds chose (below). The other rows of TWA are as it "
-        "was: the paper's coordinates, from the mean of the last ten, at a rate from the curvature "
-        "of the loss; “the recipe” was AdamW (below one epoch SGD) by channel, from the mean of "
-        "the last five, chosen by validation images beside the 12,000.",
+        "on, which validation images of other seeds chose (below).",
         [
             ("head", "By study", "", head),
             (
@@ -260,64 +173,6 @@ PAGES = {
             ),
         ],
     ),
-    "settings": (
-        "Results: which settings are safe",
-        "One epoch of TWA with SGD in the paper's coordinates, from the mean of the head's last "
-        "ten checkpoints, at a rate from the curvature of the loss (“the default rate”): as TWA "
-        "was before its coefficients counted in the spread. One thing is changed at a time, and "
-        "measured on 10,000 validation images that the run never saw.",
-        [
-            (
-                "settings",
-                "Start, bits, directions, decay, schedule",
-                "",
-                settings,
-            ),
-            (
-                "checkpoints",
-                "How many checkpoints, how often",
-                "The window ends with the head. The figure: the averaging coefficients that TWA "
-                "ends with, scaled so that windows of different size can be compared.",
-                checkpoints,
-            ),
-            (
-                "rates",
-                "Rates",
-                "Their losses are in the JSON.",
-                rates,
-            ),
-            (
-                "second-order",
-                "Second-order steps on the coefficients",
-                "L-BFGS with a line search on fixed batches, and two Newton steps in the twelve "
-                "leading directions, the Hessian from differences of gradients. Every pass counts "
-                "as training. Newton's steps, and the rows above with 3, 12 and 24 directions, are "
-                "of version 0.1: the commands now measure these in units of the spread.",
-                second_order,
-            ),
-            (
-                "plane",
-                "The loss around the solutions",
-                "The plane through the head's last checkpoint (SGD), the mean of its checkpoints "
-                "(SWA) and TWA's solution after one epoch.",
-                plane,
-            ),
-        ],
-    ),
-    "few-images": (
-        "Results: few images, and wrong labels",
-        "The head was trained on 12,000 images, of which 40 % have wrong labels in one study "
-        "(noisy). Then as many steps as one epoch has, on the training set or on so many images "
-        "with right labels that the run never saw, and batch norm re-estimated on these as well, "
-        "as if the training data were gone. TWA is as it was (see the head stage).",
-        [("little", "By training set", "", little)],
-    ),
-    "cost": (
-        "Results: cost",
-        "Sixty checkpoints, batches of 128, one core with nothing beside it; TWA as it was, in the "
-        "paper's coordinates with SGD.",
-        [("cost", "A step", "", cost)],
-    ),
     "safety": (
         "Results: safety, many small runs",
         "Measured by `python studies/safety.py`: windows of 5 to 120 checkpoints, start points "
@@ -328,55 +183,14 @@ PAGES = {
         "SWA (an image of Digits is 0.34 points). The GPT of 0.86 M weights had 3,000 steps of "
         "1,024 bytes of Python's library, 100 of them an epoch here; that text is the one on which "
         "the defaults for text were found. "
-        "As it was: the paper's coordinates, SGD at a measured rate, from the mean of the window. "
         "The runs share checkpoints and images, so these rates are rough. Where training images "
         "are learned by heart, as 600 of Digits are, the sample of them can choose neither start "
-        "nor end: give --split there. Remedies tried against it: AdamW's weight decay of 5 towards "
-        "the start, a fifth of the images kept out to choose by, half the rate; on FashionMNIST "
-        "none of them is needed. Decays of 2 and 10, a larger ε of AdamW, SGD in its place and a "
-        "radius of 0.1 were tried on one more run each of two nets: they make the way shorter, and "
-        "with the rises go the gains. Noise on the images looked right on one run and was "
-        "no better on three seeds; noise on the coefficients helped that run less, and took the "
-        "gains on FashionMNIST; with mixup and smoothed labels the start won. VGG16BN had 512 "
+        "nor end: give --split there. VGG16BN had 512 "
         "images of 32×32 for twenty epochs, after which it recognises half of the others. Of "
         "Digits, starts were uniform means alone.",
         [],
     ),
 }
 
-# The paper's runs: architecture, data set, epochs of SGD in the head, epochs of TWA.
-PAPER = (
-    ("VGG16BN", "CIFAR100", 100, 10),
-    ("PreResNet164", "CIFAR100", 100, 10),
-    ("resnet18", "ImageNet", 60, 2),
-)
 
-
-def papers() -> list[str]:
-    """What the paper's runs would cost: counted operations, nothing that was run."""
-    note = (
-        "Not run here. The commands are in [head-stage.md](../head-stage.md) and "
-        "[imagenet.md](../imagenet.md); this is what they take, with operations counted by "
-        "PyTorch on the model, and hours for a GPU that sustains 20 TFLOP/s."
-    )
-    rows = []
-    for arch, training, epochs, more in PAPER:
-        on_imagenet = training == "ImageNet"
-        images, size = (1_281_167, 224) if on_imagenet else (50_000, data.DATASETS[training].size)
-        with torch.device("meta"):
-            model = (
-                models.imagenet.build(arch, 1000, size)
-                if on_imagenet
-                else models.build(arch, 100, 3, size)
-            )
-            with FlopCounterMode(display=False) as counter:
-                model(torch.empty(2, 3, size, size)).sum().backward()
-        operations = counter.get_total_flops() / 2 * images * (epochs + more)
-        name = f"{arch} on {training}"
-        hours = operations / 20e12 / 3600
-        rows.append((name, f"{epochs} + {more}", f"{operations / 1e15:,.0f}", f"{hours:.1f}"))
-    headings = ("model", "epochs of SGD + TWA", "training operations (10¹⁵)", "GPU hours")
-    return ["", "## The paper's own set-up", "", paragraph(note), "", *markdown(headings, rows)]
-
-
-EXTRA = {"cost": papers, "safety": lambda: ["", *stages.safety_table()]}
+EXTRA = {"safety": lambda: ["", *stages.safety_table()]}

@@ -12,9 +12,7 @@ from study import EPOCHS, HEAD, ROOT
 from tables import (
     ADVISED,
     BY_CHANNEL,
-    RECIPE,
     SPREAD,
-    START,
     TUNED,
     Runs,
     Studies,
@@ -195,14 +193,12 @@ def no_epochs_saved(studies: Studies) -> str:
         if BY_CHANNEL in split(runs)[0]
         for gain in gains(runs, BY_CHANNEL, SHOWN[-1], "loss", "SGD")
     ]
-    _, runs = shown(studies)
     return (
         "**It saves no epochs that a decaying rate does not save.** Of the studies of the head, "
         f"the full run's accuracy after {EPOCHS} epochs is reached by plain SGD, decaying "
         f"from the head's last checkpoint, {reach('SGD, decaying, from the last checkpoint')}; "
-        f"by TWA as it was at its best (“the recipe”) {reach(RECIPE)}; by TWA as it is, which was "
-        f"measured up to {budgets_of(runs, BY_CHANNEL)[-1]} epochs, {reach(BY_CHANNEL)}, and its "
-        f"loss is then below that of the full run in {sum(below)} of {len(below)} runs."
+        f"by TWA by channel {reach(BY_CHANNEL)}, and its loss is then below that of the full run "
+        f"in {sum(below)} of {len(below)} runs."
     )
 
 
@@ -262,21 +258,6 @@ def language_models(studies: Studies) -> str:
     )
 
 
-def few_images(studies: Studies) -> str:
-    runs = studies["little"]["PreResNet20 on FashionMNIST-12k-noisy"]
-    rows = [row for row in split(runs)[0] if row.startswith("TWA")]
-    ours, theirs = [], []
-    for images in ("200", "1000", "5000"):
-        ours.append(mean(runs, best(runs, [f"{row} | {images}" for row in rows])))
-        theirs.append(mean(runs, best(runs, trained(runs, images))))
-    twa, sgd = (listed(f"{loss:.4f}" for loss in losses) for losses in (ours, theirs))
-    return (
-        "**Few right labels beside many wrong ones** (one seed, as TWA was): trained on 200, 1,000 "
-        f"and 5,000 images with right labels, the best of TWA has a loss of {twa}, the best of SGD "
-        f"on all weights {sgd}; with 200 both lose accuracy ([few images](results/few-images.md))."
-    )
-
-
 def safety(studies: Studies) -> str:
     runs = [
         figures
@@ -298,34 +279,6 @@ def safety(studies: Studies) -> str:
     )
 
 
-def settings(studies: Studies) -> str:
-    by_bits, starts = [], []
-    for runs in studies["settings"].values():
-        for granularity in split(runs)[1]:
-            usual, eight, four, all_sixty = (
-                mean(runs, f"{row} | {granularity}", "accuracy")
-                for row in (
-                    "as in the head stage",
-                    "8 bits",
-                    "4 bits",
-                    "from the mean of the last 60",
-                )
-            )
-            by_bits += [abs(eight - usual), abs(four - usual)]
-            starts.append(usual - all_sixty)
-    (second,) = studies["second-order"].values()
-    sgd, lbfgs, newton, start = (
-        mean(second, name, "accuracy") for name in ("SGD | 1", "L-BFGS | 1", "Newton | 1", START)
-    )
-    return (
-        "**Settings** (as TWA was): 8 and 4 bits change accuracy by at most "
-        f"{max(by_bits):.2f} points; to start from the mean of all 60 checkpoints costs "
-        f"{min(starts):.1f} to {max(starts):.1f}. In an epoch's worth of passes L-BFGS ends at "
-        f"{lbfgs:.2f} %, Newton steps at {newton:.2f}, SGD at {sgd:.2f}, from {start:.2f} "
-        "([settings](results/settings.md))."
-    )
-
-
 CONCLUSIONS: tuple[Callable[[Studies], str], ...] = (
     head_against_tuned,
     head_against_averages,
@@ -333,9 +286,7 @@ CONCLUSIONS: tuple[Callable[[Studies], str], ...] = (
     tail,
     soups,
     language_models,
-    few_images,
     safety,
-    settings,
 )
 INTRODUCTION = (
     "Does Trainable Weight Averaging save epochs, does it beat the simple averages, and which "
@@ -362,14 +313,11 @@ MACHINES = (
 )
 NETWORK = "![Accuracy and loss against seconds](../benchmarks/figures/network.png)"
 STUDIES = """\
-- [Head stage](results/head-stage.md): three studies, six budgets, all rivals, the goals.
+- [Head stage](results/head-stage.md): two studies, six budgets, all rivals, the goals.
 - [Tail stage](../swa/README.md#what-it-gives-fashionmnist): SWA, and TWA on top of it.
 - [Soups](../soup/README.md#fashionmnist-three-seeds): twelve fine-tuned models.
 - [Language models](../lm/README.md#what-it-gives): decays, averages and TWA.
-- [Settings](results/settings.md): start, bits, windows, rates, second-order steps.
-- [Few images, and wrong labels](results/few-images.md).
-- [Safety](results/safety.md): many small runs, and how often the end is worse than the start.
-- [Cost](results/cost.md): a step, the basis, and what the paper's runs would take."""
+- [Safety](results/safety.md): many small runs, and how often the end is worse than the start."""
 METHOD = (
     f"Two CPU cores, bf16 autocast, batches of 128. The full run is SGD for {EPOCHS} epochs at "
     "rate 0.1, a tenth of it from the middle on and a hundredth from three quarters on. The *head* "
@@ -379,12 +327,9 @@ METHOD = (
     "block's spread, from the best mean of the last checkpoints; "
     "of start, end and the mean of the last half of training the best is kept, by loss on 1,024 "
     "training images, the last of an epoch (in the study of language, made before, the first, by "
-    "which the start was chosen and where it has an advantage). The training sets are "
-    "FashionMNIST's 60,000 images or the first 12,000 of them (12k). The cnn and the vit of "
-    "`studies/architectures.py` have no batch norm; where there is one, it is re-estimated for "
-    "every solution but the full run and SGD's whole schedule on 60,000 images, which were told "
-    "as the runs tested themselves (of the full run on 12,000 that was 0.0008 of "
-    "loss more). "
+    "which the start was chosen and where it has an advantage). The training set is "
+    "the first 12,000 images of FashionMNIST (12k). The cnn of `studies/architectures.py` has no "
+    "batch norm; where there is one, it is re-estimated for every solution. "
     "“Epochs” count what is trained on; comparing start points and ends takes forward passes "
     "beside them, on 2,048 images for each of twelve points: about two thirds of the work of an "
     "epoch on 12,000 images."

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import language
 import torch
-from study import ROOT, safe_rate, train_steps
+from study import ROOT, train_steps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,7 +32,6 @@ from training.logs import write_json
 from training.loop import build, predict, reestimate_bn, sample_loss
 from twa import TWA, rate_of
 from twa.files.checkpoints import load_into
-from twa.optimizer import RATE
 
 RESULTS = ROOT / "studies/safety.json"
 WORK = ROOT / "results/safety"
@@ -264,27 +263,6 @@ class Recipe:
         return entry | {"from": name} | told(points, kept) | {"sample": rounded(sample)}
 
 
-class Before:
-    """The defaults of before: the paper's method at a measured rate, its end as it comes."""
-
-    def run(self, bench: Bench, setting: Setting) -> dict:
-        window = bench.window(setting.window)
-        optimizer = TWA(
-            bench.model,
-            window,
-            torch.optim.SGD,
-            extract="Schmidt",
-            granularity=setting.granularity,
-            lr=0.0,
-            momentum=0.9,
-        )
-        rate = safe_rate(optimizer, bench.model, bench.train, 0.9, bench.amp)
-        optimizer.param_groups[0]["lr"] = rate
-        steps = max(1, round(setting.epochs * len(bench.train)))
-        entry, points = trained(bench, bench.train, optimizer, steps)
-        return entry | {"from": "SWA"} | told(points, "end") | {"lr": rate}
-
-
 def resized(split: data.Split, size: int | None) -> data.Split:
     """With zeros around the images, so that they are of this size."""
     if size is None:
@@ -334,11 +312,6 @@ def rounded(figures: dict[str, float]) -> dict[str, float]:
 
 RECIPES = {
     "new": Recipe(),
-    "before": Before(),
-    # Remedies that were tried against over-fitting; `safety_remedies.json` has what they gave.
-    "decay 5": Recipe(weight_decay=5.0),
-    "kept out": Recipe(kept_out=0.2),
-    "half rate": Recipe(lr=RATE / 2),
 }
 
 
@@ -356,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="TWA's safety: many small runs")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(CASES))
     parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
-    parser.add_argument("--recipes", nargs="+", default=["new", "before"], choices=RECIPES)
+    parser.add_argument("--recipes", nargs="+", default=["new"], choices=RECIPES)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     records = json.loads(args.out.read_text()) if args.out.exists() else {}

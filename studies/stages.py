@@ -86,7 +86,7 @@ def safety_rows() -> dict[tuple[str, str], list[tuple[float, ...]]]:
     loss rose by more than its error, the worst epoch over the start, whether the accuracy is at
     least that of the simple averages.
     """
-    records, tried = recorded(), recorded("safety_remedies")
+    records, tried = recorded(), {}
     chosen = {key.rpartition(": ")[0] for key in tried if key.count(": ") == 2}
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for key, entry in (records | tried).items():
@@ -134,7 +134,7 @@ def safety_table() -> list[str]:
         )
     heads = ("TWA", "SGD run", "runs", "end / start, median", "largest", "above 1.05")
     heads += ("above by more than its error", "worst epoch / start", "accuracy")
-    return [*markdown(heads, table), "", *by_test_data(), *from_auto(), *against_before()]
+    return [*markdown(heads, table), "", *by_test_data(), *from_auto()]
 
 
 def by_test_data() -> list[str]:
@@ -164,20 +164,4 @@ def from_auto() -> list[str]:
         "From the start that the scripts choose, the accuracy is that of the best average or "
         f"higher in {', '.join(told)}; from SWA and the last checkpoint, which may be far behind "
         "it, an epoch is often not enough."
-    )
-
-
-def against_before() -> list[str]:
-    """How much higher the final loss was at the same settings, by architecture."""
-    records = recorded()
-    ratios: dict[str, list[float]] = {}
-    for key, entry in records.items():
-        now = records.get(f"{key.removesuffix(': before')}: new")
-        if key.endswith(": before") and now:
-            ratio = entry["held out"]["end"] / now["held out"]["end"]
-            ratios.setdefault(key.split()[1], []).append(ratio)
-    times = [f"{statistics.geometric_mean(r):.1f} ({arch})" for arch, r in ratios.items()]
-    return bullet(
-        "As it was, TWA hardly moves from its start, the window's mean, which is poor: at the same "
-        f"settings its final loss is {', '.join(times)} times that of the defaults."
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 import time
@@ -17,13 +16,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from curvature import curvature
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import utils
 from training import data, logs
-from training.coefficients import LateMean, averaging_weights, keep_best, unit_of
+from training.coefficients import LateMean, keep_best, unit_of
 from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
 from twa import TWA, best_start, rate_of
@@ -41,22 +39,17 @@ TUNED_ON = 4_000  # of these, the first ones, that the rival's rate is tuned on
 
 @dataclass(frozen=True)
 class Data:
-    """A training set: the first images of FashionMNIST, a share of them with wrong labels."""
+    """A training set: the first images of FashionMNIST."""
 
-    images: int | None = None  # None: all 60,000
-    noise: float = 0.0  # share of the labels
+    images: int
 
     @property
     def steps(self) -> int:
         """Steps in an epoch."""
-        return math.ceil((self.images or 60_000) / BATCH)
+        return math.ceil(self.images / BATCH)
 
 
-DATA = {
-    "FashionMNIST": Data(),
-    "FashionMNIST-12k": Data(12_000),
-    "FashionMNIST-12k-noisy": Data(12_000, 0.4),
-}
+DATA = {"FashionMNIST-12k": Data(12_000)}
 
 
 class Bench:
@@ -74,7 +67,6 @@ class Bench:
     Attributes:
         model: the model that is trained.
         train, judge: the loaders that it is trained and measured on.
-        rest: the training images that the run never saw, with right labels.
         records: the entries by name.
         tuned_on: validation images that the rate of a rival is chosen by.
     """
@@ -89,9 +81,6 @@ class Bench:
         self.path.parent.mkdir(exist_ok=True)
         self.records = json.loads(self.path.read_text()) if self.path.exists() else {}
         self._data_dir = data_dir
-        if self._data.noise:
-            self._data_dir = self._folder / "data"
-            write_noisy_labels(data_dir, self._data_dir, self._data, seed)
         if not all(path.exists() for path in self.window()):
             self.sgd(EPOCHS, SAVES)
 
@@ -99,7 +88,6 @@ class Bench:
         cpu = torch.device("cpu")
         training, test = data.load("FashionMNIST", self._data_dir, cpu)
         self.train = self._loader(training.part(slice(self._data.images)))
-        self.rest = training.part(slice(self._data.images or len(training), None))
         validation = training.part(slice(-VALIDATION, None))
         judge = validation if chooses else test
         self.judge = data.Loader(judge, 1000, train=False, channels_last=True)
@@ -110,10 +98,6 @@ class Bench:
     def _loader(self, split: data.Split) -> data.Loader:
         return data.Loader(split, BATCH, train=True, seed=self.seed, channels_last=True)
 
-    def held_out(self, count: int) -> data.Loader:
-        """A loader of `count` training images that the run never saw, with right labels."""
-        return self._loader(self.rest.part(slice(count)))
-
     def sgd(self, epochs: int, saves: int) -> list[dict]:
         """The metrics of an SGD run with its whole schedule; trains it unless it is finished."""
         folder = self._folder / f"sgd{epochs}"
@@ -121,8 +105,16 @@ class Bench:
         if len(metrics) < epochs:
             command = [sys.executable, ROOT / "train_sgd_cifar.py", "--datasets", "FashionMNIST"]
             command += ["--model-factory" if ":" in self.arch else "--arch", self.arch, "--amp"]
-            command += ["--images", self._data.images] if self._data.images else []
-            command += ["--data-dir", self._data_dir, "--randomseed", self.seed, "-p", 1000]
+            command += [
+                "--images",
+                self._data.images,
+                "--data-dir",
+                self._data_dir,
+                "--randomseed",
+                self.seed,
+                "-p",
+                1000,
+            ]
             command += ["--batch-size", BATCH, "--epochs", epochs, "--saves-per-epoch", saves]
             command += ["--save-dir", folder, "--log-dir", folder, "--resume"]
             subprocess.run([str(word) for word in command], check=True)
@@ -174,39 +166,33 @@ class Bench:
             shown = {k: v for k, v in self.records[name].items() if not isinstance(v, list)}
             print(f"{self.path.stem}: {name}: {shown}", flush=True)
 
-    def judged(self, loader: data.Loader | None = None) -> dict:
-        """Loss and accuracy of the model's weights.
-
-        Args:
-            loader: the images that batch norm is re-estimated on; the training set if None.
-        """
-        reestimate_bn(self.model, loader or self.train, amp=True)
+    def judged(self) -> dict:
+        """Loss and accuracy of the model's weights, batch norm re-estimated."""
+        reestimate_bn(self.model, self.train, amp=True)
         return evaluate(self.model, self.judge, amp=True)
 
-    def solution(self, checkpoint: Checkpoint, loader: data.Loader | None = None) -> dict:
+    def solution(self, checkpoint: Checkpoint) -> dict:
         """The entry of a checkpoint: its loss and accuracy, as `judged` measures them."""
         load_into(self.model, checkpoint)
-        return self.judged(loader) | {"epochs": HEAD}
+        return self.judged() | {"epochs": HEAD}
 
     def trained(self, method: Method, epochs: float = 1) -> dict:
         """The entry of a method after as many steps as `epochs` epochs of the training set have."""
         entry = self.spend(method, epochs)
-        loader = self.train if method.images is None else self.held_out(method.images)
-        return self.judged(loader) | entry
+        return self.judged() | entry
 
     def steps_of(self, epochs: float) -> int:
         return max(1, round(epochs * len(self.train)))
 
     def spend(self, method: Method, epochs: float) -> dict:
         """Trains as `trained` does; returns the entry without loss and accuracy."""
-        loader = self.train if method.images is None else self.held_out(method.images)
         load_into(self.model, method.start(self))
         started = time.perf_counter()
-        optimizer = method.optimizer(self, loader)
+        optimizer = method.optimizer(self)
         build_seconds = time.perf_counter() - started
         steps = self.steps_of(epochs)
         late = LateMean(optimizer, steps) if method.keeps_best else None
-        loss = fit(self.model, loader, optimizer, steps, method.schedule)
+        loss = fit(self.model, self.train, optimizer, steps, method.schedule)
         entry = {"epochs": HEAD + epochs, "train_loss": loss, "build_seconds": build_seconds}
         if late:
             _, losses, seconds = self.best
@@ -217,7 +203,6 @@ class Bench:
         entry["seconds"] = time.perf_counter() - started
         if isinstance(optimizer, TWA):
             entry["lr"] = optimizer.defaults["lr"]
-            entry["averaging_weights"] = [round(a, 6) for a in averaging_weights(optimizer)]
         return entry
 
 
@@ -226,19 +211,16 @@ class Method:
     """A way to spend epochs after the head.
 
     Attributes:
-        optimizer: makes the optimizer, from the bench, whose model is at the start point, and the
-            loader that it will train on.
+        optimizer: makes the optimizer, from the bench, whose model is at the start point.
         start: makes the start point from the bench.
         schedule: of the rate, by its name in `SCHEDULES`.
-        images: held-out images to train on alone; None: the training set.
         keeps_best: hand over the best of start, end and late mean by loss on training images, and
             count the seconds of choosing start and end; of TWA alone.
     """
 
-    optimizer: Callable[[Bench, data.Loader], torch.optim.Optimizer]
+    optimizer: Callable[[Bench], torch.optim.Optimizer]
     start: Callable[[Bench], Checkpoint] = lambda bench: bench.mean(10)
     schedule: str = "linear"
-    images: int | None = None
     keeps_best: bool = False
 
 
@@ -284,7 +266,7 @@ def loss_of(
     return loss.detach()
 
 
-def sgd(bench: Bench, loader: data.Loader, lr: float = 0.05) -> torch.optim.Optimizer:
+def sgd(bench: Bench, lr: float = 0.05) -> torch.optim.Optimizer:
     """SGD on all weights, at half the rate of the head if no other is given."""
     return torch.optim.SGD(bench.model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
 
@@ -292,60 +274,14 @@ def sgd(bench: Bench, loader: data.Loader, lr: float = 0.05) -> torch.optim.Opti
 def in_spread(epochs: float, granularity: str = "model", unit: str | None = None) -> Method:
     """TWA in units of the window's spread; without `unit` as the scripts have it."""
 
-    def make(bench: Bench, loader: data.Loader) -> TWA:
-        steps, samples = bench.steps_of(epochs), len(loader.split)
+    def make(bench: Bench) -> TWA:
+        steps, samples = bench.steps_of(epochs), len(bench.train.split)
         of = unit or unit_of(granularity, steps, samples)
         settings = {"unit": of, "lr": rate_of(steps, samples, of)}
         start = bench.best[0]
         return TWA(bench.model, bench.window(), start=start, granularity=granularity, **settings)
 
     return Method(make, lambda bench: bench.best[0], keeps_best=True)
-
-
-def twa(
-    base: type = torch.optim.SGD,
-    factor: float = 1,
-    window: Callable[[Bench], list[Path]] = Bench.window,
-    **arguments,
-) -> Callable[[Bench, data.Loader], TWA]:
-    """Makes TWA as it was, in the paper's coordinates, at `factor` times a rate by curvature."""
-
-    def make(bench: Bench, loader: data.Loader) -> TWA:
-        momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
-        settings = {"lr": 0.0, "weight_decay": 1e-5, "extract": "Schmidt"} | momentum | arguments
-        start = {key: value.clone() for key, value in bench.model.state_dict().items()}
-        optimizer = TWA(bench.model, window(bench), base, start=start, **settings)
-        rate = safe_rate(optimizer, bench.model, loader, momentum.get("momentum"))
-        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] = factor * rate
-        return optimizer
-
-    return make
-
-
-def safe_rate(
-    optimizer: TWA,
-    model: nn.Module,
-    loader: data.Loader,
-    momentum: float | None,
-    amp: bool = True,
-) -> float:
-    """A rate in the paper's coordinates: by curvature on a batch for SGD, by length for AdamW.
-
-    Args:
-        momentum: of SGD; None: AdamW.
-    """
-    coefficients = optimizer.coefficients.detach()
-    if momentum is None:
-        return 0.01 * coefficients.norm().item() / math.sqrt(len(coefficients))
-    loader.set_epoch(0)
-    batch = next(iter(loader))
-    model.train()
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        return loss_of(model, *batch, amp=amp)
-
-    return (1 - momentum) / max(curvature(optimizer, model, loss), 1e-12)
 
 
 def ema(rate: float, count: int) -> list[float]:
@@ -361,23 +297,3 @@ def weighted(window: Sequence[Path], alpha: Sequence[float]) -> dict[str, Tensor
         for key, tensor in load_state_dict(path).items():
             total[key] = total.get(key, 0) + weight * tensor.double()
     return {key: tensor.float() for key, tensor in total.items()}
-
-
-def write_noisy_labels(source: Path, target: Path, made: Data, seed: int) -> None:
-    """Copies FashionMNIST to `target`, a share of the first labels replaced by another."""
-    raw = target / "FashionMNIST/raw"
-    if raw.exists():
-        return
-    partial = target / "partial"
-    shutil.copytree(source / "FashionMNIST/raw", partial, dirs_exist_ok=True)
-    file = partial / "train-labels-idx1-ubyte"
-    content = bytearray(file.read_bytes())
-    labels = torch.frombuffer(content, dtype=torch.uint8)[8:]  # a header, then a byte a label
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(made.images, generator=generator)
-    chosen = chosen[: math.ceil(made.noise * made.images)]
-    other = torch.randint(1, 10, chosen.shape, generator=generator, dtype=torch.uint8)
-    labels[chosen] = (labels[chosen] + other) % 10
-    file.write_bytes(content)
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(raw)

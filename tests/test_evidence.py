@@ -15,7 +15,6 @@ import study
 import tables
 import torch
 from test_data import idx
-from torch import nn
 
 from training import data
 
@@ -66,17 +65,17 @@ def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_pat
     seed = {
         "mean of all": entry(80.0, 0.5),
         "SGD | 1": entry(82.0, 0.6),
-        f"{tables.RECIPE} | 1": entry(81.5, 0.375),
+        f"{tables.TUNED} | 1": entry(81.0, 0.25),
+        f"{tables.BY_CHANNEL} | 1": entry(81.5, 0.375),
     }
-    (tmp_path / "head.D.A.1.json").write_text(json.dumps(seed))
-    (tmp_path / "head.D.A.2.json").write_text(json.dumps({"SGD | 1": entry(0.0, 9.0)}))
-    runs = tables.read(tmp_path)["head"]["A on D"]
-    assert runs == [seed]
-    assert tables.gains(runs, tables.RECIPE, "1") == [-0.5]
-    assert tables.gains(runs, tables.RECIPE, "1", "loss") == [0.125]
+    (tmp_path / "head.FashionMNIST-12k.A.1.json").write_text(json.dumps(seed))
+    incomplete = json.dumps({"SGD | 1": entry(0.0, 9.0)})
+    (tmp_path / "head.FashionMNIST-12k.A.2.json").write_text(incomplete)
+    runs = tables.read(tmp_path)["head"]["A on FashionMNIST-12k"]
+    assert runs == [seed | {f"{tables.ADVISED} | 1": seed[f"{tables.BY_CHANNEL} | 1"]}]
+    assert tables.gains(runs, tables.BY_CHANNEL, "1") == [-0.5]
+    assert tables.gains(runs, tables.BY_CHANNEL, "1", "loss") == [-0.125]
 
-    seed |= {f"{tables.TUNED} | 1": entry(81.0, 0.25)}
-    seed |= {f"{tables.BY_CHANNEL} | 1": entry(81.5, 0.375)}
     runs = [seed]
     assert tables.rival(runs, "1", "loss") == f"{tables.TUNED} | 1"
     assert tables.rival(runs, "1", "loss", tuned=False) == "mean of all"
@@ -92,9 +91,6 @@ def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_pat
     assert found[usual, "accuracy"] == ("not ahead at 1", False)
     assert found[half, "loss"] == ("ahead at none", False)
     assert found[nowhere, "loss"] == ("behind at none", None)  # one seed gives no verdict
-
-    rates = {f"AdamW | {f}": entry(a, 1.0) for f, a in (("0.1", 70.0), ("1", 71.0), ("10", 71.5))}
-    assert evidence_report.best_rate([rates], "AdamW") == ("10", 0.5)
 
 
 def test_many_small_runs_are_compared_with_the_full_run_by_seed():
@@ -133,7 +129,6 @@ def small(tmp_path_factory):
         patch.setattr(evidence, "BUDGETS", (1, 2))
         patch.setattr(evidence, "SQUEEZED", (1,))
         patch.setattr(evidence, "TUNED_RATES", (0.1, 0.02))
-        patch.setattr(evidence, "IMAGES", (64,))
         yield partial(study.Bench, arch=CNN, seed=1, data_dir=folder / "datasets")
 
 
@@ -143,7 +138,6 @@ def test_what_is_measured_is_not_measured_again(small, capfd):
     written = json.loads(bench.path.read_text())
     assert written == bench.records
     names = {name.partition(" | ")[0] for name in written}
-    assert tables.RECIPE in evidence.METHODS
     assert tables.BY_CHANNEL in evidence.IN_SPREAD
     assert names >= {
         *evidence.METHODS,
@@ -152,8 +146,8 @@ def test_what_is_measured_is_not_measured_again(small, capfd):
         "EMA",
         "last checkpoint",
     }
-    assert [written[f"TWA | {budget}"]["epochs"] for budget in (1, 2)] == [2, 3]
-    assert len(written["TWA | 1"]["averaging_weights"]) == len(bench.window()) == 3
+    ours = f"{tables.BY_CHANNEL} | "
+    assert [written[f"{ours}{budget}"]["epochs"] for budget in (1, 2)] == [2, 3]
     first = bench.path.stat().st_mtime_ns
     capfd.readouterr()
     evidence.head(small("head", "tiny"))
@@ -163,18 +157,17 @@ def test_what_is_measured_is_not_measured_again(small, capfd):
 
 def test_a_method_gives_the_same_result_twice(small):
     in_spread = {name: study.in_spread(1, **basis) for name, basis in evidence.IN_SPREAD.items()}
-    for part, methods in (("head", evidence.METHODS), ("spread", in_spread)):
-        bench = small(part, "tiny")
-        for name, method in methods.items():
-            bench.measure(f"{name} | 1", partial(bench.trained, method, 1))
-            first, again = bench.records[f"{name} | 1"], bench.trained(method, 1)
-            assert again["loss"] == first["loss"]
-            assert again["train_loss"] == first["train_loss"]
+    bench = small("head", "tiny")
+    for name, method in (evidence.METHODS | in_spread).items():
+        bench.measure(f"{name} | 1", partial(bench.trained, method, 1))
+        first, again = bench.records[f"{name} | 1"], bench.trained(method, 1)
+        assert again["loss"] == first["loss"]
+        assert again["train_loss"] == first["train_loss"]
 
 
 def test_the_rate_of_the_rival_is_chosen_by_validation_images_on_the_first_seed(small):
-    bench = small("spread", "tiny")
-    evidence.spread(bench)
+    bench = small("head", "tiny")
+    evidence.head(bench)
     ours = bench.records[f"{tables.BY_CHANNEL} | 1"]
     assert ours["lr"] == 0.02
     assert ours["seconds"] > ours["start_seconds"] > 0
@@ -183,66 +176,16 @@ def test_the_rate_of_the_rival_is_chosen_by_validation_images_on_the_first_seed(
     losses = entry["validation_losses"]
     assert str(entry["lr"]) == min(losses, key=losses.get)
     assert losses.keys() == {*map(str, evidence.TUNED_RATES)}
-    other = small("spread", "tiny", seed=2)
+    other = small("head", "tiny", seed=2)
     assert evidence.tuned(other, 1)["validation_losses"].keys() == {str(entry["lr"])}
 
 
-@pytest.mark.parametrize("part", ["second-order", "little"])
-def test_the_other_parts_leave_finite_entries(small, part):
-    bench = small(part, "tiny")
-    evidence.PARTS[part](bench)
-    for name, entry in bench.records.items():
-        assert torch.tensor(entry["loss"]).isfinite(), name
-
-
 def test_settings_are_chosen_by_training_images_that_the_run_never_saw(small):
-    bench = small("rates", "tiny", chooses=True)
+    bench = small("units", "tiny", chooses=True)
     training, _ = data.load("FashionMNIST", small.keywords["data_dir"], torch.device("cpu"))
     judged = [labels for _, labels in bench.judge]
     assert torch.equal(torch.cat(judged), training.labels[512 - 32 :])
     assert len(bench.train.split) + 32 <= len(training)
-
-
-def test_no_settings_are_compared_where_all_images_are_trained_on(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["evidence.py", "rates", "--data", "FashionMNIST"])
-    with pytest.raises(SystemExit) as stop:
-        evidence.main()
-    assert stop.value.code == 2
-    assert "give --data FashionMNIST-12k" in capsys.readouterr().err
-
-
-def test_only_the_share_of_labels_is_wrong(small, tmp_path):
-    clean, noisy = small.keywords["data_dir"], tmp_path / "noisy"
-    study.write_noisy_labels(clean, noisy, study.Data(256, 0.4), seed=1)
-    given, test = data.load("FashionMNIST", noisy, torch.device("cpu"))
-    right, right_test = data.load("FashionMNIST", clean, torch.device("cpu"))
-    assert int((given.labels != right.labels)[:256].sum()) == 103  # 40 % of 256, upwards
-    assert torch.equal(given.labels[256:], right.labels[256:])
-    assert given.labels.max() <= 9
-    assert torch.equal(given.images, right.images)
-    assert torch.equal(test.labels, right_test.labels)
-
-
-def test_a_newton_step_ends_at_the_minimum_and_leaves_a_saddle():
-    generator = torch.Generator().manual_seed(1)
-    square = torch.randn(5, 5, generator=generator)
-    hessian, minimum = square @ square.T + torch.eye(5), torch.randn(5, generator=generator)
-    at = nn.Parameter(torch.ones(5))
-
-    def closure(matrix: torch.Tensor) -> torch.Tensor:
-        at.grad = None
-        loss = 0.5 * (at - minimum) @ matrix @ (at - minimum)
-        loss.backward()
-        return loss.detach()
-
-    evidence.NewtonStep([at], damping=0).step(partial(closure, hessian))
-    assert torch.allclose(at, minimum, atol=1e-2)
-
-    saddle = torch.diag(torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]))
-    at.data.fill_(0.5)
-    before = closure(saddle)
-    evidence.NewtonStep([at]).step(partial(closure, saddle))
-    assert closure(saddle) < before
 
 
 def test_ema_weighs_by_powers_of_the_decay(tmp_path):
