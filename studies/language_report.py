@@ -8,17 +8,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import tables
-from drawing import save
+from common import as_decay, of_decay
+from head_report import save
 from matplotlib.figure import Figure
-from tables import Runs, between, error, markdown, values
+from tables import Runs, cell, error, markdown, values
 
-from training.optimizers import SCHEDULES
-from training.report import COLOURS
-
-BEGIN, END = "<!-- python studies/language.py report -->", "<!-- end of the report -->"
-# Where the tables of each text are. TWA's defaults were found on the second.
-PAGES = {"linux": "lm/README.md", "python": "docs/results/language.md"}
 STEPS = 4000  # of the run
 BUDGETS = (10, 20, 40, 100, 200, 400)  # steps: 0.25, 0.5, 1, 2.5, 5 and 10 % of the run
 SPACING, WINDOW = 50, 60  # steps between the checkpoints of the usual window, and their number
@@ -36,14 +30,10 @@ TUNED = {
 }
 
 
-def write(measurements: Path, root: Path) -> None:
-    """Writes the tables of each text into its page, between BEGIN and END, and the figures.
-
-    Args:
-        measurements: holds `TEXT/seedN.json`.
-        root: the repository, or a folder with its pages.
-    """
-    sections = {
+def sections(runs: Runs, figures: Path, text: str, page: Path) -> list[str]:
+    """The tables of a text, and its figures, drawn into `figures`."""
+    lines = []
+    tables = {
         "Without a step more": averages,
         "Steps more: test loss": budgets,
         "TWA less its rivals": differences,
@@ -51,17 +41,14 @@ def write(measurements: Path, root: Path) -> None:
         "Windows": lambda runs: variants(runs, ("every",)),
         "Fewer directions, fewer bits": lambda runs: variants(runs, ("12 directions", "4 bits")),
     }
-    drawn = {"Loss over the budget": loss_figure, "Coefficients and decays": coefficients_figure}
-    for text, name in PAGES.items():
-        runs, page, lines = read(measurements / text), root / name, [""]
-        for title, section in sections.items():
-            if table := section(runs):
-                lines += [f"### {title}", "", *table, ""]
-        for title, draw in drawn.items():
-            path = root / f"studies/figures/lm.{text}.{draw.__name__.partition('_')[0]}.png"
-            draw(runs, path)
-            lines += [f"![{title}]({os.path.relpath(path, page.parent)})", ""]
-        between(page, BEGIN, END, lines[:-1])
+    for title, section in tables.items():
+        if table := section(runs):
+            lines += [f"### {title}", "", *table, ""]
+    for kind, (title, draw) in FIGURES.items():
+        path = figures / f"lm.{text}.{kind}.png"
+        draw(runs, path)
+        lines += [f"![{title}]({os.path.relpath(path, page.parent)})", ""]
+    return lines[:-1]
 
 
 def read(measurements: Path) -> Runs:
@@ -74,9 +61,9 @@ def losses(runs: Runs, name: str | None) -> list[float]:
     return values(runs, name, "loss")
 
 
-def told(runs: Runs, name: str | None) -> str:
+def loss(runs: Runs, name: str | None) -> str:
     """Mean ± deviation over the seeds; "–" of none, and the number of seeds if some lack it."""
-    return tables.told(runs, name, "loss", ".4f") or "–"
+    return cell(runs, name, "loss", ".4f") or "–"
 
 
 def chosen(runs: Runs, where: str, steps: int) -> str | None:
@@ -101,7 +88,7 @@ def untrained(runs: Runs) -> list[str]:
 def averages(runs: Runs) -> list[str]:
     names = [*untrained(runs), *([WHOLE] if WHOLE in runs[0] else [])]
     best = "its start: the best mean by training loss"
-    rows = [(titled(name), told(runs, name)) for name in names]
+    rows = [(titled(name), loss(runs, name)) for name in names]
     starts = ", ".join(start_of(run) for run in runs)
     return [*markdown(("solution", "test loss"), rows), "", f"TWA takes as {best}: {starts}."]
 
@@ -126,8 +113,14 @@ def names_at(runs: Runs, steps: int) -> dict[str, str | None]:
 def budgets(runs: Runs) -> list[str]:
     headings = ("method", *(f"{steps} ({steps / STEPS:.2%})" for steps in BUDGETS))
     columns = [names_at(runs, steps) for steps in BUDGETS]
-    rows = [(title, *(told(runs, names[title]) for names in columns)) for title in columns[0]]
+    rows = [(title, *(loss(runs, names[title]) for names in columns)) for title in columns[0]]
     return markdown(headings, rows)
+
+
+def decays_at(runs: Runs, steps: int) -> list[str]:
+    """The decays that were measured with so many steps; tuned ones as validation text chose."""
+    names = names_at(runs, steps)
+    return [name for title in (*UNTUNED, *TUNED) if losses(runs, name := names[title])]
 
 
 def paired(runs: Runs, one: str, other: str) -> tuple[float, float]:
@@ -198,8 +191,8 @@ def variants(runs: Runs, words: Sequence[str]) -> list[str]:
     for name in names:
         method, _, steps = name.partition(" | ")
         usual = f"{method.partition(',')[0]} | {steps}"
-        usual_there = told([run for run in runs if name in run], usual)  # of the same seeds
-        rows.append((method, steps, told(runs, name), usual_there))
+        usual_there = loss([run for run in runs if name in run], usual)  # of the same seeds
+        rows.append((method, steps, loss(runs, name), usual_there))
     return markdown(("method", "steps", "test loss", "as usual"), rows) if rows else []
 
 
@@ -212,7 +205,7 @@ def loss_figure(runs: Runs, path: Path) -> None:
         points = [(steps, statistics.mean(found)) for steps, found in points if found]
         if points:
             style = "--" if "1-sqrt" in title else "-"
-            colour = colours.get(title, COLOURS["TWA"])
+            colour = colours.get(title, "C3")
             mark = {"TWA by model": "o", "TWA by layer": "s", "TWA by channel": "*"}.get(title, "")
             line = {"color": colour, "marker": mark, "linestyle": style}
             axes.plot(*zip(*points, strict=True), **line, label=title)
@@ -222,7 +215,6 @@ def loss_figure(runs: Runs, path: Path) -> None:
     axes.set_xticks(BUDGETS, [str(steps) for steps in BUDGETS])
     axes.set_xticks([], minor=True)
     axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
     save(fig, path)
 
 
@@ -234,7 +226,7 @@ def coefficients_figure(runs: Runs, path: Path) -> None:
         alpha = runs[0].get(f"TWA by model | {steps}", {}).get("averaging_weights")
         if alpha:
             ages = [SPACING * (j - len(alpha) + 1) for j in range(len(alpha))]
-            shade = {"color": COLOURS["TWA"], "alpha": 0.25 + 0.75 * i / len(BUDGETS)}
+            shade = {"color": "C3", "alpha": 0.25 + 0.75 * i / len(BUDGETS)}
             left.plot(ages, alpha, **shade, label=f"TWA, {steps} steps")
             right.step(ages[:-1], as_decay(alpha), where="post", **shade)
     ages = [SPACING * (j - WINDOW + 1) for j in range(WINDOW - 1)]
@@ -247,25 +239,10 @@ def coefficients_figure(runs: Runs, path: Path) -> None:
     right.set(xlabel="steps before the end", ylabel=factor, title="the decay they stand for")
     for axes in (left, right):
         axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
     save(fig, path)
 
 
-def of_decay(shape: str, count: int) -> list[float]:
-    """The coefficients of checkpoints that stand for a decay of the rate over them, oldest first.
-
-    WSM (Tian et al., 2025): the mean `Σ c_j w_j` is the first checkpoint plus the steps after it,
-    those between checkpoint i and i + 1 weighted by `Σ_{j>i} c_j`, as if the rate had been so much
-    lower there. Of the linear decay all coefficients are equal.
-    """
-    rates = [*(SCHEDULES[shape](i / count) for i in range(count)), 0.0]
-    return [rates[i] - rates[i + 1] for i in range(count)]
-
-
-def as_decay(coefficients: Sequence[float]) -> list[float]:
-    """The decay that coefficients stand for: `of_decay` read backwards.
-
-    Returns:
-        The factor of the rate between checkpoint i and i + 1, one fewer than there are checkpoints.
-    """
-    return [sum(coefficients[i:]) for i in range(1, len(coefficients))]
+FIGURES = {
+    "loss": ("Loss over the budget", loss_figure),
+    "coefficients": ("Coefficients and decays", coefficients_figure),
+}

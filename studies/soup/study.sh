@@ -31,4 +31,4 @@ for seed; do
         cp "$dir/results.jsonl" "results/$seed.jsonl"
     done
 done
-"$PYTHON" ../evidence.py report
+"$PYTHON" ../report.py

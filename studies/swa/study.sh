@@ -54,10 +54,10 @@ for seed; do
         twa channel --granularity channel
         if [ ! -e "results/$run.sgd.$seed.json" ]; then
             train "$run" "${tail[@]}"
-            "$PYTHON" -u rival.py "$run" "$seed"
+            "$PYTHON" -u ../tail.py "$run" "$seed"
         fi
     done
     # The usual alternative to a tail: the rate falls to 0.01 · lr_init over all epochs.
     sgd sgd
 done
-"$PYTHON" ../evidence.py report
+"$PYTHON" ../report.py
