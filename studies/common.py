@@ -210,15 +210,6 @@ def of_decay(shape: str, count: int) -> list[float]:
     return [rates[i] - rates[i + 1] for i in range(count)]
 
 
-def as_decay(coefficients: Sequence[float]) -> list[float]:
-    """The decay that coefficients stand for: the inverse of `of_decay`.
-
-    Returns:
-        The factor of the rate between checkpoint i and i + 1, one fewer than there are checkpoints.
-    """
-    return [sum(coefficients[i:]) for i in range(1, len(coefficients))]
-
-
 def weighted(window: Sequence[Path], alpha: Sequence[float]) -> dict[str, Tensor]:
     """Σ α_i w_i over the window."""
     total: dict[str, Tensor] = {}

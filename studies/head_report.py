@@ -1,4 +1,4 @@
-"""The page of the head stage: accuracies, losses, comparisons, goals, and a figure."""
+"""The page of the head stage: accuracies, losses, comparisons, and a figure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ from tables import (
     TUNED,
     Runs,
     averages,
-    best,
     budgets_of,
-    error,
     gains,
-    joined,
     markdown,
     mean,
     scores,
@@ -28,16 +25,10 @@ from tables import (
     split,
     spread,
     table,
-    trained,
     values,
 )
 
 KEYS = {"accuracy": "+.2f", "loss": "+.4f"}
-GOALS = (
-    "ahead of the rival at its tuned rate at half of the budgets",
-    "nowhere behind it by more than a standard error",
-    "up to one epoch, ahead of every average and every rival at its usual rate",
-)
 SHOWN = 2  # epochs after the head, in the figure's left half
 
 
@@ -63,8 +54,6 @@ def sections(studies: dict[str, Runs], figures: Path, page: Path) -> list[str]:
             "Points of accuracy ahead, and by how much the loss is below, paired by seed:",
         ]
         lines += ["", *compared(runs)]
-        for row in (ADVISED, BY_CHANNEL):
-            lines += ["", f"The goals for “{row}”:", "", *goals_table(runs, row)]
         lines += ["", f"![{study}]({os.path.relpath(path, page.parent)})", ""]
     return lines[:-1]
 
@@ -107,40 +96,6 @@ def compared(runs: Runs) -> list[str]:
     rates = [dict.fromkeys(values(runs, f"{TUNED} | {b}", "lr")) for b in budgets]
     rows.append(("the tuned rate", *(" ".join(f"{rate:g}" for rate in each) for each in rates)))
     return markdown(("", *budgets), rows)
-
-
-def goals(runs: Runs, row: str) -> dict[tuple[str, str], tuple[str, bool | None]]:
-    """Which goals a row of TWA, untuned, meets against the tuned rival and the untuned ones.
-
-    Returns:
-        For each goal and key, the budgets that decide it, and the verdict; None: not from one seed.
-    """
-    budgets, found = budgets_of(runs, row, TUNED), {}
-    short = [b for b in budgets if float(b) <= 1]
-    for key in KEYS:
-        against = {b: gains(runs, row, b, key, f"{TUNED} | {b}") for b in budgets}
-        means = {b: statistics.mean(gain) for b, gain in against.items()}
-        several = all(len(gain) > 1 for gain in against.values())
-        ahead = [b for b in budgets if means[b] > 0]
-        behind = [b for b in budgets if several and means[b] < -error(against[b])]
-        lost = []
-        for b in short:
-            usual = best(runs, [*trained(runs, b, tuned=False), *averages(runs)], key)
-            if statistics.mean(gains(runs, row, b, key, usual)) <= 0:
-                lost.append(b)
-        found[GOALS[0], key] = f"ahead at {joined(ahead)}", 2 * len(ahead) >= len(budgets)
-        found[GOALS[1], key] = f"behind at {joined(behind)}", not behind if several else None
-        found[GOALS[2], key] = f"not ahead at {joined(lost)}" if lost else "ahead at all", not lost
-    return found
-
-
-def goals_table(runs: Runs, row: str) -> list[str]:
-    words = {True: "met", False: "not met", None: "no verdict from one seed"}
-    found, rows = goals(runs, row), []
-    for goal in GOALS:
-        cells = [found[goal, key] for key in KEYS]
-        rows.append((goal, *(f"{where}: {words[verdict]}" for where, verdict in cells)))
-    return markdown(("goal", "by accuracy", "by loss"), rows)
 
 
 def draw(runs: Runs, path: Path) -> None:

@@ -28,9 +28,8 @@ def blocks(root: Path) -> dict[tuple[str, str], list[str]]:
     first, page = next(iter(head.values())), "docs/results/head-stage.md"
     small = json.loads((STUDIES / "digits.json").read_text())
     found = {
-        ("docs/RESULTS.md", "conclusions"): conclusions.lines(head, text),
         ("docs/RESULTS.md", "head stage"): conclusions.four_rows(first),
-        ("docs/RESULTS.md", "stages"): conclusions.stage_rows(first, text),
+        ("docs/RESULTS.md", "claims"): conclusions.claims(head, text),
         (page, "head"): head_report.sections(head, figures, root / page),
         (page, "units"): head_report.units(read(STUDIES / "results", "units")),
         ("docs/results/safety.md", "safety"): stages.safety_table(),
@@ -40,7 +39,8 @@ def blocks(root: Path) -> dict[tuple[str, str], list[str]]:
     }
     for text, page in TEXTS.items():
         runs = language_report.read(STUDIES / "lm" / text)
-        found[page, text] = language_report.sections(runs, figures, text, root / page)
+        figure = figures / f"lm.{text}.loss.png"
+        found[page, text] = language_report.sections(runs, figure, root / page)
     return found
 
 

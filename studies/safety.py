@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -75,24 +74,7 @@ CASES["FashionMNIST VGG16BN"] = Case(
 CASES["Text gpt"] = Case(text.NAME, "gpt", 800, 512, 30, 4, 2, test=512, batch=8)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A TWA run over a window, the last `window` of evenly spaced checkpoints."""
-
-    window: int
-    start: str
-    granularity: str
-    epochs: float
-
-    def __str__(self) -> str:
-        return f"{self.window} {self.start} {self.granularity} {self.epochs:g}"
-
-    @classmethod
-    def read(cls, line: str) -> Setting:
-        window, start, granularity, epochs = line.split()
-        return cls(int(window), start, granularity, float(epochs))
-
-
+# Settings: the checkpoints of the window, the start, the granularity, the epochs.
 MANY = """5 auto model 1, 5 auto channel 5, 20 auto model 0.2, 20 auto layer 5, 60 auto model 5,
 60 auto layer 1, 60 auto channel 1, 60 auto channel 5, 60 SWA model 1, 60 SWA channel 5,
 60 last model 1, 60 last channel 5, 120 auto model 1, 120 auto channel 0.2"""
@@ -185,26 +167,28 @@ class SafetyBench(Bench):
             found[name] = 100 * float(self.judged()[0][1].mean())
         return found
 
-    def twa(self, setting: Setting) -> dict:
-        """The held-out losses after the epochs, and at the start and of what is kept.
+    def twa(self, setting: str) -> dict:
+        """The entry of TWA by the recipe of `train_twa.py`, in a setting of `PLAN`.
 
-        With each difference comes its standard error.
+        It has the held-out losses after the epochs, and the losses at the start and of what is
+        kept, with the standard error of their difference.
         """
         utils.set_seed(self.seed)
-        window, epoch = self.window(setting.window), len(self.train)
+        count, start_name, granularity, epochs = setting.split()
+        window, epoch = self.window(int(count)), len(self.train)
         starts = {"last": lambda: window[-1], "SWA": lambda: average(window)}
-        start = starts.get(setting.start, lambda: self.start(*window)[0])()
+        start = starts.get(start_name, lambda: self.start(*window)[0])()
         load_into(self.model, start)
         points, after = {"start": self.judged()}, []
-        steps = max(1, round(setting.epochs * epoch))
+        steps = max(1, round(float(epochs) * epoch))
 
         def judge(step: int) -> None:
             if step % epoch == 0 or step == steps:
                 points["end"] = self.judged()
                 after.append(float(points["end"][0][0].mean()))
 
-        basis = {"start": start, "granularity": setting.granularity}
-        sample = self.fit_twa(window, steps, after_step=judge, **basis)["ends"]
+        made = self.fit_twa(window, steps, start, after_step=judge, granularity=granularity)
+        sample = made["ends"]
         kept = min(sample, key=sample.get)
         if kept not in points:
             points[kept] = self.judged()
@@ -232,35 +216,23 @@ def padded(split: data.Split, size: int | None) -> data.Split:
     return replace(split, images=F.pad(split.images, (margin,) * 4), spec=spec)
 
 
-def planned() -> Iterator[tuple[int, str, Setting]]:
-    """Every run, the first seed of all cases before the second."""
-    for seed, case in itertools.product(SEEDS, CASES):
-        yield from ((seed, case, Setting.read(line)) for line in PLAN[case].split(","))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(CASES))
     parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
     args = parser.parse_args()
+    for case in args.cases:
+        if case not in CASES:
+            parser.error(f"{case}: is no case; give some of {', '.join(CASES)}")
     records = Records(RESULTS)
 
-    @lru_cache(1)
-    def bench(case: str, seed: int) -> SafetyBench:
+    for seed, case in itertools.product(SEEDS, args.cases or CASES):
         folder = WORK / f"{case.replace(' ', '.')}.{seed}"
-        return SafetyBench(CASES[case], seed, folder, args.data_dir)
-
-    def averages(case: str, seed: int, window: int) -> dict:
-        return bench(case, seed).averages(window)
-
-    def twa(case: str, seed: int, setting: Setting) -> dict:
-        return bench(case, seed).twa(setting)
-
-    for seed, case, setting in planned():
-        if not args.cases or case in args.cases:
-            run, window = f"{case} {seed}", setting.window
-            records.measure(f"{run}: {window}", partial(averages, case, seed, window))
-            records.measure(f"{run}: {setting}", partial(twa, case, seed, setting))
+        bench = cache(partial(SafetyBench, CASES[case], seed, folder, args.data_dir))
+        for setting in PLAN[case].replace("\n", " ").split(", "):
+            run, window = f"{case} {seed}", setting.split()[0]
+            records.measure(f"{run}: {window}", lambda b=bench, w=window: b().averages(int(w)))
+            records.measure(f"{run}: {setting}", lambda b=bench, s=setting: b().twa(s))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,12 @@ def safety_table() -> list[str]:
         *markdown(heads, rows),
         "",
         *bullet(
+            f"{sum(run['rose'] for run in runs)} of the {len(runs)} runs end with a held-out loss "
+            "above their start's by more than its standard error; "
+            f"{100 * sum(run['accurate'] for run in runs) / len(runs):.0f} % have at least the "
+            "accuracy of the best simple average."
+        ),
+        *bullet(
             "Judged by test data in place of held-out ones, "
             f"{sum(run['test ratio'] > 1.05 for run in runs)} of the {len(runs)} runs end above "
             f"1.05 times their start's loss, at most at {highest:.3f}, and "

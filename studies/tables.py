@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -75,7 +76,13 @@ def scores(runs: Runs, name: str) -> tuple[str, str]:
 
 def error(values: Sequence[float]) -> float:
     """The standard error of the mean; nan of one value."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
+def paired(runs: Runs, one: str, other: str) -> tuple[float, float]:
+    """The loss of an entry less that of another: the mean difference and its standard error."""
+    found = [run[one]["loss"] - run[other]["loss"] for run in runs]
+    return statistics.mean(found), error(found)
 
 
 def split(runs: Runs) -> tuple[list[str], list[str]]:
