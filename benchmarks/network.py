@@ -277,19 +277,12 @@ def launch(arch: str, way: str, wire: str) -> dict:
 
 @dataclass
 class Trained:
-    """A model in training, as a way made it.
+    """A model in training, as a way made it."""
 
-    Attributes:
-        model: what is tested.
-        optimizer: its groups' rates are scheduled.
-        forward: what is called in place of the model; None: the model itself.
-        average: what local SGD does after every `period` steps.
-    """
-
-    model: nn.Module
+    model: nn.Module  # what is tested
     optimizer: torch.optim.Optimizer
-    forward: nn.Module | None = None
-    average: Callable[[], None] = lambda: None
+    forward: nn.Module | None = None  # what is called in place of the model
+    average: Callable[[], None] = lambda: None  # what local SGD does after every `period` steps
     period: int = 1
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -307,7 +300,6 @@ def measure(args: argparse.Namespace, arch: str, way: str, wire: str) -> None:
     os.sched_setaffinity(0, {cores[host % len(cores)]})
     utils.set_seed(1)
     ranks.start(CPU)
-    train, test = loaders(args)
     model = models.build(arch, 10, 1, 28)
     start = head_of(args, arch) / "start.pt"
     load_into(model, start)
@@ -318,22 +310,17 @@ def measure(args: argparse.Namespace, arch: str, way: str, wire: str) -> None:
     if isinstance(trained.optimizer, TWA):
         results["coefficients"] = len(trained.optimizer.subspace)
     if wire == CURVE:
-        results[CURVE] = curve(args, trained, train, test, args.epochs * WAYS[way].times)
+        results[CURVE] = curve(args, trained, WAYS[way].times)
     else:
-        results |= cost_of_step(args, trained, train)
+        results |= cost_of_step(args, trained)
     if ranks.rank() == 0:
         print(json.dumps(results))
 
 
-def curve(
-    args: argparse.Namespace,
-    trained: Trained,
-    train: data.Loader,
-    test: data.Loader,
-    epochs: float,
-) -> list[dict]:
+def curve(args: argparse.Namespace, trained: Trained, times: int) -> list[dict]:
     """Trains to the end; the tests on the way."""
-    steps = max(1, round(epochs * len(train)))
+    train, test = loaders(args)
+    steps = max(1, round(args.epochs * times * len(train)))
     if isinstance(trained.optimizer, TWA):  # as train_twa.py has it
         rate = rate_of(steps, args.images, trained.optimizer.subspace.unit)
         trained.optimizer.param_groups[0]["lr"] = rate
@@ -353,9 +340,9 @@ def curve(
     return tests
 
 
-def cost_of_step(args: argparse.Namespace, trained: Trained, train: data.Loader) -> dict:
+def cost_of_step(args: argparse.Namespace, trained: Trained) -> dict:
     """The seconds that a step takes, and the bytes that a rank sends in it."""
-    batches, results = train.endless(), {"seconds": 0.0, "bytes": 0.0}
+    batches, results = loaders(args)[0].endless(), {"seconds": 0.0, "bytes": 0.0}
     trained.model.train()
     parts = [(lambda: trained.step(*next(batches)), 1)]
     if trained.period > 1:
@@ -428,18 +415,12 @@ def hybrid(model: nn.Module, window: list[Path], start: Path) -> Trained:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train.
-
-    Attributes:
-        curve: whether its accuracy is measured.
-        times: how many times the epochs of the others.
-        ranks, hosts: how many ranks on how many hosts.
-    """
+    """A way to train."""
 
     make: Callable[..., Trained]
-    curve: bool = True
-    times: int = 1
-    ranks: int = 1
+    curve: bool = True  # whether its accuracy is measured
+    times: int = 1  # how many times the epochs of the others
+    ranks: int = 1  # on each host
     hosts: int = 2
 
 

@@ -42,19 +42,12 @@ class Records(dict):
     def measure(self, name: str, make: Callable[[], dict]) -> None:
         """Adds what `make` returns as the entry `name`, unless it exists."""
         if name not in self:
-            self[name] = rounded(make())
+            # Rounded to what a table or a figure shows.
+            text = json.dumps(make())
+            self[name] = json.loads(text, parse_float=lambda number: round(float(number), 5))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self, self.path)
             print(f"{self.path.stem}: {name}: {self[name]}", flush=True)
-
-
-def rounded(value):
-    """`value` with its numbers rounded to what a table or a figure shows."""
-    if isinstance(value, float):
-        return round(value, 5)
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list) else value
 
 
 class Bench:
@@ -143,7 +136,6 @@ class Bench:
         ends = keep_best(optimizer, late, lambda: self.sample_loss(last=True))
         choosing += time.process_time() - trained
         seconds = {"building": built - started, "training": trained - built}
-        alpha = optimizer.averaging_weights()
         return {
             "steps": steps,
             "lr": rate,
@@ -151,7 +143,6 @@ class Bench:
             "seconds": {"choosing": choosing, **seconds},
             "starts": {str(name): loss for name, loss in starts.items()},
             "ends": ends,
-            "averaging_weights": (alpha.mean(0) if alpha.dim() == 2 else alpha).tolist(),
         }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -107,7 +106,6 @@ class HeadBench(Bench):
         """The entry of TWA by the recipe of `train_twa.py`."""
         basis = {"granularity": granularity, "unit": unit}
         made = self.fit_twa(self.window, self.steps_of(epochs), **basis)
-        del made["averaging_weights"]
         made["seconds"] = sum(made["seconds"].values())
         return made | self.measured(self.judge) | {"epochs": HEAD + epochs}
 
@@ -131,7 +129,7 @@ class HeadBench(Bench):
 def head(bench: HeadBench) -> None:
     """TWA and its baselines at equal budgets, from the same twelve epochs."""
     measure, window = bench.records.measure, bench.window
-    measure("SGD", partial(curve, bench))
+    measure("SGD", partial(bench.sgd_end, EPOCHS, SAVES))
     means = {f"mean of the last {count}": partial(average, window[-count:]) for count in (5, 10)}
     averages = {
         "last checkpoint": lambda: window[-1],
@@ -152,15 +150,6 @@ def head(bench: HeadBench) -> None:
         measure(f"{tables.TUNED} | {budget:g}", partial(bench.tuned, budget))
     for budget in SQUEEZED:
         measure(f"SGD, whole schedule | {budget:g}", partial(bench.sgd_end, HEAD + budget, 1))
-
-
-def curve(bench: HeadBench) -> dict:
-    """The entry of the full run: each epoch as the run tested it, and its end."""
-    keys, metrics = ("epoch", "test_accuracy", "test_loss"), bench.sgd_run(EPOCHS, SAVES)
-    return bench.sgd_end(EPOCHS, SAVES) | {
-        "curve": [{key: m[key] for key in keys} for m in metrics],
-        "epoch_seconds": statistics.median(m["seconds"] for m in metrics),
-    }
 
 
 def units(bench: HeadBench) -> None:

@@ -13,12 +13,11 @@ baselines by the validation text of the first seed of each text. TWA's own defau
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +26,10 @@ from language_report import BUDGETS, SPACING, STEPS, WHOLE, WINDOW
 
 import utils
 from training import entry
-from twa.files.checkpoints import Checkpoint, average, load_into
+from twa.files.checkpoints import load_into
 from twa.files.formats import load
 
-RESULTS = ROOT / "studies/lm"
+RESULTS, WORK = ROOT / "studies/lm", ROOT / "results/lm_study"
 # The folder of each text, and the seed that its rates are tuned with, which is measured first.
 # None: Python's standard library; the other is of Debian's package linux-doc-6.1.
 TEXTS = {"python": (None, 1), "linux": (Path("/usr/share/doc/linux-doc-6.1/html/_sources"), 4)}
@@ -46,24 +45,23 @@ class LanguageBench(Bench):
 
     Args:
         text_name: one of `TEXTS`.
-        runs: the folder of the runs, one for each text and seed; trained if it is not there.
-        arch, device: as of `lm/train.py`.
+        seed: of the run and of all that follows.
+        device: as of `lm/train.py`.
     """
 
-    def __init__(self, text_name: str, seed: int, runs: Path, arch: str, device: str | None):
+    def __init__(self, text_name: str, seed: int, device: str | None):
         folder, first = TEXTS[text_name]
-        name = "seed{}" if arch == "gpt" else arch + ".seed{}"
-        self._folder = runs.resolve() / text_name / name.format(seed)
-        self.records = Records(RESULTS / text_name / f"{name.format(seed)}.json")
+        self._folder = WORK / text_name / f"seed{seed}"
+        self.records = Records(RESULTS / text_name / f"seed{seed}.json")
         # Whose rates are tuned; None for the first seed itself.
-        self.first = None if seed == first else RESULTS / text_name / f"{name.format(first)}.json"
+        self.first = None if seed == first else RESULTS / text_name / f"seed{first}.json"
         if not self.checkpoint(STEPS).exists():
             where = ("--device", device) if device else ()
             where += ("--data-dir", folder) if folder else ()
             run_script(
                 *("lm/train.py", "--dir", self._folder, "--steps", STEPS, "--save-every", EVERY),
                 *("--test-every", 2000, "--batch-size", BATCH, "--lr", RATE, "--amp"),
-                *("--seed", seed, "--arch", arch, "--resume", *where),
+                *("--seed", seed, "--arch", "gpt", "--resume", *where),
             )
         device = utils.choose_device(device)
         train, test = text.load(folder, text.Vocabulary(), text.CONTEXT)
@@ -71,20 +69,15 @@ class LanguageBench(Bench):
         self.validation = Evenly(train.held_out, TUNED_ON, device)
         # Other draws than the run's, whose text it has seen just before.
         drawn = {"train": True, "steps": max(BUDGETS), "seed": 1000 + seed, "device": device}
-        super().__init__(arch, text.Loader(train, BATCH, **drawn), seed, device)
+        super().__init__("gpt", text.Loader(train, BATCH, **drawn), seed, device)
 
     def checkpoint(self, step: int) -> Path:
         return self._folder / "checkpoints" / f"{step // EVERY}.pt"
 
-    def window(self, count: int = WINDOW, spacing: int = SPACING) -> list[Path]:
-        """The last `count` checkpoints, `spacing` steps from one to the next."""
-        steps = range(STEPS - (count - 1) * spacing, STEPS + 1, spacing)
+    def window(self, count: int = WINDOW) -> list[Path]:
+        """The last `count` checkpoints, SPACING steps from one to the next."""
+        steps = range(STEPS - (count - 1) * SPACING, STEPS + 1, SPACING)
         return [self.checkpoint(step) for step in steps]
-
-    @cached_property
-    def moments(self) -> dict:
-        """The state of AdamW at the end of the run."""
-        return load(self._folder / "checkpoints/state.pt")["optimizer"]["state"]
 
     def measure(self, name: str, make: Callable[[], dict]) -> None:
         """The entry of what `make` returns, with the losses of the model that it leaves."""
@@ -96,18 +89,14 @@ class LanguageBench(Bench):
 
         self.records.measure(name, made)
 
-    def solution(self, name: str, checkpoint: Callable[[], Checkpoint]) -> None:
-        """The entry of a checkpoint, or of an average that needs no training."""
+    def average(self, name: str, alpha: list[float]) -> None:
+        """The entry of an average of the last checkpoints with these coefficients."""
 
         def make() -> dict:
-            load_into(self.model, checkpoint())
+            load_into(self.model, weighted(self.window(len(alpha)), alpha))
             return {"steps": 0}
 
         self.measure(name, make)
-
-    def twa(self, name: str, steps: int, window: list[Path], **basis) -> None:
-        """The entry of TWA by the recipe of `train_twa.py`: nothing is tuned."""
-        self.measure(name, lambda: self.fit_twa(window, steps, **basis))
 
     def decay(self, steps: int, shape: str, start: str, factor: float = 1) -> None:
         """The entry of AdamW on all weights, with a falling rate and the moments of the run.
@@ -124,9 +113,8 @@ class LanguageBench(Bench):
             started = time.process_time()
             parameters = list(self.model.parameters())
             optimizer = torch.optim.AdamW(parameters, RATE * factor, weight_decay=DECAY)
-            groups = optimizer.state_dict()["param_groups"]
-            moments = copy.deepcopy(self.moments)  # which the steps change in place
-            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            state = load(self._folder / "checkpoints/state.pt")["optimizer"]["state"]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             clip(optimizer, parameters)
             self.fit(optimizer, steps, shape)
             training = time.process_time() - started
@@ -144,19 +132,16 @@ def core(bench: LanguageBench, budgets: Sequence[int]) -> None:
 
     The averages need no training: means (LAWA), EMA, and WSM's coefficients of a decay.
     """
-    window = bench.window
-    bench.solution("last", lambda: bench.checkpoint(STEPS))
-    for count in (2, 4, 8, 10, 16, 32, 60):
-        bench.solution(f"mean | {count}", lambda count=count: average(window(count)))
-    for rate in (0.8, 0.9, 0.95):
-        bench.solution(f"EMA | {rate}", lambda r=rate: weighted(window(), ema(r, WINDOW)))
-    for count in (8, 16, 32, 60):
-        wsm = partial(of_decay, "1-sqrt", count)
-        name = f"WSM, 1-sqrt | {count}"
-        bench.solution(name, lambda wsm=wsm, count=count: weighted(window(count), wsm()))
+    alphas = {"last": [1.0]}
+    alphas |= {f"mean | {count}": [1 / count] * count for count in (2, 4, 8, 10, 16, 32, 60)}
+    alphas |= {f"EMA | {rate}": ema(rate, WINDOW) for rate in (0.8, 0.9, 0.95)}
+    alphas |= {f"WSM, 1-sqrt | {n}": of_decay("1-sqrt", n) for n in (8, 16, 32, 60)}
+    for name, alpha in alphas.items():
+        bench.average(name, alpha)
     for steps in budgets:
-        for granularity in ("model", "channel", "layer") if steps in SOME else ("model", "channel"):
-            bench.twa(f"TWA by {granularity} | {steps}", steps, window(), granularity=granularity)
+        for by in ("model", "channel", "layer") if steps in SOME else ("model", "channel"):
+            make = partial(bench.fit_twa, bench.window(), steps, granularity=by)
+            bench.measure(f"TWA by {by} | {steps}", make)
         for start, shape in itertools.product(("last", "mean"), SHAPES):
             bench.decay(steps, shape, start)
 
@@ -178,18 +163,6 @@ def tuned(bench: LanguageBench, budgets: Sequence[int]) -> None:
             bench.decay(steps, shape, start, factor)
 
 
-def variants(bench: LanguageBench, budgets: Sequence[int]) -> None:
-    """Fewer directions, fewer bits; how many checkpoints, and how far apart (100 steps)."""
-    settings = {"12 directions": {"components": 12}, "4 bits": {"bits": 4}}
-    for steps, what, by in itertools.product(SOME, settings, ("model", "channel")):
-        basis = settings[what] | {"granularity": by}
-        bench.twa(f"TWA by {by}, {what} | {steps}", steps, bench.window(), **basis)
-    for spacing, counts in {50: (5, 10, 20, 40, 60), 25: (5, 10, 20, 40, 80, 120)}.items():
-        for count, by in itertools.product(counts, ("model", "channel")):
-            window = bench.window(count, spacing)
-            bench.twa(f"TWA by {by}, {count} every {spacing} | 100", 100, window, granularity=by)
-
-
 def schedule_free(bench: LanguageBench, budgets: Sequence[int]) -> None:
     """schedulefree's AdamW in place of the whole run, from the same start; needs the package."""
 
@@ -209,7 +182,7 @@ def schedule_free(bench: LanguageBench, budgets: Sequence[int]) -> None:
     bench.measure(WHOLE, make)
 
 
-PARTS = {"core": core, "tuned": tuned, "variants": variants, "schedule-free": schedule_free}
+PARTS = {"core": core, "tuned": tuned, "schedule-free": schedule_free}
 
 
 def main() -> None:
@@ -219,11 +192,9 @@ def main() -> None:
     add("--seed", type=int, default=1, help="of the run and of all that follows")
     add("--parts", nargs="+", choices=PARTS, default=tuple(PARTS), help="what to measure")
     add("--budgets", nargs="+", type=int, choices=BUDGETS, default=BUDGETS, help="in core, tuned")
-    add("--runs", type=Path, default=ROOT / "results/lm_study", help="folder of the runs")
-    add("--arch", default="gpt", help="model, by its name in models/gpt.py")
     add("--device", help="torch device (default: the accelerator, else the CPU)")
     args = parser.parse_args()
-    bench = LanguageBench(args.text, args.seed, args.runs, args.arch, args.device)
+    bench = LanguageBench(args.text, args.seed, args.device)
     for part in args.parts:
         PARTS[part](bench, args.budgets)
 

@@ -36,12 +36,10 @@ def sections(runs: Runs, figure: Path, page: Path) -> list[str]:
         "Steps more: test loss": budgets(runs),
         "TWA less its rivals": differences(runs),
         "Seconds": seconds(runs),
-        "Windows": variants(runs, "every"),
-        "Fewer directions, fewer bits": variants(runs, "12 directions", "4 bits"),
     }
     lines = []
     for title, table in tables.items():
-        lines += [f"### {title}", "", *table, ""] if table else []
+        lines += [f"### {title}", "", *table, ""]
     draw(runs, figure)
     return [*lines, f"![Loss over the budget]({os.path.relpath(figure, page.parent)})"]
 
@@ -155,18 +153,6 @@ def seconds(runs: Runs) -> list[str]:
         rows.append((name.replace(", rate x 1", ""), *cells))
     note = "Choosing start and end, building the basis, training:"
     return [note, "", *markdown(("method", *map(str, BUDGETS)), rows)]
-
-
-def variants(runs: Runs, *words: str) -> list[str]:
-    """The entries of TWA with one of these words in their names, beside TWA as usual."""
-    rows = []
-    for name in dict.fromkeys(name for run in runs for name in run):
-        if name.startswith("TWA") and any(word in name for word in words):
-            method, _, steps = name.partition(" | ")
-            usual = f"{method.partition(',')[0]} | {steps}"
-            same_seeds = [run for run in runs if name in run]
-            rows.append((method, steps, loss(runs, name), loss(same_seeds, usual)))
-    return markdown(("method", "steps", "test loss", "as usual"), rows) if rows else []
 
 
 def draw(runs: Runs, path: Path) -> None:

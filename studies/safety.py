@@ -58,22 +58,21 @@ class Case:
     size: int | None = None
 
 
-DIGITS = ("Digits", 600, 298, 60, 2, 2)
-FASHION = ("FashionMNIST", 12_000, 2000, 6, 20, 4)
-CASES = {
-    f"{of[0]} {arch.rpartition(':')[2]}": Case(of[0], arch, *of[1:])
-    for of, archs in (
-        (DIGITS, ("PreResNet20", CNN, "PreResNet56")),
-        (FASHION, ("PreResNet20", CNN, VIT)),
-    )
-    for arch in archs
-}
-CASES["FashionMNIST VGG16BN"] = Case(
-    "FashionMNIST", "VGG16BN", 512, 512, 20, 1, 1, batch=64, size=32
+DIGITS = partial(Case, "Digits", images=600, held_out=298, epochs=60, saves=2, apart=2)
+FASHION = partial(
+    *(Case, "FashionMNIST"), images=12_000, held_out=2000, epochs=6, saves=20, apart=4
 )
-CASES["Text gpt"] = Case(text.NAME, "gpt", 800, 512, 30, 4, 2, test=512, batch=8)
-
-
+FEW_IMAGES = {"images": 512, "held_out": 512, "epochs": 20, "saves": 1, "apart": 1, "batch": 64}
+CASES = {
+    "Digits PreResNet20": DIGITS("PreResNet20"),
+    "Digits cnn": DIGITS(CNN),
+    "Digits PreResNet56": DIGITS("PreResNet56"),
+    "FashionMNIST PreResNet20": FASHION("PreResNet20"),
+    "FashionMNIST cnn": FASHION(CNN),
+    "FashionMNIST vit": FASHION(VIT),
+    "FashionMNIST VGG16BN": FASHION("VGG16BN", **FEW_IMAGES, size=32),
+    "Text gpt": Case(text.NAME, "gpt", 800, 512, 30, 4, 2, test=512, batch=8),
+}
 # Settings: the checkpoints of the window, the start, the granularity, the epochs.
 MANY = """5 auto model 1, 5 auto channel 5, 20 auto model 0.2, 20 auto layer 5, 60 auto model 5,
 60 auto layer 1, 60 auto channel 1, 60 auto channel 5, 60 SWA model 1, 60 SWA channel 5,

@@ -6,7 +6,7 @@ import json
 import statistics
 from pathlib import Path
 
-from tables import Runs, bullet, error, joined, markdown, scores, spread, values
+from tables import Runs, bullet, error, markdown, scores, spread, values
 
 STUDIES = Path(__file__).resolve().parent
 TAILS = ("0.05", "0.1")  # rates of the tail
@@ -72,21 +72,19 @@ def soup_table() -> list[str]:
     return markdown(("solution", *headings), rows)
 
 
-def safety() -> dict[tuple[str, ...], dict]:
-    """The runs by data, architecture, seed and setting, each with its figures.
-
-    They are: the loss at the end over that at the start, on the held-out and on the test data;
-    whether each rose by more than its error; the worst epoch over the start; and whether the
-    accuracy is at least that of the best of last, mean of last 5, and SWA.
-    """
-    records, found = json.loads((STUDIES / "safety.json").read_text()), {}
+def safety_table() -> list[str]:
+    """How often TWA leaves a model worse than it found it."""
+    records = json.loads((STUDIES / "safety.json").read_text())
+    cases: dict[str, list[dict]] = {}
+    where: dict[str, list[bool]] = {}
     for key, entry in records.items():
         if "held out" not in entry:
             continue
         run, _, setting = key.partition(": ")
-        averages = records[f"{run}: {setting.split()[0]}"].values()
+        data, arch, _ = run.split()
         held_out, test = entry["held out"], entry["test"]
-        found[(*run.split(), setting)] = {
+        averages = records[f"{run}: {setting.split()[0]}"].values()
+        figures = {
             "ratio": held_out["end"] / held_out["start"],
             "rose": held_out["end"] - held_out["start"] > held_out["error"] > 0,
             "test ratio": test["end"] / test["start"],
@@ -94,52 +92,35 @@ def safety() -> dict[tuple[str, ...], dict]:
             "worst": max(entry["after"]) / held_out["start"],
             "accurate": held_out["accuracy"] >= max(averages) - 1e-4,
         }
-    return found
-
-
-def safety_table() -> list[str]:
-    """How often TWA leaves a model worse than it found it."""
-    cases: dict[str, list[dict]] = {}
-    where: dict[str, list[bool]] = {}
-    for (data, arch, _, setting), figures in safety().items():
         cases.setdefault(f"{data} {arch}", []).append(figures)
         if " auto " in setting:
             name = data if arch != "VGG16BN" else f"{arch}'s few images"
             where.setdefault(name, []).append(figures["accurate"])
     rows = []
     for case, runs in cases.items():
-        ratio, rose, worst, accurate = (
-            [run[key] for run in runs] for key in ("ratio", "rose", "worst", "accurate")
-        )
+        every = {key: [run[key] for run in runs] for key in runs[0]}
+        ratio, accurate = every["ratio"], sum(every["accurate"]) / len(runs)
         cells = (case, str(len(runs)), f"{statistics.median(ratio):.3f}", f"{max(ratio):.3f}")
-        cells += (str(sum(r > 1.05 for r in ratio)), str(sum(rose)), f"{max(worst):.2f}")
-        rows.append((*cells, f"{100 * sum(accurate) / len(runs):.0f} %"))
+        cells += (str(sum(r > 1.05 for r in ratio)), str(sum(every["rose"])))
+        rows.append((*cells, f"{max(every['worst']):.2f}", f"{100 * accurate:.0f} %"))
     heads = ("SGD run", "runs", "end / start, median", "largest", "above 1.05")
     heads += ("above by more than its error", "worst epoch / start", "accuracy")
     runs = [run for case in cases.values() for run in case]
-    highest = max(run["test ratio"] for run in runs)
-    good = joined(f"{sum(good)} of {len(good)} ({name})" for name, good in where.items())
-    return [
-        *markdown(heads, rows),
-        "",
-        *bullet(
-            f"{sum(run['rose'] for run in runs)} of the {len(runs)} runs end with a held-out loss "
-            "above their start's by more than its standard error; "
-            f"{100 * sum(run['accurate'] for run in runs) / len(runs):.0f} % have at least the "
-            "accuracy of the best simple average."
-        ),
-        *bullet(
-            "Judged by test data in place of held-out ones, "
-            f"{sum(run['test ratio'] > 1.05 for run in runs)} of the {len(runs)} runs end above "
-            f"1.05 times their start's loss, at most at {highest:.3f}, and "
-            f"{sum(run['test rose'] for run in runs)} above it by more than their error."
-        ),
-        *bullet(
-            "From the start that the scripts choose, the accuracy is that of the best average or "
-            f"higher in {good}; from SWA and the last checkpoint, which may be far behind "
-            "it, an epoch is often not enough."
-        ),
-    ]
+    every = {key: [run[key] for run in runs] for key in runs[0]}
+    over = sum(ratio > 1.05 for ratio in every["test ratio"])
+    good = ", ".join(f"{sum(good)} of {len(good)} ({name})" for name, good in where.items())
+    bullets = (
+        f"{sum(every['rose'])} of the {len(runs)} runs end with a held-out loss above their "
+        f"start's by more than its standard error; {100 * sum(every['accurate']) / len(runs):.0f} "
+        "% have at least the accuracy of the best simple average.",
+        f"Judged by test data in place of held-out ones, {over} of the {len(runs)} runs end above "
+        f"1.05 times their start's loss, at most at {max(every['test ratio']):.3f}, and "
+        f"{sum(every['test rose'])} above it by more than their error.",
+        "From the start that the scripts choose, the accuracy is that of the best average or "
+        f"higher in {good}; from SWA and the last checkpoint, which may be far behind it, an "
+        "epoch is often not enough.",
+    )
+    return [*markdown(heads, rows), "", *(line for text in bullets for line in bullet(text))]
 
 
 def digits_table(records: dict[str, dict[str, list[float]]]) -> list[str]:

@@ -125,10 +125,6 @@ def seeds(runs: Runs) -> str:
     return "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
-def joined(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
 def bullet(text: str) -> list[str]:
     """Lines of at most 98 characters; a command in backquotes stays on one."""
     whole = re.sub("`[^`]*`", lambda code: code[0].replace(" ", "\0"), f"- {text}")
