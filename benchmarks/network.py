@@ -6,7 +6,7 @@ Needs root, `ip` and `tc` (Debian's iproute2), and FashionMNIST (its dataset-fas
 hosts are simulated as network namespaces, one core each, and joined by a wire of limited rate. On
 it, two ranks (of the hybrid, four) train on from the same head, each way from the same start point.
 
-What is measured, each cell once, so that the same command resumes where it was stopped:
+Each cell is measured once, so that the same command resumes where it was stopped:
 
 - on each wire, some steps of each way: the seconds that one takes, the bytes that a rank sends,
   counted by the kernel, and the seconds before the first step;
@@ -14,9 +14,8 @@ What is measured, each cell once, so that the same command resumes where it was 
   steps. They do not depend on the wire, as in all of these ways the ranks wait for each other. So
   accuracy against seconds is this curve, its steps times the seconds of a step.
 
-Local SGD's step is timed without the averaging, and the averaging alone, of which a step gets its
-share. FSDP2 and the hybrid take the same steps as replicated TWA, as the tests show, and have its
-curve. Writes `network.json` to --out, and the table and the figure made of it.
+Local SGD's averaging is timed alone, and a step gets its share. FSDP2 and the hybrid take the same
+steps as replicated TWA, as the tests show. Writes `network.json` to --out, its table and figure.
 """
 
 import argparse
@@ -51,13 +50,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
-from studies.common import CPU, ROOT, run_script, sgd
+from studies.common import CPU, ROOT, Bench, run_script, sgd
 from training import data, entry, ranks
 from training.files import save
 from training.logs import write_json
-from training.loop import autocast, evaluate, reestimate_bn, sample_loss
+from training.loop import autocast, evaluate, reestimate_bn
 from training.optimizers import SCHEDULES, schedule_of
-from twa import TWA, best_start, rate_of
+from twa import TWA, rate_of
 from twa.files.checkpoints import load_into
 from utils import UserError
 
@@ -85,7 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--head", type=int, default=6, help="epochs of the head")
     add("--epochs", type=float, default=2.0, help="epochs of each way")
     add("--every", type=int, default=100, help="steps between two tests")
-    add("--steps-only", action="store_true", help="measure steps, and train nothing to its end")
     add("--seconds", type=float, default=15.0, help="to time a cell for, about")
     add("--data-dir", default="./datasets", type=Path, help="where FashionMNIST is unpacked")
     add("--work", default="./results/network", type=Path, help="where the heads are kept")
@@ -110,8 +108,7 @@ def main() -> None:
         prepare(args, arch)
         cells = results.setdefault(arch, {})
         for way in args.ways:
-            curve = [CURVE] if WAYS[way].curve and not args.steps_only else []
-            for wire in [*curve, *args.wires]:
+            for wire in [*([CURVE] if WAYS[way].curve else []), *args.wires]:
                 cell = cells.setdefault(way, {})
                 if wire not in cell:
                     cell[wire] = launch(arch, way, wire)
@@ -133,8 +130,7 @@ def prepare(args: argparse.Namespace, arch: str) -> None:
         *("--save-dir", folder, "--log-dir", folder),
     )
     train, _ = loaders(args)
-    model = models.build(arch, 10, 1, 28)
-    start, _ = best_start(model, window_of(args, arch), lambda: sample_loss(model, train, True))
+    start, _, _ = Bench(arch, train, 1).start(*window_of(args, arch))
     save(start, folder / "start.pt")
 
 
@@ -161,9 +157,8 @@ def loaders(args: argparse.Namespace) -> tuple[data.Loader, data.Loader]:
 
 def check_system() -> None:
     """Raises a `UserError` where hosts cannot be made."""
-    missing = [name for name in ("ip", "tc") if not shutil.which(name)]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} not found: install Debian's iproute2")
+    if not (shutil.which("ip") and shutil.which("tc")):
+        raise UserError("`ip` or `tc` not found: install Debian's iproute2")
     if os.geteuid() != 0:
         raise UserError("network namespaces need root: start it as root")
 

@@ -112,15 +112,13 @@ def draw(archs: dict, path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(wires), 4.6 * len(archs)), layout="constrained")
     axes = figure.subplots(2 * len(archs), len(wires), squeeze=False, sharey="row", sharex="col")
     for i, (arch, ways) in enumerate(archs.items()):
-        shown = {way: cells for way, cells in ways.items() if CURVE in cells}
         for j, wire in enumerate(wires):
+            shown = {way: points(c, wire) for way, c in ways.items() if {CURVE, wire} <= c.keys()}
             for k, name in enumerate(("test accuracy (%)", "test loss")):
                 ax = axes[2 * i + k, j]
-                for way, cells in shown.items():
-                    if wire in cells:
-                        seconds, *values = zip(*points(cells, wire), strict=True)
-                        solid = "-" if way in TWAS else "--"
-                        ax.plot(seconds, values[k], solid, label=way, marker=".")
+                for way, along in shown.items():
+                    seconds, *values = zip(*along, strict=True)
+                    ax.plot(seconds, values[k], "-" if way in TWAS else "--", label=way, marker=".")
                 ax.set_xscale("log")
                 ax.grid(alpha=0.3)
                 if j == 0:
@@ -134,6 +132,5 @@ def draw(archs: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
-    folder = folder if folder.is_dir() else folder.parent
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
     write_report(json.loads((folder / "network.json").read_text()), folder)

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # All studies behind docs/RESULTS.md, and its pages:    bash all.sh
 #
-# Days on two CPU cores. What is measured is not measured again, so it can be stopped and started
-# at will. Of each study, several seeds can run side by side (OMP_NUM_THREADS=1 then), once the
-# first has chosen the rates of the baselines.
+# Days on two CPU cores; can be stopped and started at will, as nothing is measured twice. Seeds can
+# run side by side (OMP_NUM_THREADS=1 then) once the first has chosen the rates of the baselines.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../env.sh

@@ -60,13 +60,11 @@ class Bench:
         amp: whether to compute in bfloat16 where autocast allows it.
     """
 
-    def __init__(
-        self, arch: str, train: data.Loader, seed: int, device: torch.device = CPU, amp: bool = True
-    ):
+    def __init__(self, arch: str, train: data.Loader, seed: int, amp: bool = True):
         utils.set_seed(seed)
-        self.train, self.seed, self.amp, self.device = train, seed, amp, device
+        self.train, self.seed, self.amp = train, seed, amp
         self.samples = math.inf if isinstance(train, text.Loader) else len(train.split)
-        self.model = build(arch, train.split.spec, device, amp)
+        self.model = build(arch, train.split.spec, CPU, amp)
         self.start = cache(self._start)
 
     def _start(self, *window: Path) -> tuple[Checkpoint, dict, float]:
@@ -96,7 +94,7 @@ class Bench:
         scheduler = schedule_of(SCHEDULES[schedule], optimizer, steps, warmup)
         for step, (inputs, labels) in enumerate(islice(self.train.endless(), steps), start=1):
             self.model.train()  # `after_step` may have evaluated it
-            with autocast(self.device, self.amp):
+            with autocast(CPU, self.amp):
                 loss = F.cross_entropy(self.model(inputs).flatten(0, -2), labels)
             loss.backward()
             optimizer.step()
@@ -156,8 +154,8 @@ def images(
 class Evenly(text.Loader):
     """Windows of a text that lie evenly over all of it."""
 
-    def __init__(self, split: text.Split, windows: int, device: torch.device):
-        super().__init__(split, 32, train=False, device=device)
+    def __init__(self, split: text.Split, windows: int):
+        super().__init__(split, 32, train=False, device=CPU)
         self._stride = max(1, self.count // windows)
         self.count //= self._stride
 

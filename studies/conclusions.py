@@ -5,7 +5,7 @@ from __future__ import annotations
 import language_report as language
 import stages
 import tables
-from tables import BY_CHANNEL, EPOCHS, HEAD, TUNED, Runs, best, cell, paired
+from tables import BY_CHANNEL, EPOCHS, HEAD, TUNED, Runs, best, cell, paired, scores
 
 LONGEST = 5  # epochs after the head, in the four rows
 
@@ -14,13 +14,12 @@ def four_rows(runs: Runs) -> list[str]:
     """A mean, the defaults, the baseline at a tuned rate, the full run."""
     spent = str(HEAD + LONGEST)
     rows = [
-        ("mean of the head's last 5 checkpoints", str(HEAD), "mean of the last 5"),
-        (BY_CHANNEL, spent, f"{BY_CHANNEL} | {LONGEST}"),
-        (TUNED, spent, f"{TUNED} | {LONGEST}"),
-        ("SGD, the full run", str(EPOCHS), "SGD"),
+        ("mean of the head's last 5 checkpoints", str(HEAD), *scores(runs, "mean of the last 5")),
+        (BY_CHANNEL, spent, *scores(runs, f"{BY_CHANNEL} | {LONGEST}")),
+        (TUNED, spent, *scores(runs, f"{TUNED} | {LONGEST}")),
+        ("SGD, the full run", str(EPOCHS), *scores(runs, "SGD")),
     ]
-    found = [(title, epochs, *tables.scores(runs, name)) for title, epochs, name in rows]
-    return tables.markdown(("solution", "epochs", "test accuracy (%)", "test loss"), found)
+    return tables.markdown(("solution", "epochs", "test accuracy (%)", "test loss"), rows)
 
 
 def claims(head: dict[str, Runs], text: Runs) -> list[str]:
@@ -33,9 +32,9 @@ def claims(head: dict[str, Runs], text: Runs) -> list[str]:
     rows = []
 
     def add(stage: str, how: str, runs: Runs, ours: str, average: str, baseline: str) -> None:
-        names = [name.partition(" | ")[0] for name in (average, baseline)]
-        cells = [cell(runs, name, "loss", ".4f") for name in (ours, average, baseline)]
-        titled = [f"{c} ({name})" for c, name in zip(cells, (how, *names), strict=True)]
+        names = {ours: how, average: average, baseline: baseline.partition(" | ")[0]}
+        names[average] = language.titled(average)
+        titled = [f"{cell(runs, n, 'loss', '.4f')} ({title})" for n, title in names.items()]
         less, apart = paired(runs, ours, baseline)
         rows.append((stage, *titled, f"{less:+.4f} ± {apart:.4f}"))
 

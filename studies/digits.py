@@ -46,7 +46,6 @@ def measured(seed: int) -> dict[str, list[float]]:
         run_script("train_twa.py", *flags, *window, *settings)
         solutions[name] = out / "twa.pt"
     solutions[FULL] = checkpoints[EPOCHS]
-
     training, _ = data.load("Digits", "", CPU)
     train = images(training.part(slice(IMAGES)), 32, train=True, seed=seed, amp=False)
     judge = images(training.part(slice(IMAGES, None)), 500, train=False, amp=False)

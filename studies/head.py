@@ -11,8 +11,7 @@ measures to `results/PART.DATA.ARCH.SEED.json` beside this file, one entry after
 from __future__ import annotations
 
 import argparse
-import json
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import tables
@@ -84,10 +83,6 @@ class HeadBench(Bench):
         last = self._folder / f"sgd{epochs}" / f"{epochs * saves}.pt"
         return self.solution(last) | {"epochs": epochs, "seconds": seconds}
 
-    @cached_property
-    def best_mean(self) -> Checkpoint:
-        return self.start(*self.window)[0]
-
     def solution(self, checkpoint: Checkpoint) -> dict:
         """The entry of a checkpoint."""
         load_into(self.model, checkpoint)
@@ -114,13 +109,10 @@ class HeadBench(Bench):
 
         The first seed tries the rates; the others take the one that it chose.
         """
-        rates = TUNED_RATES
-        if self.seed != 1:
-            first = json.loads(self.records.path.with_suffix("").with_suffix(".1.json").read_text())
-            rates = (first[f"{tables.TUNED} | {budget:g}"]["lr"],)
-        losses, entries = {}, {}
-        for lr in rates:
-            entries[lr] = self.decay(self.best_mean, budget, lr)
+        first = Records(self.records.path.with_suffix("").with_suffix(".1.json"))
+        name, losses, entries = f"{tables.TUNED} | {budget:g}", {}, {}
+        for lr in TUNED_RATES if self.seed == 1 else (first[name]["lr"],):
+            entries[lr] = self.decay(self.start(*self.window)[0], budget, lr)
             losses[lr] = self.measured(self.tuned_on, self.train.sample)["loss"]
         best = min(losses, key=losses.get)
         return entries[best] | {"validation_losses": {str(lr): losses[lr] for lr in losses}}
@@ -157,7 +149,7 @@ def units(bench: HeadBench) -> None:
     measure = bench.records.measure
     measure("mean of the last 10", lambda: bench.solution(average(bench.window[-10:])))
     for budget, lr in {0.1: 0.02, 0.2: 0.02, 0.5: 0.05, 1: 0.02, 2: 0.05, 5: 0.1}.items():
-        decay = partial(bench.decay, bench.best_mean, budget, lr)
+        decay = partial(bench.decay, bench.start(*bench.window)[0], budget, lr)
         measure(f"SGD on all weights | {budget:g}", decay)
         for unit in ("direction", "block"):
             measure(f"{unit} | {budget:g}", partial(bench.twa, budget, "channel", unit))

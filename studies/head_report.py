@@ -21,6 +21,10 @@ from tables import (
     values,
 )
 
+ACCURACY = """\
+Test accuracy (%) after so many epochs more; and from which on it is the full run's,
+or how many points are missing:"""
+PAIRED = "Points of accuracy ahead, and by how much the loss is below, paired by seed:"
 KEYS = {"accuracy": "+.2f", "loss": "+.4f"}
 
 
@@ -35,17 +39,8 @@ def sections(studies: dict[str, Runs], figures: Path, page: Path) -> list[str]:
         lines += [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
         headings = ("solution", "test accuracy (%)", "test loss")
         lines += markdown(headings, [(name, *scores(runs, name)) for name in tables.averages(runs)])
-        lines += [
-            "",
-            "Test accuracy (%) after so many epochs more; and from which on it is the full run's,",
-            "or how many points are missing:",
-        ]
-        lines += ["", *with_full_run(runs), "", "Test loss:", "", *table(runs, "loss", ".4f")]
-        lines += [
-            "",
-            "Points of accuracy ahead, and by how much the loss is below, paired by seed:",
-        ]
-        lines += ["", *compared(runs)]
+        lines += ["", ACCURACY, "", *with_full_run(runs), ""]
+        lines += ["Test loss:", "", *table(runs, "loss", ".4f"), "", PAIRED, "", *compared(runs)]
         lines += ["", f"![{study}]({os.path.relpath(path, page.parent)})", ""]
     return lines[:-1]
 

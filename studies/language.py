@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import common
 import torch
-from common import ROOT, Bench, Evenly, Records, clip, ema, of_decay, run_script, text, weighted
+from common import CPU, ROOT, Bench, Evenly, Records, clip, text
 from language_report import BUDGETS, SPACING, STEPS, WHOLE, WINDOW
 
-import utils
 from training import entry
 from twa.files.checkpoints import load_into
 from twa.files.formats import load
@@ -46,30 +45,27 @@ class LanguageBench(Bench):
     Args:
         text_name: one of `TEXTS`.
         seed: of the run and of all that follows.
-        device: as of `lm/train.py`.
     """
 
-    def __init__(self, text_name: str, seed: int, device: str | None):
+    def __init__(self, text_name: str, seed: int):
         folder, first = TEXTS[text_name]
         self._folder = WORK / text_name / f"seed{seed}"
         self.records = Records(RESULTS / text_name / f"seed{seed}.json")
-        # Whose rates are tuned; None for the first seed itself.
-        self.first = None if seed == first else RESULTS / text_name / f"seed{first}.json"
+        # Of the seed whose rates are tuned; None for that seed itself.
+        self.first = None if seed == first else Records(RESULTS / f"{text_name}/seed{first}.json")
         if not self.checkpoint(STEPS).exists():
-            where = ("--device", device) if device else ()
-            where += ("--data-dir", folder) if folder else ()
-            run_script(
+            where = ("--data-dir", folder) if folder else ()
+            common.run_script(
                 *("lm/train.py", "--dir", self._folder, "--steps", STEPS, "--save-every", EVERY),
                 *("--test-every", 2000, "--batch-size", BATCH, "--lr", RATE, "--amp"),
-                *("--seed", seed, "--arch", "gpt", "--resume", *where),
+                *("--seed", seed, "--arch", "gpt", "--device", "cpu", "--resume", *where),
             )
-        device = utils.choose_device(device)
         train, test = text.load(folder, text.Vocabulary(), text.CONTEXT)
-        self.test = Evenly(test, TESTED, device)
-        self.validation = Evenly(train.held_out, TUNED_ON, device)
+        self.test = Evenly(test, TESTED)
+        self.validation = Evenly(train.held_out, TUNED_ON)
         # Other draws than the run's, whose text it has seen just before.
-        drawn = {"train": True, "steps": max(BUDGETS), "seed": 1000 + seed, "device": device}
-        super().__init__("gpt", text.Loader(train, BATCH, **drawn), seed, device)
+        drawn = {"train": True, "steps": max(BUDGETS), "seed": 1000 + seed, "device": CPU}
+        super().__init__("gpt", text.Loader(train, BATCH, **drawn), seed)
 
     def checkpoint(self, step: int) -> Path:
         return self._folder / "checkpoints" / f"{step // EVERY}.pt"
@@ -93,7 +89,7 @@ class LanguageBench(Bench):
         """The entry of an average of the last checkpoints with these coefficients."""
 
         def make() -> dict:
-            load_into(self.model, weighted(self.window(len(alpha)), alpha))
+            load_into(self.model, common.weighted(self.window(len(alpha)), alpha))
             return {"steps": 0}
 
         self.measure(name, make)
@@ -127,18 +123,18 @@ def name_of(shape: str, start: str, factor: float, steps: int) -> str:
     return f"decay, {shape}, from the {start}, rate x {factor:.3g} | {steps}"
 
 
-def core(bench: LanguageBench, budgets: Sequence[int]) -> None:
+def core(bench: LanguageBench) -> None:
     """The averages, TWA, and the decays at the run's own rate: nothing is tuned.
 
     The averages need no training: means (LAWA), EMA, and WSM's coefficients of a decay.
     """
     alphas = {"last": [1.0]}
     alphas |= {f"mean | {count}": [1 / count] * count for count in (2, 4, 8, 10, 16, 32, 60)}
-    alphas |= {f"EMA | {rate}": ema(rate, WINDOW) for rate in (0.8, 0.9, 0.95)}
-    alphas |= {f"WSM, 1-sqrt | {n}": of_decay("1-sqrt", n) for n in (8, 16, 32, 60)}
+    alphas |= {f"EMA | {rate}": common.ema(rate, WINDOW) for rate in (0.8, 0.9, 0.95)}
+    alphas |= {f"WSM, 1-sqrt | {n}": common.of_decay("1-sqrt", n) for n in (8, 16, 32, 60)}
     for name, alpha in alphas.items():
         bench.average(name, alpha)
-    for steps in budgets:
+    for steps in BUDGETS:
         for by in ("model", "channel", "layer") if steps in SOME else ("model", "channel"):
             make = partial(bench.fit_twa, bench.window(), steps, granularity=by)
             bench.measure(f"TWA by {by} | {steps}", make)
@@ -146,24 +142,23 @@ def core(bench: LanguageBench, budgets: Sequence[int]) -> None:
             bench.decay(steps, shape, start)
 
 
-def tuned(bench: LanguageBench, budgets: Sequence[int]) -> None:
+def tuned(bench: LanguageBench) -> None:
     """The decays again at lower rates; seeds other than the first take what that one chose."""
-    first = json.loads(bench.first.read_text()) if bench.first else {}
-    for steps, start in itertools.product(budgets, ("mean", "last")):
+    for steps, start in itertools.product(BUDGETS, ("mean", "last")):
         factors = FACTORS if start == "mean" else FACTORS[:2]
         tried = list(itertools.product(SHAPES, factors))
-        if bench.first:
+        if bench.first is not None:
             losses = {
-                (shape, factor): first[name]["validation_loss"]
+                (shape, factor): bench.first[name]["validation_loss"]
                 for shape, factor in tried
-                if (name := name_of(shape, start, factor, steps)) in first
+                if (name := name_of(shape, start, factor, steps)) in bench.first
             }
             tried = sorted(losses, key=losses.get)[:1]
         for shape, factor in tried:
             bench.decay(steps, shape, start, factor)
 
 
-def schedule_free(bench: LanguageBench, budgets: Sequence[int]) -> None:
+def schedule_free(bench: LanguageBench) -> None:
     """schedulefree's AdamW in place of the whole run, from the same start; needs the package."""
 
     def make() -> dict:
@@ -191,12 +186,10 @@ def main() -> None:
     add("--text", choices=TEXTS, default="python", help="what the run learns")
     add("--seed", type=int, default=1, help="of the run and of all that follows")
     add("--parts", nargs="+", choices=PARTS, default=tuple(PARTS), help="what to measure")
-    add("--budgets", nargs="+", type=int, choices=BUDGETS, default=BUDGETS, help="in core, tuned")
-    add("--device", help="torch device (default: the accelerator, else the CPU)")
     args = parser.parse_args()
-    bench = LanguageBench(args.text, args.seed, args.device)
+    bench = LanguageBench(args.text, args.seed)
     for part in args.parts:
-        PARTS[part](bench, args.budgets)
+        PARTS[part](bench)
 
 
 if __name__ == "__main__":

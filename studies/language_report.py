@@ -10,7 +10,7 @@ from pathlib import Path
 
 from head_report import save
 from matplotlib.figure import Figure
-from tables import Runs, cell, markdown, mean, paired, values
+from tables import Runs, best, cell, markdown, mean, paired, values
 
 STEPS = 4000  # of the run
 BUDGETS = (10, 20, 40, 100, 200, 400)  # steps: 0.25, 0.5, 1, 2.5, 5 and 10 % of the run
@@ -112,9 +112,9 @@ def budgets(runs: Runs) -> list[str]:
 
 
 def best_of(runs: Runs, names: Iterable[str | None]) -> str | None:
-    """The entry with the lowest mean, of those that every seed has; None if there is none."""
-    known = [name for name in names if len(values(runs, name, "loss")) == len(runs)]
-    return min(known, key=lambda name: mean(runs, name), default=None)
+    """The entry with the low mean, of those that every seed has; None if there is none."""
+    known = [name for name in names if all(name in run for run in runs)]
+    return best(runs, known) if known else None
 
 
 def differences(runs: Runs) -> list[str]:
@@ -125,14 +125,14 @@ def differences(runs: Runs) -> list[str]:
         untuned = best_of(runs, [*untrained(runs), *(names[title] for title in UNTUNED)])
         for twa in ("TWA by model", "TWA by channel"):
             cells, ours = [], best_of(runs, [f"{twa} | {steps}"])
-            for best in (untuned, best_of(runs, [names[title] for title in TUNED])):
-                if not (best and ours):
+            for rival in (untuned, best_of(runs, [names[title] for title in TUNED])):
+                if not (rival and ours):
                     cells.append("–")
                     continue
-                less, apart = paired(runs, ours, best)
+                less, apart = paired(runs, ours, rival)
                 errors = f" = {less / apart:+.1f} errors" if apart else ""
-                rival = titled(best.removesuffix(f" | {steps}"))
-                cells.append(f"{less:+.4f} ± {apart:.4f}{errors} ({rival})")
+                title = titled(rival.removesuffix(f" | {steps}"))
+                cells.append(f"{less:+.4f} ± {apart:.4f}{errors} ({title})")
             rows.append((str(steps), twa, *cells))
     headings = ("steps", "method", "less the best untuned", "less the best tuned")
     return markdown(headings, rows)
@@ -167,8 +167,9 @@ def draw(runs: Runs, path: Path) -> None:
             line = {"color": colours.get(title, "C3"), "marker": TWAS.get(title, "")}
             line["linestyle"] = "--" if "1-sqrt" in title else "-"
             axes.plot(*zip(*points, strict=True), **line, label=title)
-    best = min(mean(runs, name) for name in runs[0] if name.startswith("mean"))
-    axes.axhline(best, color="k", linewidth=0.8, linestyle=":", label="the best mean, no step more")
+    low = min(mean(runs, name) for name in runs[0] if name.startswith("mean"))
+    label = "the best mean, no step more"
+    axes.axhline(low, color="k", linewidth=0.8, linestyle=":", label=label)
     axes.set(xscale="log", xlabel="steps after the run", ylabel="test loss (nats a byte)")
     axes.set_xticks(BUDGETS, [str(steps) for steps in BUDGETS])
     axes.set_xticks([], minor=True)

@@ -23,24 +23,24 @@ TEXTS = {"linux": "lm/README.md", "python": "docs/results/language.md"}
 
 def blocks(root: Path) -> dict[tuple[str, str], list[str]]:
     """The lines of every block, by page and name; draws the figures below `root`."""
-    head, figures = read(STUDIES / "results", "head"), root / "studies/figures"
-    text = language_report.read(STUDIES / "lm/linux")
+    head, units = (read(STUDIES / "results", part) for part in ("head", "units"))
+    figures = root / "studies/figures"
+    texts = {text: language_report.read(STUDIES / "lm" / text) for text in TEXTS}
     first, page = next(iter(head.values())), "docs/results/head-stage.md"
     small = json.loads((STUDIES / "digits.json").read_text())
     found = {
         ("docs/RESULTS.md", "head stage"): conclusions.four_rows(first),
-        ("docs/RESULTS.md", "claims"): conclusions.claims(head, text),
+        ("docs/RESULTS.md", "claims"): conclusions.claims(head, texts["linux"]),
         (page, "head"): head_report.sections(head, figures, root / page),
-        (page, "units"): head_report.units(read(STUDIES / "results", "units")),
+        (page, "units"): head_report.units(units),
         ("docs/results/safety.md", "safety"): stages.safety_table(),
         ("docs/head-stage.md", "digits"): stages.digits_table(small),
         ("swa/README.md", "tail"): stages.tail_table(),
         ("soup/README.md", "soups"): stages.soup_table(),
     }
     for text, page in TEXTS.items():
-        runs = language_report.read(STUDIES / "lm" / text)
         figure = figures / f"lm.{text}.loss.png"
-        found[page, text] = language_report.sections(runs, figure, root / page)
+        found[page, text] = language_report.sections(texts[text], figure, root / page)
     return found
 
 

@@ -34,34 +34,22 @@ CNN, VIT = "studies.architectures:cnn", "studies.architectures:vit"
 
 @dataclass(frozen=True)
 class Case:
-    """A run that leaves checkpoints.
+    """A run that leaves checkpoints."""
 
-    Attributes:
-        data: one of `training.data.DATASETS`, or Python's library as text.
-        arch: an architecture that `training.loop.build` knows.
-        images: to train on; for text, windows that are drawn for an epoch.
-        held_out, test: to judge by: other training images, and test images; or windows.
-        epochs, saves, batch: of the run; checkpoints an epoch; images a step.
-        apart: checkpoints from one to the next of a window, unless that asks for too many.
-        size: pixels that images of 28×28 are padded to.
-    """
-
-    data: str
+    data: str  # one of `training.data.DATASETS`, or Python's library as text
     arch: str
-    images: int
-    held_out: int
+    images: int  # to train on; for text, windows that are drawn for an epoch
+    held_out: int  # other training images, to judge by; or windows
     epochs: int
-    saves: int
-    apart: int
-    test: int = 1000
+    saves: int  # checkpoints an epoch
+    apart: int  # checkpoints from one to the next of a window, unless that asks for too many
+    test: int = 1000  # test images or windows, to judge by as well
     batch: int = 128
-    size: int | None = None
+    size: int | None = None  # pixels that images of 28×28 are padded to
 
 
 DIGITS = partial(Case, "Digits", images=600, held_out=298, epochs=60, saves=2, apart=2)
-FASHION = partial(
-    *(Case, "FashionMNIST"), images=12_000, held_out=2000, epochs=6, saves=20, apart=4
-)
+FASHION = partial(Case, "FashionMNIST", images=12_000, held_out=2000, epochs=6, saves=20, apart=4)
 FEW_IMAGES = {"images": 512, "held_out": 512, "epochs": 20, "saves": 1, "apart": 1, "batch": 64}
 CASES = {
     "Digits PreResNet20": DIGITS("PreResNet20"),
@@ -116,7 +104,7 @@ class SafetyBench(Bench):
         training, test = text.load(None, text.Vocabulary(), text.CONTEXT)
         drawn = {"train": True, "steps": case.images // case.batch, "seed": seed, "device": CPU}
         judges = ((training.held_out, case.held_out), (test, case.test))
-        judges = [Evenly(split, windows, CPU) for split, windows in judges]
+        judges = [Evenly(split, windows) for split, windows in judges]
         return text.Loader(training, case.batch, **drawn), judges
 
     def _run(self) -> None:
@@ -195,14 +183,13 @@ class SafetyBench(Bench):
         ends = zip(("held out", "test"), points["start"], points[kept], strict=True)
         for data_set, first, end in ends:
             difference = end[0] - first[0]
-            figures = {
-                "start": first[0].mean(),
-                "end": end[0].mean(),
-                "error": difference.std() / len(difference) ** 0.5,
-                "start accuracy": 100 * first[1].mean(),
-                "accuracy": 100 * end[1].mean(),
+            found[data_set] = {
+                "start": float(first[0].mean()),
+                "end": float(end[0].mean()),
+                "error": float(difference.std()) / len(difference) ** 0.5,
+                "start accuracy": 100 * float(first[1].mean()),
+                "accuracy": 100 * float(end[1].mean()),
             }
-            found[data_set] = {key: float(value) for key, value in figures.items()}
         return found
 
 

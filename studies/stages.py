@@ -81,8 +81,7 @@ def safety_table() -> list[str]:
         if "held out" not in entry:
             continue
         run, _, setting = key.partition(": ")
-        data, arch, _ = run.split()
-        held_out, test = entry["held out"], entry["test"]
+        (data, arch, _), held_out, test = run.split(), entry["held out"], entry["test"]
         averages = records[f"{run}: {setting.split()[0]}"].values()
         figures = {
             "ratio": held_out["end"] / held_out["start"],

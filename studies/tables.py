@@ -92,9 +92,9 @@ def split(runs: Runs) -> tuple[list[str], list[str]]:
     return sorted(rows, key=lambda row: row.startswith("TWA")), sorted(columns, key=float)
 
 
-def budgets_of(runs: Runs, *rows: str) -> list[str]:
-    """The budgets at which all these rows were measured."""
-    return [b for b in split(runs)[1] if all(values(runs, f"{row} | {b}") for row in rows)]
+def budgets_of(runs: Runs, row: str) -> list[str]:
+    """The budgets at which the row was measured."""
+    return [budget for budget in split(runs)[1] if values(runs, f"{row} | {budget}")]
 
 
 def averages(runs: Runs) -> list[str]:
@@ -102,16 +102,14 @@ def averages(runs: Runs) -> list[str]:
     return [name for name in runs[0] if " | " not in name and name != "SGD"]
 
 
-def trained(runs: Runs, budget: str, tuned: bool = True) -> list[str]:
+def trained(runs: Runs, budget: str) -> list[str]:
     """The entries at this budget of the baselines that train all weights."""
-    baselines = [row for row in split(runs)[0] if row[:3] != "TWA" and (tuned or row != TUNED)]
-    return [f"{row} | {budget}" for row in baselines]
+    return [f"{row} | {budget}" for row in split(runs)[0] if not row.startswith("TWA")]
 
 
 def best(runs: Runs, names: Iterable[str], key: str = "loss") -> str:
-    """The entry with the best mean over the seeds that have it."""
-    means = {name: statistics.mean(v) for name in names if (v := values(runs, name, key))}
-    return min(means, key=means.get) if key == "loss" else max(means, key=means.get)
+    """The entry with the lowest mean over the seeds that have it."""
+    return min((n for n in names if values(runs, n, key)), key=lambda n: mean(runs, n, key))
 
 
 def gains(runs: Runs, row: str, budget: str, key: str, other: str) -> list[float]:

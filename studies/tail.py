@@ -8,7 +8,6 @@ take the one with seed 1's lowest test loss, which favours the baseline.
 """
 
 import argparse
-import json
 
 from common import CPU, ROOT, Bench, Records, data, images, sgd
 
@@ -22,19 +21,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", help="an SWA run of swa/study.sh: swa0.05 or swa0.1")
     parser.add_argument("seed", type=int)
-    args = parser.parse_args()
-    run, seed = args.run, args.seed
+    run, seed = vars(parser.parse_args()).values()
     folder = ROOT / f"results/swa_study/{run}.{seed}/checkpoints"
     training, test = data.load("FashionMNIST", ROOT / "datasets", CPU)
     bench = Bench("PreResNet20", images(training, 128, train=True, seed=seed), seed)
     start, _, _ = bench.start(*(folder / f"{i}.pt" for i in range(5, 11)))
     path = ROOT / f"studies/swa/results/{run}.sgd.{seed}.json"
-    rates = RATES
-    if seed != 1:
-        first = json.loads(path.with_suffix("").with_suffix(".1.json").read_text())
-        rates = (first["results"]["SGD"]["lr"],)
-    results = {}
-    for lr in rates:
+    first, results = Records(path.with_name(f"{run}.sgd.1.json")), {}
+    for lr in RATES if seed == 1 else (first["results"]["SGD"]["lr"],):
         load_into(bench.model, start)
         bench.fit(sgd(bench.model, lr), len(bench.train))
         tested = bench.measured(images(test, 1000, train=False))
