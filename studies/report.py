@@ -8,6 +8,7 @@ The pages are Markdown; what lies between the marks `<!-- NAME: python studies/r
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -52,4 +53,5 @@ def write(root: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     write(STUDIES.parent)
