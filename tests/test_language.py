@@ -11,8 +11,7 @@ import language_report
 import numpy as np
 import pytest
 import torch
-from language_report import as_decay, of_decay
-from study import ema
+from common import ema, of_decay
 from test_parallel import succeed as succeed_under_torchrun
 from test_scripts import (
     assert_equal,
@@ -609,7 +608,6 @@ def test_a_mean_with_the_coefficients_of_a_decay_is_sgd_with_that_decay(shape):
     )
     decayed = -(rates.double()[:, None] * gradients).sum(0)
     assert torch.allclose(coefficients @ points, decayed)
-    assert as_decay(coefficients.tolist()) == pytest.approx(rates.tolist())
 
 
 def test_ema_is_its_recursion():
@@ -619,17 +617,6 @@ def test_ema_is_its_recursion():
         mean = 0.9 * mean + 0.1 * value
     assert sum(c * v for c, v in zip(ema(0.9, 4), values, strict=True)) == pytest.approx(mean)
     assert sum(ema(0.9, 4)) == pytest.approx(1)
-
-
-def test_the_pages_are_those_of_the_measurements(tmp_path):
-    (tmp_path / "studies/figures").mkdir(parents=True)
-    for name in language_report.PAGES.values():
-        page = tmp_path / name
-        page.parent.mkdir(parents=True)
-        shutil.copy(ROOT / name, page)
-    language_report.write(ROOT / "studies/lm", tmp_path)
-    for name in language_report.PAGES.values():
-        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
 
 
 def entry(loss: float, **more) -> dict:
