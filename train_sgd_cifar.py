@@ -6,27 +6,32 @@
 Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resume) to --save-dir.
 """
 
+from dataclasses import dataclass
+
 import models
 import utils
-from training import data, entry, flags, sgd
+from training import data, entry, flags, sgd, tasks
 from training.locks import lock
-from training.loop import set_up
+from training.settings import flag
+
+STEP_HELP = "; step divides the rate by 10 at half and at three quarters of the epochs"
 
 
-def parse_arguments():
-    parser = flags.Parser("SGD training that leaves the checkpoints for TWA")
-    flags.add_data_set_arguments(parser, models.ARCHITECTURES, data.DATASETS, default="VGG16BN")
-    flags.add_training_arguments(parser)
-    step_help = "at half and at three quarters of the epochs"
-    sgd.add_arguments(parser, epochs=200, saves_per_epoch=1, step_help=step_help)
-    return parser.parse_args()
+@dataclass(kw_only=True)
+class Settings(flags.Model, flags.DataSet, sgd.SGDSettings, flags.Training):
+    """SGD training that leaves the checkpoints for TWA"""
+
+    arch: str = flag(default="VGG16BN", choices=models.ARCHITECTURES)
+    datasets: str = flag(default="CIFAR10", choices=tuple(data.DATASETS))
+    schedule: str = flag(default="step", help=flags.SCHEDULE_HELP + STEP_HELP)
 
 
 def main():
-    args = parse_arguments()
+    args = Settings.parse()
     with lock(args.save_dir, writes=not args.evaluate):
         utils.set_seed(args.randomseed)
-        sgd.run(args, *set_up(args))
+        task = tasks.of(args)
+        sgd.run(args, task, task.build())
 
 
 if __name__ == "__main__":

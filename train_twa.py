@@ -12,135 +12,122 @@ Under `torchrun` each rank holds model and basis, or a shard of them (--parallel
 the same.
 """
 
-import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
 import utils
-from training import (
-    coefficients,
-    data,
-    entry,
-    flags,
-    image_folders,
-    parallel,
-    ranks,
-    report,
-    text,
-    windows,
-)
-from training.flags import number
+from training import coefficients, data, entry, flags, parallel, ranks, report, tasks, text, windows
 from training.locks import lock
 from training.logs import write_json
-from training.loop import Trainer, evaluate, reestimate_bn, sample_loss, set_up, skipped_images
+from training.loop import Trainer
 from training.optimizers import SCHEDULES, step_of_the_paper
 from training.runs import Run
+from training.settings import flag
 from twa.files.checkpoints import load_into
+from utils import UserError
+
+CLASSIFIERS = (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS)
 
 
-def parse_arguments():
-    parser = flags.Parser("trains the averaging coefficients over a window of checkpoints")
-    images = (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS)
-    architectures = dict.fromkeys((*images, *models.LANGUAGE_MODELS))
-    datasets = (*data.DATASETS, image_folders.NAME, text.NAME)
-    flags.add_data_set_arguments(parser, architectures, datasets, default="VGG16BN")
-    flags.add_training_arguments(parser)
-    add = parser.add_argument
-    add("--out", metavar="DIR", help="where everything is written; left out, --log-dir")
-    epochs_help = "epochs over the training set, or over its held-out part with --split"
-    add("--epochs", type=number(int, 0), help=f"{epochs_help}; left out, 100, of text 1")
-    windows.add_arguments(parser)
-    coefficients.add_arguments(parser, schedule="linear")
-    flags.add_recipe_arguments(parser)
-    add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches per projected step")
-    parallel.add_arguments(parser)
-    flags.add_launch_arguments(parser)
-    flags.add_image_arguments(parser, None)
-    text.add_arguments(parser)
-    steps_help = "steps of an epoch of text; left out, as many as the text has batches"
-    add("--steps", dest="epoch_steps", type=number(int, 1), help=steps_help)
-    parser.set_defaults(print_freq=200)  # as in the paper's release
-    args = parser.parse_args()
-    image_folders.check_arguments(args, parser)
-    if args.epochs is None:
-        args.epochs = 1 if args.datasets == text.NAME else 100
-    text.check_arguments(args, parser)
-    # The folder of the checkpoints may be others' as well: nothing is written there.
-    if Path(args.out or args.log_dir).resolve() == Path(args.save_dir).resolve():
-        if args.out:
-            parser.error(f"--out {args.out}: is --save-dir, the folder of the checkpoints")
-        args.out = str(Path(args.save_dir) / "twa")
-    args.out = args.out or args.log_dir
-    return coefficients.check_arguments(args)
+@dataclass(kw_only=True)
+class Settings(
+    flags.Model,
+    flags.DataSet,
+    windows.WindowSettings,
+    coefficients.Coefficients,
+    flags.Recipe,
+    flags.Training,
+    flags.ImageFolder,
+    text.TextSettings,
+    parallel.Parallel,
+    flags.Launch,
+):
+    """trains the averaging coefficients over a window of checkpoints"""
+
+    arch: str = flag(
+        default="VGG16BN", choices=tuple(dict.fromkeys((*CLASSIFIERS, *models.LANGUAGE_MODELS)))
+    )
+    datasets: str = flag(
+        default="CIFAR10", choices=(*data.DATASETS, flags.IMAGE_FOLDER, flags.TEXT)
+    )
+    out: str | None = flag(
+        default=None, metavar="DIR", may_change=True, help="output folder (default: --log-dir)"
+    )
+    epochs: int | None = flag(
+        default=None,
+        low=0,
+        help="epochs over the training set, or over its held-out part with --split (default: 100, "
+        "for text 1)",
+    )
+    epoch_steps: int | None = flag(
+        "--steps",
+        default=None,
+        low=1,
+        help="steps per epoch of text (default: as many as the text has batches)",
+    )
+    accumulate: int = flag(
+        "--accumulate", "-acc", default=1, low=1, help="batches per projected step"
+    )
+    print_freq: int = 200  # as in the paper's release
+
+    def check(self):
+        if self.epochs is None:
+            self.epochs = 1 if self.datasets == flags.TEXT else 100
+        # The folder of the checkpoints may be others' as well: nothing is written there.
+        if Path(self.out or self.log_dir).resolve() == Path(self.save_dir).resolve():
+            if self.out:
+                raise UserError(f"--out {self.out}: is --save-dir, the folder of the checkpoints")
+            self.out = str(Path(self.save_dir) / "twa")
+        self.out = self.out or self.log_dir
 
 
 def main():
-    args = parse_arguments()
-    flags.check_launch(args)
-    flags.check_recipe(args)
+    args = Settings.parse()
     with lock(args.out, writes=not args.evaluate):
         train_twa(args)
 
 
 def train_twa(args):
     utils.set_seed(args.randomseed)
-    out = Path(args.out)
-    layout = parallel.Layout(args)
-    model, train, test = set_up(args, on_held_out=True, shard=layout.shard)
-    on_imagenet, on_text = (args.datasets == name for name in (image_folders.NAME, text.NAME))
-    unit, quality = ("steps", "loss") if on_text else ("epochs", "accuracy")
-
-    def measure() -> dict[str, float]:
-        """Batch norm's statistics belong to the data: every solution has its own."""
-        reestimate_bn(model, train, args.amp, image_folders.BN_IMAGES if on_imagenet else None)
-        return test.measures(evaluate(model, test, args.amp, on_imagenet))
-
-    sgd = report.SGDRun.read(Path(args.log_dir), unit)
-    if on_text:
-        text.check_run(sgd.arguments, args)
-    window = windows.paths_of(args)
-    averages = windows.averages_of(window, model)
-    spent = sgd.spent(args.params_end - 1)
+    out, log_dir, save_dir = Path(args.out), Path(args.log_dir), Path(args.save_dir)
+    layout, task = parallel.Layout(args), tasks.of(args, on_held_out=True)
+    model = task.build(layout.shard)
+    sgd = report.SGDRun.read(log_dir, task.unit)
+    task.check_run(sgd.arguments)
+    window = windows.Window(args)
+    window.verify()
+    spent = sgd.spent(window.last)
     solutions = {}
-    for name, checkpoint in averages.items():
+    for name, checkpoint in windows.averages_of(window.paths, model).items():
         load_into(model, checkpoint)
-        solutions[name] = measure() | spent
+        solutions[name] = task.measure(model) | spent
     if args.evaluate:
-        skipped = skipped_images(train, test)
+        lines = [report.table(solutions), task.skipped()]
         if ranks.rank() == 0:
-            print("\n".join(filter(None, [report.table(solutions), skipped])))
+            print("\n".join(filter(None, lines)))
         return
-    full = sgd.measured_end(model, Path(args.save_dir), measure)
-
-    def loss(last: bool = False) -> float:
-        return sample_loss(model, train, args.amp, last)
+    full = sgd.measured_end(model, save_dir, lambda: task.measure(model))
 
     started = time.perf_counter()
-    start, checkpoint, compared = windows.start_of(window, args, model, loss)
-    steps = args.epochs * math.ceil(len(train) / args.accumulate)
-    samples = math.inf if on_text else len(train.split)
-    how = {"start": checkpoint, "process_group": layout.group, "steps": steps, "samples": samples}
-    optimizer = coefficients.optimizer_of(args, model, window, **how)
+    start, checkpoint, compared = window.start_point(model, lambda: task.loss(model))
+    steps = args.epochs * -(-len(task.train) // args.accumulate)
+    how = {"steps": steps, "samples": task.samples, "process_group": layout.group}
+    optimizer = coefficients.optimizer_of(args, model, window.paths, start=checkpoint, **how)
     build_seconds = time.perf_counter() - started
     if start not in solutions:  # the model is there now
-        solutions[start] = measure() | spent
+        solutions[start] = task.measure(model) | spent
     factor = step_of_the_paper(args.epochs) if args.schedule == "step" else SCHEDULES[args.schedule]
-    trainer = Trainer.of(args, model, train, test, optimizer, factor, top5=on_imagenet, name="TWA ")
+    of_task = {"top5": task.top5, "name": "TWA "}
+    trainer = Trainer.of(args, model, task.train, task.test, optimizer, factor, **of_task)
     late = coefficients.LateMean(optimizer, steps)
-    run = Run(
-        *(args, trainer),
-        state=out / "twa_state.pt",
-        log_dir=out,
-        flag="--out",
-        prefix="twa_",
-        late=late,
-    )
+    state = {"state": out / "twa_state.pt", "log_dir": out, "flag": "--out", "prefix": "twa_"}
+    run = Run(args, trainer, late=late, **state)
     run.keep_other_results()
     run.start(
-        f"{args.arch} on {args.datasets}: TWA over checkpoints {args.params_start} to "
-        f"{args.params_end - 1} from {start}: {coefficients.described(optimizer)} in "
-        f"{build_seconds:.1f} s"
+        f"{args.arch} on {args.datasets}: TWA over checkpoints {window.first} to {window.last} "
+        f"from {start}: {coefficients.described(optimizer)} in {build_seconds:.1f} s"
     )
     if ranks.world() > 1:
         run.log.line(layout.line(optimizer))
@@ -152,20 +139,18 @@ def train_twa(args):
 
     end, started = {}, time.perf_counter()
     if args.extract == "PCA":
-        end = coefficients.keep_best(optimizer, late, lambda: loss(last=True))
+        end = coefficients.keep_best(optimizer, late, lambda: task.loss(model, last=True))
         run.log.line(f"end: {coefficients.comparison(end)}")
     seconds = build_seconds + sum(m["seconds"] for m in run.log.epochs)
     seconds += time.perf_counter() - started
-    tested = measure()
+    tested = task.measure(model)
     ranks.save_model(model, out / "twa.pt")
-    share = args.val_ratio / 100 if args.split and not on_text else 1
-    further = {unit: args.epochs * (trainer.steps_an_epoch if on_text else share)}
-    solutions["TWA"] = tested | report.more(spent, **further, seconds=seconds)
-    alpha = coefficients.averaging_weights(optimizer)
-    skipped = skipped_images(train, test)
+    cost = task.cost(args.epochs, steps)
+    solutions["TWA"] = tested | report.more(spent, **cost, seconds=seconds)
+    alpha, skipped = coefficients.averaging_weights(optimizer), task.skipped()
     if ranks.rank() > 0:
         return
-    averaging_weights = {path.name: a for path, a in zip(window, alpha, strict=True)}
+    averaging_weights = {path.name: a for path, a in zip(window.paths, alpha, strict=True)}
     results = {
         "results": solutions,
         "averaging_weights": averaging_weights,
@@ -182,12 +167,12 @@ def train_twa(args):
         out / "twa.png",
         f"{args.arch} on {args.datasets}",
         curves=sgd.curves,
-        points={name: (s[unit], s[quality]) for name, s in solutions.items()},
+        points={name: (s[task.unit], s[task.quality]) for name, s in solutions.items()},
         averaging_weights=averaging_weights,
-        loss=on_text,
+        loss=task.quality == "loss",
     )
-    if full and spent[unit] is not None and full[unit] > spent[unit]:
-        solutions[f"{'AdamW' if on_text else 'SGD'} to its end"] = full
+    if full and spent[task.unit] is not None and full[task.unit] > spent[task.unit]:
+        solutions[f"{task.baseline} to its end"] = full
     written = ", ".join(str(out / f"twa.{kind}") for kind in ("pt", "json", "png"))
     for line in filter(None, (report.table(solutions), skipped, f"written: {written}")):
         run.log.line(line)

@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -31,52 +32,61 @@ from torch import Tensor
 
 import models
 import utils
-from training import coefficients, data, entry, flags, image_folders, locks, logs, ranks, report
+from training import coefficients, data, entry, flags, locks, logs, ranks, report, tasks
 from training.files import load_verified, save
-from training.flags import number
-from training.loop import (
-    Trainer,
-    build,
-    data_of,
-    describe,
-    evaluate,
-    predict,
-    reestimate_bn,
-    sample_loss,
-    score,
-    skipped_images,
-)
+from training.loop import Trainer, describe, evaluate, predict, sample_loss, score
 from training.optimizers import SCHEDULES
+from training.settings import flag
 from twa.files.checkpoints import Checkpoint, average, load_into
+from twa.subspace import GRANULARITIES
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on
 RESULTS = "results.jsonl"
+ARCHITECTURES = (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS, *models.clip.NAMES)
 
 
-def parse_arguments():
-    parser = flags.Parser("soups of fine-tuned models: uniform, greedy, TWA")
-    of_folders = (*models.imagenet.CLASSIFIERS, *models.clip.NAMES)
-    architectures = dict.fromkeys((*models.ARCHITECTURES, *of_folders))
-    flags.add_soup_arguments(parser, architectures, (*data.DATASETS, image_folders.NAME))
-    add = parser.add_argument
-    add("--workers", "-j", type=number(int, 0), default=4, help=flags.WORKERS_HELP)
-    flags.add_image_arguments(parser, None)
-    files_help = "state_dicts (.pt, .safetensors) of one architecture"
-    add("--checkpoints", nargs="+", required=True, metavar="GLOB", help=files_help)
-    add("--log-dir", required=True, help="where results, soups and the figure go")
-    bn_help = "training images on which batch norm is re-estimated before every measurement"
-    add("--bn-images", type=number(int, 1), default=10_000, help=bn_help)
-    add = parser.add_argument_group("TWA").add_argument
-    parts_help = "t: on the training part, v: on the held-out part; no value: none"
-    add("--twa", nargs="*", default=["t", "v"], choices=("t", "v"), help=parts_help)
-    add("--start", default="uniform", choices=("uniform", "greedy"), help="soup to start from")
-    epochs_help = "passes over as many images as are held out"
-    add("--epochs", type=number(int, 1), default=5, help=epochs_help)
-    coefficients.add_arguments(parser, schedule="linear", trajectory=False)
-    args = parser.parse_args()
-    image_folders.check_arguments(args, parser)
-    return coefficients.check_arguments(args)
+@dataclass(kw_only=True)
+class Settings(flags.Soup, flags.ImageFolder, coefficients.Coefficients):
+    """soups of fine-tuned models: uniform, greedy, TWA"""
+
+    datasets: str = flag(default="CIFAR10", choices=(*data.DATASETS, flags.IMAGE_FOLDER))
+    arch: str = flag(default="PreResNet20", choices=tuple(dict.fromkeys(ARCHITECTURES)))
+    workers: int = flag("--workers", "-j", default=4, low=0, help=flags.WORKERS_HELP)
+    checkpoints: tuple[str, ...] = flag(
+        nargs="+", metavar="GLOB", help="state_dicts (.pt, .safetensors) of one architecture"
+    )
+    log_dir: str = flag(help="folder of the results, the soups and the figure")
+    bn_images: int = flag(
+        default=10_000,
+        low=1,
+        help="training images on which batch norm is re-estimated before every evaluation",
+    )
+    twa: tuple[str, ...] = flag(
+        default=("t", "v"),
+        nargs="*",
+        choices=("t", "v"),
+        help="t: on the training part, v: on the held-out part; no value: none",
+    )
+    start: str = flag(
+        default="uniform", choices=("uniform", "greedy"), help="soup that TWA starts from"
+    )
+    epochs: int = flag(default=5, low=1, help="passes over as many images as are held out")
+    # Models of a soup are no trajectory, in whose steps the three would grow.
+    granularity: str = flag(
+        default="model",
+        choices=GRANULARITIES,
+        help="one set of coefficients per model, layer or output channel",
+    )
+    unit: str | None = flag(
+        default=None,
+        help="unit of the coefficients, with PCA: the spread along each direction, or that of its "
+        "block (default: direction)",
+    )
+    lr: float | None = flag(
+        default=None,
+        help="learning rate of the coefficients (default with PCA: 0.02; for SGD 0.1)",
+    )
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
@@ -108,7 +118,7 @@ def refuse_other_split(paths: Sequence[Path], args) -> None:
 
 
 def refuse_own_soups(paths: Sequence[Path]) -> None:
-    """Refuses soups that an earlier call made of others of `paths`: a glob took them for models."""
+    """Refuses soups among the models that an earlier call made them of, as a glob finds them."""
     names = set(map(str, paths))
     for folder in sorted({path.parent for path in paths}):
         for record in logs.read_lines(folder / RESULTS, "name", "settings", *PARTS):
@@ -131,15 +141,14 @@ def settings_of(paths: Sequence[Path], args) -> dict:
 
 
 def twa_settings_of(args) -> dict:
-    """What TWA depends on besides: every flag of the coefficients that is not in its name."""
-    parser = flags.Parser("the coefficients alone")
-    coefficients.add_arguments(parser, schedule="linear")
-    keys = [*vars(parser.parse_args([])), "start", "epochs", "randomseed"]
-    return {key: getattr(args, key) for key in keys if key not in ("granularity", "bits")}
+    """What TWA depends on besides: the flags of the coefficients that its name does not give."""
+    names = [field.name for field in fields(coefficients.Coefficients)]
+    names = [name for name in names if name not in ("granularity", "bits")]
+    return {name: getattr(args, name) for name in (*names, "start", "epochs", "randomseed")}
 
 
 def name_of(kind: str, args) -> str:
-    """The name of a soup by TWA, "t" or "v": what its record and its file are called by."""
+    """The name of a soup by TWA, "t" or "v", in its record and its file."""
     name = f"TWA-{kind}"
     name += f" {args.granularity}" if args.granularity != "model" else ""
     name += f" {args.bits} bits" if args.bits != 32 else ""
@@ -147,63 +156,47 @@ def name_of(kind: str, args) -> str:
 
 
 def file_of(name: str) -> str:
-    """The file of the soup that is called so."""
+    """The file of the soup of this name."""
     return f"{name.replace(' ', '-')}.pt"
 
 
 def differing(record: dict, settings: dict) -> list[str]:
-    """The settings that a record has otherwise; a flag that it does not know was left out."""
+    """The settings that differ in a record; those that it lacks were at None."""
     return [key for key, value in settings.items() if record["settings"].get(key) != value]
 
 
 class Evaluator:
     """The model, which takes all weights in turn, and the data that they are evaluated on.
 
-    Batch norm is re-estimated alike for everything that is evaluated.
+    Batch norm is re-estimated alike before everything is evaluated.
 
     Attributes:
-        training, held_out: the two parts of the training set.
         loaders: by part: "validation", what is held out, and "test".
     """
 
     def __init__(self, args):
-        self.args = args
-        device = utils.choose_device(args.device)
-        training, test, loader, batch_size = data_of(args, device)
-        self._loader = partial(loader, channels_last=args.amp)
-        self.training, self.held_out = training.hold_out(args.val_ratio, args.randomseed)
-        self.model = build(args.arch, training.spec, device, args.amp, args.compile)
-        self.loaders = {
-            part: self._loader(split, batch_size, train=False)
-            for part, split in zip(PARTS, (self.held_out, test), strict=True)
-        }
-        self._train = self.training_loader(self.training)
+        self.task = tasks.of(args)
+        self.task.bn_images = args.bn_images
+        self.model = self.task.build()
+        validation = self.task.loader(self.task.held_out, train=False)
+        self.loaders = dict(zip(PARTS, (validation, self.task.test), strict=True))
         self._summed: list[Path] = []  # the models whose logits are in the sum of the ensemble
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # by part: of logits, and the labels
 
-    def training_loader(self, images: data.Split) -> data.Loader:
-        batch_size, seed = self.args.batch_size, self.args.randomseed
-        return self._loader(images, batch_size, train=True, seed=seed)
-
-    @property
-    def skipped(self) -> str | None:
-        """A line about the images that could not be read, or None."""
-        return skipped_images(self._train, *self.loaders.values())
-
     def load(self, weights: Checkpoint) -> None:
         load_into(self.model, weights)
-        reestimate_bn(self.model, self._train, self.args.amp, self.args.bn_images)
+        self.task.reestimate_bn(self.model)
 
     def evaluate(self, part: str) -> dict[str, float]:
-        """Loss and accuracy of the weights in the model."""
-        return evaluate(self.model, self.loaders[part], self.args.amp)
+        """Loss and accuracy of the model's current weights."""
+        return evaluate(self.model, self.loaders[part], self.task.amp)
 
     def evaluate_single(self, path: Path) -> dict[str, dict[str, float]]:
-        """Loss and accuracy, by part, of one model, whose logits the ensemble keeps the sum of."""
+        """Loss and accuracy of one model, by part; adds its logits to those of the ensemble."""
         self.load(path)
         scores = {}
         for part, loader in self.loaders.items():
-            batches = zip(*predict(self.model, loader, self.args.amp), strict=True)
+            batches = zip(*predict(self.model, loader, self.task.amp), strict=True)
             logits, labels = map(torch.cat, batches)
             scores[part] = score([(logits, labels)], logits.device)
             self._sums[part] = self._sums.get(part, (0, None))[0] + logits, labels
@@ -212,7 +205,7 @@ class Evaluator:
 
     def evaluate_ensemble(self, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
         """Loss and accuracy, by part, of the mean of the models' logits."""
-        if self._summed != paths:  # an earlier call has measured some of them
+        if self._summed != paths:  # an earlier call evaluated some of them
             self._summed, self._sums = [], {}
             for path in paths:
                 self.evaluate_single(path)
@@ -245,7 +238,7 @@ class Solutions:
         """The record of the solution `name`, made unless the file has it with these settings.
 
         Args:
-            function: returns what the record is to hold: "validation" and "test", the scores; or
+            function: returns what the record holds: "validation" and "test", the scores; or
                 "weights", which are then saved and evaluated.
         """
         record = self.records.get(name)
@@ -289,7 +282,7 @@ def greedy_soup(
 
 
 def train_coefficients(
-    name: str, paths: Sequence[Path], images: data.Split, start: Path, evaluator: Evaluator
+    name: str, paths: Sequence[Path], images: data.Split, start: Path, evaluator: Evaluator, args
 ) -> dict:
     """The average of `paths` whose coefficients are trained on `images`, from the soup `start` on.
 
@@ -297,9 +290,8 @@ def train_coefficients(
         its "weights", its "models", and its "averaging_weights", α of each; at a finer granularity
         the mean over the blocks.
     """
-    args = evaluator.args
     utils.set_seed(args.randomseed)  # the same draws whatever was made before
-    train = evaluator.training_loader(images)
+    train = evaluator.task.loader(images, train=True)
     model, validation = evaluator.model, evaluator.loaders["validation"]
     optimizer = coefficients.optimizer_of(args, model, paths, start=start)
     print(f"{name}: {coefficients.described(optimizer)}")
@@ -319,7 +311,7 @@ def train_coefficients(
 
 
 def main():
-    args = parse_arguments()
+    args = Settings.parse()
     ranks.refuse()
     with locks.lock(args.log_dir), warnings.catch_warnings():
         make_soups(args)
@@ -367,16 +359,16 @@ def make_soups(args):
     solutions.make("uniform", settings, lambda: {"weights": average(paths), "models": names})
     solutions.make("greedy", settings, greedy)
 
-    start, held_out = log_dir / f"{args.start}.pt", evaluator.held_out
+    start, task, held_out = log_dir / f"{args.start}.pt", evaluator.task, evaluator.task.held_out
     for kind in args.twa:
         name = name_of(kind, args)
         # As many images of either part, so that the two differ in what they see, not in how much.
-        images = held_out if kind == "v" else evaluator.training.part(slice(len(held_out)))
-        soup = partial(train_coefficients, name, paths, images, start, evaluator)
+        images = held_out if kind == "v" else task.training.part(slice(len(held_out)))
+        soup = partial(train_coefficients, name, paths, images, start, evaluator, args)
         solutions.make(name, twa_settings, soup)
     show(solutions, names, settings, args)
-    if evaluator.skipped:
-        print(evaluator.skipped)
+    if skipped := task.skipped():
+        print(skipped)
 
 
 def show(solutions: Solutions, names: Sequence[str], settings: dict, args) -> None:

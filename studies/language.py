@@ -88,12 +88,12 @@ class Bench:
             subprocess.run([str(word) for word in command], check=True)
         utils.set_seed(seed)
         self.device = utils.choose_device(device)
-        train, test = text.load(folder, text.Vocabulary(), text.CONTEXT)
+        train, validation, test = text.load(folder, text.Vocabulary(), text.TextSettings.context)
         # Other draws than the run's, whose text it has seen just before.
         drawn = {"train": True, "steps": max(BUDGETS), "seed": 1000 + seed, "device": self.device}
         self.train = text.Loader(train, BATCH, **drawn)
         self.test = Evenly(test, TESTED, self.device)
-        self.validation = Evenly(train.held_out, TUNED_ON, self.device)
+        self.validation = Evenly(validation, TUNED_ON, self.device)
         self.model = build(arch, train.spec, self.device, amp=True)
         self._starts: dict[tuple[Path, ...], tuple[Checkpoint, dict[int, float], float]] = {}
 

@@ -154,12 +154,12 @@ class Bench:
 
     def _text(self) -> text.Spec:
         case = self.case
-        train, test = text.load(None, text.Vocabulary(), text.CONTEXT)
+        train, validation, test = text.load(None, text.Vocabulary(), text.TextSettings.context)
         self.train = text.Loader(
             *(train, case.batch),
             **{"train": True, "steps": case.images // case.batch, "seed": self.seed, "device": CPU},
         )
-        judges = ((train.held_out, case.held_out), (test, case.test))
+        judges = ((validation, case.held_out), (test, case.test))
         self.judges = [language.Evenly(split, windows, CPU) for split, windows in judges]
         return train.spec
 
@@ -241,8 +241,7 @@ class Recipe:
         def loss(last: bool = False) -> float:
             return sample_loss(model, chooser, bench.amp, last)
 
-        flags = argparse.Namespace(start=setting.start, train_start=None, start_average=None)
-        name, start, _ = windows.start_of(window, flags, model, loss)
+        name, start, _ = windows.start_of(window, setting.start, model, loss)
         steps = max(1, round(setting.epochs * len(train)))
         samples = math.inf if bench.on_text else len(train.split)
         unit = unit_of(setting.granularity, steps, samples)

@@ -12,49 +12,57 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import dataclass
+
 from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 import models
 import utils
-from training import data, entry, flags, optimizers, ranks, report
-from training.flags import number
+from training import data, entry, flags, optimizers, ranks, report, sgd, tasks
 from training.locks import lock
 from training.logs import write_json
-from training.loop import Trainer, evaluate, reestimate_bn, set_up
+from training.loop import Trainer
 from training.runs import Run, clear
+from training.settings import derived, flag
+from utils import UserError
 
 
-def parse_arguments():
-    parser = flags.Parser("SGD with stochastic weight averaging")
-    add = parser.add_argument
-    add("--dir", dest="log_dir", required=True, help="where everything is written")
-    add("--dataset", dest="datasets", default="CIFAR10", choices=data.DATASETS, help="data set")
-    add("--data_path", dest="data_dir", default="./datasets", help="where data sets lie")
-    add("--batch_size", type=number(int, 1), default=128, help="images per step")
-    workers = {"dest": "workers", "type": number(int, 0), "default": 4}
-    add("--num_workers", **workers, help=flags.WORKERS_HELP)
-    flags.add_model_arguments(parser, "--model", choices=models.ARCHITECTURES)
-    add("--epochs", type=number(int, 1), default=200, help="epochs in all")
-    add("--save_freq", type=number(int, 1), default=1, help="epochs between resumable states")
-    add("--eval_freq", type=number(int, 1), default=5, help="epochs between tests of the average")
-    add("--lr_init", type=flags.scale, default=0.1, help="initial learning rate")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--wd", type=flags.scale, default=1e-4, help="weight decay")
-    add("--swa", action="store_true", help="average from --swa_start on")
-    add("--swa_start", type=number(int, 1), default=161, help="first epoch that is averaged")
-    add("--swa_lr", type=flags.scale, default=0.05, help="learning rate of the tail")
-    add("--swa_c_epochs", type=number(int, 1), default=1, help="epochs between averaged ones")
-    seed = {"dest": "randomseed", "type": number(int, 0, 2**31 - 1), "default": 1}
-    add("--seed", **seed, help="seed of all randomness")
-    flags.add_data_arguments(parser)
-    add("--overwrite", action="store_true", help=flags.OVERWRITE_HELP)
-    flags.add_run_arguments(parser)
-    args = parser.parse_args()
-    if args.swa and args.swa_start > args.epochs:
-        parser.error(f"--swa_start {args.swa_start} lies past --epochs {args.epochs}")
-    args.save_dir = str(Path(args.log_dir) / "checkpoints")
-    return args
+@dataclass(kw_only=True)
+class Settings(
+    flags.Model, flags.DataSet, flags.Batch, flags.TrainingSet, sgd.Overwrite, flags.Run
+):
+    """SGD with stochastic weight averaging"""
+
+    log_dir: str = flag("--dir", may_change=True, help="output folder")
+    datasets: str = flag("--dataset", default="CIFAR10", choices=tuple(data.DATASETS))
+    data_dir: str = flag("--data_path", default="./datasets")
+    batch_size: int = flag("--batch_size", default=128)
+    workers: int = flag("--num_workers", default=4, low=0, may_change=True, help=flags.WORKERS_HELP)
+    arch: str = flag("--model", choices=models.ARCHITECTURES)
+    epochs: int = flag(default=200, low=1, help="total number of epochs")
+    save_freq: int = flag(
+        "--save_freq", default=1, low=1, may_change=True, help="epochs between resumable states"
+    )
+    eval_freq: int = flag(
+        "--eval_freq", default=5, low=1, may_change=True, help="epochs between tests of the average"
+    )
+    lr_init: float = flag("--lr_init", default=0.1, **flags.SCALE, help="initial learning rate")
+    momentum: float = flag(default=0.9, low=0, high=1, help="momentum of SGD")
+    wd: float = flag(default=1e-4, **flags.SCALE, help="weight decay")
+    swa: bool = flag(default=False, help="average from --swa_start on")
+    swa_start: int = flag("--swa_start", default=161, low=1, help="first epoch that is averaged")
+    swa_lr: float = flag("--swa_lr", default=0.05, **flags.SCALE, help="learning rate of the tail")
+    swa_c_epochs: int = flag(
+        "--swa_c_epochs", default=1, low=1, help="epochs from one averaged epoch to the next"
+    )
+    randomseed: int = flag("--seed", default=1)
+    save_dir: str | None = derived()
+
+    def check(self):
+        if self.swa and self.swa_start > self.epochs:
+            raise UserError(f"--swa_start {self.swa_start} lies past --epochs {self.epochs}")
+        self.save_dir = str(Path(self.log_dir) / "checkpoints")
 
 
 def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
@@ -71,7 +79,7 @@ def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
 
 
 def main():
-    args = parse_arguments()
+    args = Settings.parse()
     with lock(args.save_dir):
         train_swa(args)
 
@@ -79,13 +87,14 @@ def main():
 def train_swa(args):
     utils.set_seed(args.randomseed)
     log_dir, save_dir = Path(args.log_dir), Path(args.save_dir)
-    model, train, test = set_up(args)
+    task = tasks.of(args)
+    model = task.build()
     average = AveragedModel(model)
     base, settings = optimizers.chosen("sgd", args.lr_init, args.wd, args.momentum)
     optimizer = base(model.parameters(), **settings)
-    scheduler = swa_schedule(optimizer, args, len(train))
+    scheduler = swa_schedule(optimizer, args, len(task.train))
     trainer = Trainer(
-        *(model, train, test, optimizer, scheduler, args.epochs),
+        *(model, task.train, task.test, optimizer, scheduler, args.epochs),
         amp=args.amp,
         print_every=args.print_freq,
     )
@@ -112,8 +121,7 @@ def train_swa(args):
             average.update_parameters(model)
         averaged = {"loss": None, "accuracy": None}
         if past_start >= 0 and (epoch % args.eval_freq == 0 or epoch == args.epochs):
-            reestimate_bn(average, train, args.amp)
-            averaged = evaluate(average, test, args.amp)
+            averaged = task.measure(average)
         metrics |= {f"SWA_{key}": value for key, value in averaged.items()}
         metrics["seconds"] = metrics.pop("seconds")  # stays the last column
 
@@ -121,20 +129,19 @@ def train_swa(args):
 
     if args.swa:
         ranks.save_model(average.module, save_dir / "swa.pt")
-    reestimate_bn(model, train, args.amp)  # the two are compared, and the average has its own
-    tested = evaluate(model, test, args.amp)
+    tested = task.measure(model)  # like the average, with batch norm re-estimated
     if ranks.rank() > 0:
         return
-    sgd = report.SGDRun.read(log_dir)
-    results = {"SGD": sgd.end | tested}
+    trained = report.SGDRun.read(log_dir)
+    results = {"SGD": trained.end | tested}
     if args.swa:
-        last = {key: sgd.metrics[-1][f"SWA_{key}"] for key in ("loss", "accuracy")}
-        results["SWA"] = sgd.end | last
+        last = {key: trained.metrics[-1][f"SWA_{key}"] for key in ("loss", "accuracy")}
+        results["SWA"] = trained.end | last
     write_json({"results": results}, log_dir / "swa.json")
     report.figure(
         log_dir / "swa.png",
         f"{args.arch} on {args.datasets}",
-        curves=sgd.curves,
+        curves=trained.curves,
         points={name: (s["epochs"], s["accuracy"]) for name, s in results.items()},
     )
     run.log.line(report.table(results))

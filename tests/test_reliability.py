@@ -40,7 +40,7 @@ from test_scripts import (
 )
 
 import models
-from training import data, entry, report, states
+from training import data, entry, report, settings, states
 from training.files import save
 from training.locks import lock
 from training.runs import clear
@@ -690,21 +690,12 @@ LONG = {"--epochs", "--models", "--seed"}
 def flags_of(script: str) -> list[argparse.Action]:
     """What the parser of a script knows."""
 
-    class Seen(BaseException):
-        pass
-
-    def seen(parser, *_):
-        raise Seen(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", seen)
-        path = list(sys.path)
-        try:
-            runpy.run_path(str(ROOT / script), run_name="script")["parse_arguments"]()
-        except Seen as parser:
-            actions = parser.args[0]._actions
-        finally:
-            sys.path[:] = path
+    path = list(sys.path)
+    try:
+        kind = runpy.run_path(str(ROOT / script), run_name="script")["Settings"]
+    finally:
+        sys.path[:] = path
+    actions = settings.parser_of(kind)._actions
     return [action for action in actions if action.dest != "help"]
 
 

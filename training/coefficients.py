@@ -1,16 +1,16 @@
 """TWA's coefficients as the scripts train them: flags, optimizer, the best of what came out."""
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from training import flags, optimizers
-from training.flags import number
 from training.optimizers import SCHEDULES
+from training.settings import Settings, flag
 from twa import TWA, rate_of
 from twa.storage.memory import BITS
 from twa.subspace import EXTRACTS, GRANULARITIES, UNITS
@@ -22,52 +22,55 @@ RATE_OF_SGD = 0.1
 MANY_STEPS = 50
 
 
-def add_arguments(parser: argparse.ArgumentParser, schedule: str, trajectory: bool = True) -> None:
-    """The flags of every script that trains coefficients, but for epochs and start point.
+@dataclass(kw_only=True)
+class Coefficients(Settings):
+    """coefficients"""
 
-    Args:
-        trajectory: whether unit and rate, left out, go by the steps and images; see `optimizer_of`.
-    """
-    add = parser.add_argument_group("coefficients").add_argument
-    add(
-        "--extract",
+    extract: str = flag(
         default="PCA",
         choices=EXTRACTS,
-        help="the basis: the window's principal directions, coefficients in units of its spread "
-        "along each (PCA), or as in the paper Gram-Schmidt, coefficients in units of the weights",
+        help="the basis: principal directions of the window, with coefficients in units of its "
+        "spread along each (PCA), or as in the paper Gram-Schmidt, in units of the weights",
     )
-    add("--components", type=number(int, 1), help="directions to keep, of PCA; left out, all")
-    add("--bits", type=int, default=32, choices=BITS, help="of a stored basis element")
-    parts_help = "what has coefficients of its own"
-    add("--granularity", default="model", choices=GRANULARITIES, help=parts_help)
-    unit, rate = "direction", "0.02"
-    if trajectory:
-        many = f"for {MANY_STEPS} steps or more of Adam(W) on images"
-        unit = f"block by layer and by channel {many}, else {unit}"
-        rate = f"{rate} to 0.14 by the steps and images"
-    unit_help = "of coefficients, with PCA: the spread along each direction, or that of its block"
-    add("--unit", choices=UNITS, help=f"{unit_help}; left out, {unit}")
-    add(
-        "--opt",
-        default="AdamW",
-        choices=("SGD", "Adam", "AdamW"),
-        help="optimizer of the coefficients",
+    components: int | None = flag(
+        default=None, low=1, help="number of principal directions to keep (default: all)"
     )
-    add("--schedule", default=schedule, choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    rates = f"left out, with --extract PCA: {rate}; for SGD 0.1"
-    add("--lr", type=flags.scale, help=f"rate of the coefficients; {rates}")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--weight-decay", "--wd", type=flags.scale, default=0.0, help="weight decay")
+    bits: int = flag(default=32, choices=BITS, help="per stored element of the basis")
+    granularity: str = flag(
+        default="auto",
+        choices=("auto", *GRANULARITIES),
+        help="one set of coefficients per model, layer or output channel; auto: per model, and "
+        f"with PCA and Adam(W) per channel from {MANY_STEPS} steps on",
+    )
+    unit: str | None = flag(
+        default=None,
+        choices=UNITS,
+        help="unit of the coefficients, with PCA: the spread along each direction, or that of its "
+        "block (default: block with Adam(W) on images, by layer or channel, from "
+        f"{MANY_STEPS} steps on; else direction)",
+    )
+    opt: str = flag(
+        default="AdamW", choices=("SGD", "Adam", "AdamW"), help="optimizer of the coefficients"
+    )
+    schedule: str = flag(default="linear", choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
+    lr: float | None = flag(
+        default=None,
+        **flags.SCALE,
+        help="learning rate of the coefficients (default with PCA: 0.02 to 0.14 by the steps and "
+        "images; for SGD 0.1)",
+    )
+    momentum: float = flag(default=0.9, low=0, high=1, help="momentum of SGD")
+    weight_decay: float = flag(
+        "--weight-decay", "--wd", default=0.0, **flags.SCALE, help="weight decay"
+    )
 
-
-def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """`args`; a `UserError` says which flags do not go together."""
-    for flag, value in (("--components", args.components), ("--unit", args.unit)):
-        if args.extract == "Schmidt" and value is not None:
-            raise UserError(f"{flag}: only with --extract PCA")
-    if args.lr is None and args.extract != "PCA":
-        raise UserError(f"--lr: needed with --extract {args.extract}, in units of the weights")
-    return args
+    def check(self):
+        if self.extract != "PCA":
+            self.refuse("components", "unit", why="only with --extract PCA")
+            if self.lr is None:
+                raise UserError(
+                    f"--lr: needed with --extract {self.extract}, in units of the weights"
+                )
 
 
 def unit_of(granularity: str, steps: int, samples: float) -> str:
@@ -81,7 +84,7 @@ def unit_of(granularity: str, steps: int, samples: float) -> str:
 
 
 def optimizer_of(
-    args: argparse.Namespace,
+    args: Coefficients,
     model: nn.Module,
     window: Sequence[Path],
     *,
@@ -92,22 +95,23 @@ def optimizer_of(
     """The optimizer that the flags ask for.
 
     Args:
-        args: with the flags of `add_arguments`.
-        steps, samples: of the whole training, by which the rate grows if `--lr` is left out; see
-            `twa.rate_of`. Without steps, as for soups, whose models are no trajectory, it does not.
-        arguments: further ones of `TWA`, `start` above all.
+        steps, samples: of the whole training, by which `auto` and the unset `--unit` and `--lr` go;
+            see `twa.rate_of`. Leave them out for soups, whose models are no trajectory.
+        arguments: further ones of `TWA`, above all `start`.
 
     Raises:
-        UserError: all checkpoints are the same, or there is one alone.
+        UserError: all checkpoints are the same, or there is only one.
         twa.CheckpointError: a file of the window cannot be used.
     """
     if args.extract == "PCA" and len(window) < 2:
         raise UserError(f"{window[0]}: is alone; give two checkpoints or more: one has no spread")
-    names = ("extract", "components", "bits", "granularity", "unit")
-    basis = {name: getattr(args, name) for name in names}
+    basis = {name: getattr(args, name) for name in ("extract", "components", "bits", "unit")}
+    adam, granularity = args.extract == "PCA" and args.opt != "SGD", args.granularity
+    if granularity == "auto":
+        granularity = "channel" if adam and steps >= MANY_STEPS else "model"
+    basis["granularity"] = granularity
     if args.unit is None:
-        adam = args.extract == "PCA" and args.opt != "SGD"
-        basis["unit"] = unit_of(args.granularity, steps, samples) if adam else "direction"
+        basis["unit"] = unit_of(granularity, steps, samples) if adam else "direction"
     rate = args.lr
     if rate is None:
         rate = RATE_OF_SGD if args.opt == "SGD" else rate_of(steps, samples, basis["unit"])

@@ -1,4 +1,4 @@
-"""Data sets held on the device as one tensor, and the loader that augments them in batches."""
+"""Data sets that lie on the device as one tensor, and the loader that augments them in batches."""
 
 import contextlib
 import gzip
@@ -11,19 +11,20 @@ import socket
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.datasets import mnist
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
+import models
 from training.files import replacing
 from utils import UserError
 
@@ -40,7 +41,11 @@ class Spec:
     flip: bool  # whether mirrored images keep their class
     mean: tuple[float, ...]  # of each channel over the training images, in [0, 1]
     std: tuple[float, ...]
-    content: str | None = None  # tells folders of images apart, wherever they lie
+    content: str | None = None  # identifies a folder of images, wherever it lies
+
+    def model(self, arch: str) -> nn.Module:
+        """A freshly initialised model for these images; see `models.build`."""
+        return models.build(arch, self.classes, self.channels, self.size)
 
 
 # For CIFAR100 too, the paper's release normalises by CIFAR10's figures.
@@ -59,9 +64,9 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a data set: for training, for testing, or held out."""
+    """A part of a data set: to train on, to test on, or held out."""
 
-    images: Tensor | np.ndarray  # uint8 [N, C, H, W]; or the files that hold them, bytes [N]
+    images: Tensor | np.ndarray  # uint8 [N, C, H, W]; or their files, bytes [N]
     labels: Tensor  # int64 [N]
     spec: Spec
 
@@ -81,10 +86,18 @@ class Split:
         """The images at these indices, in that order."""
         return Split(self.images[indices], self.labels[indices], self.spec)
 
+    def sample(self, count: int, seed: int) -> "Split":
+        """`count` images drawn by `seed`, in the order of the data set; all if there are fewer."""
+        if count >= len(self):
+            return self
+        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        content = f"{self.spec.content}, {count} images drawn by seed {seed}"
+        return replace(self.part(drawn.sort().values), spec=replace(self.spec, content=content))
+
     def hold_out(self, percent: float, seed: int) -> "tuple[Split, Split]":
         """Splits off `percent` of the images, drawn by `seed`: (the others, those held out).
 
-        Both are in random order, so that the first images of either are a fair sample of it.
+        Both are in random order: the first images of either are a fair sample of it.
 
         Raises:
             UserError: one of the two would be empty.
@@ -241,7 +254,7 @@ class Loader:
             for part in parts:
                 yield self._normalise(self.split.images[part]), self.split.labels[part].clone()
             return
-        order, top, left, flip = self.draw()
+        order, top, left, flip = (numbers.to(self.split.labels.device) for numbers in self.draw())
         for part in parts:
             images = self.split.crops[order[part], :, top[part], left[part]]
             if self.split.spec.flip:
@@ -269,24 +282,24 @@ class Loader:
         return images.contiguous(memory_format=self.memory_format)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The draws of the epoch, each [N], in the order in which the images come.
+        """The draws of the epoch, each [N], in the order in which the images come, on the CPU.
+
+        They are the same whatever the device of the images.
 
         Returns:
             The images' indices, the top and left edges of their crops in the padded images (int64),
             and whether they are mirrored (bool).
         """
-        n, device = len(self.split), self.split.images.device
-        draws = generator(f"{self.seed}/{self.epoch}", device)
-        order = torch.randperm(n, generator=draws, device=device)
-        offsets = 2 * self.split.spec.padding + 1
-        top, left = torch.randint(offsets, (2, n), generator=draws, device=device)
-        flip = torch.randint(2, (n,), generator=draws, device=device).bool()
+        n, draws = len(self.split), generator(f"{self.seed}/{self.epoch}")
+        order = torch.randperm(n, generator=draws)
+        top, left = torch.randint(2 * self.split.spec.padding + 1, (2, n), generator=draws)
+        flip = torch.randint(2, (n,), generator=draws).bool()
         return order, top, left, flip
 
 
-def generator(name: str, device: torch.device) -> torch.Generator:
-    """A generator on `device` whose draws depend on `name` alone."""
-    return torch.Generator(device).manual_seed(_seed_of(name))
+def generator(name: str) -> torch.Generator:
+    """A generator on the CPU whose draws depend on `name` alone."""
+    return torch.Generator().manual_seed(_seed_of(name))
 
 
 @contextlib.contextmanager

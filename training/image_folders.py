@@ -3,7 +3,6 @@
 An image folder contains `train/` and `val/`, and each of these a folder per class.
 """
 
-import argparse
 import hashlib
 import os
 import signal
@@ -15,28 +14,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+import models
 from training import data
+from training.flags import IMAGE_FOLDER as NAME
 from utils import UserError
 
-NAME = "ImageNet"  # what --datasets calls an image folder
 SIZE = 224  # pixels
-# To re-estimate batch norm's statistics on all of ImageNet's training images would take as long as
-# a third of an epoch of training, for each solution.
-BN_IMAGES = 100_000
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images
 
 
-def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """The size of the images where it is left out; of other data the flags are refused."""
-    if args.datasets == NAME:
-        args.image_size = args.image_size or SIZE
-    elif args.image_size or args.strict_images:
-        parser.error(f"--image-size and --strict-images: only with --datasets {NAME}")
+class Spec(data.Spec):
+    """The constants of an image folder."""
+
+    def model(self, arch: str) -> nn.Module:
+        """A freshly initialised model for these images; see `models.imagenet.build`."""
+        return models.imagenet.build(arch, self.classes, self.size)
 
 
 def load(directory: str | Path, size: int = SIZE) -> tuple[data.Split, data.Split]:
@@ -56,11 +53,11 @@ def load(directory: str | Path, size: int = SIZE) -> tuple[data.Split, data.Spli
             f"{lacks.root}: lacks the class folder {odd[0]} that {has.root} has; "
             "both need the same class folders"
         )
-    # Not by their files: one that is damaged may be removed, and the run be gone on with.
+    # Not of the files: a damaged one may be removed before the run is resumed.
     digest = hashlib.sha256(os.fsencode("/".join(train.classes))).hexdigest()[:16]
     content = f"of {len(train.classes)} classes, SHA-256 of their names {digest}"
     how = {"padding": 0, "flip": True, "mean": _MEAN, "std": _STD, "content": content}
-    spec = data.Spec(NAME, len(train.classes), 3, size, **how)
+    spec = Spec(NAME, len(train.classes), 3, size, **how)
     # In an array, because worker processes would copy a list: they count its references.
     files = [np.array([os.fsencode(file) for file, _ in part.samples]) for part in parts]
     labels = [torch.tensor(part.targets) for part in parts]
@@ -232,7 +229,7 @@ class Loader(data.Loader):
         """The indices of the images in the order of this epoch."""
         if not self.train:
             return np.arange(len(self.split))
-        generator = data.generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
+        generator = data.generator(f"{self.seed}/{self.epoch}")
         return torch.randperm(len(self.split), generator=generator).numpy()
 
     def _skip(self, unread: _Unread) -> None:

@@ -7,6 +7,7 @@ within each machine and replicated between machines.
 
 import argparse
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
+from training.settings import Settings, flag
 from twa import TWA
 from twa.ranks.replicas import gathers
 from twa.storage.memory import Plan, free_memory
@@ -23,21 +25,23 @@ WAYS = ("replicate", "hybrid", "shard")  # from the least on the wire to the lea
 RIDERS = 4  # floats that TWA sums beside those of the coefficients
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("under torchrun").add_argument
-    add(
-        "--parallel",
+@dataclass(kw_only=True)
+class Parallel(Settings):
+    """under torchrun"""
+
+    parallel: str = flag(
         default="auto",
         choices=("auto", *WAYS),
-        help="what a rank holds of model and basis: all (replicate), a shard (shard), a shard "
+        may_change=True,
+        help="what a rank holds of model and basis: all (replicate), a shard (shard), or a shard "
         "within its machine (hybrid); auto: the first of replicate, hybrid and shard for which "
         "half of the free memory is enough",
     )
-    add(
-        "--reshard-after-forward",
-        action="store_true",
-        help="of a sharded model, gather the weights of a block once more for its backward pass: "
-        "for models that one device cannot hold",
+    reshard_after_forward: bool = flag(
+        default=False,
+        may_change=True,
+        help="gather a sharded model's weights once more for the backward pass, for models that "
+        "one device cannot hold",
     )
 
 
@@ -95,7 +99,7 @@ class Layout:
         if asked != "auto":
             return asked, "as asked for"
         weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        args, n = self._args, len(windows.listed(self._args))
+        args, n = self._args, len(windows.Window(self._args))
         plan = Plan(n, args.extract, args.components, args.bits, device)
         # And weights, gradient, start point and a vector to work in; activations come on top.
         needed = plan.build_bytes(weights) + 4 * 4 * weights

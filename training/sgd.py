@@ -1,83 +1,79 @@
-"""SGD that leaves the checkpoints for TWA: what the scripts for CIFAR and ImageNet share."""
+"""SGD that leaves the checkpoints for TWA: what the scripts for images and text share."""
 
-import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from training import data, flags, optimizers, ranks
-from training.flags import number
-from training.loop import Trainer, describe, evaluate, skipped_images
+from training import flags, optimizers, ranks
+from training.loop import Trainer, describe
 from training.optimizers import OPTIMIZERS, SCHEDULES
 from training.runs import Run, clear
+from training.settings import Settings, flag
+from training.tasks import Task
 from utils import UserError
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser, epochs: int, saves_per_epoch: int, step_help: str
-) -> None:
-    """The flags of the recipe and of the checkpoints.
+@dataclass(kw_only=True)
+class Overwrite(Settings):
+    """earlier runs"""
 
-    Args:
-        epochs, saves_per_epoch: what they are if left out.
-        step_help: when the schedule "step" divides the rate by 10.
-    """
-    add = parser.add_argument
-    add("--epochs", type=number(int, 0), default=epochs, help="epochs in all")
-    add("--optimizer", default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
-    add(
-        "--schedule",
-        default="step",
-        choices=("step", "constant", "cosine"),
-        help=f"{flags.SCHEDULE_HELP}; step divides the rate by 10 {step_help}",
+    overwrite: bool = flag(
+        default=False, may_change=True, help="replace the checkpoints of an earlier run"
     )
-    add("--lr", "--learning-rate", type=flags.scale, default=0.1, help="learning rate")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--weight-decay", "--wd", type=flags.scale, default=1e-4, help="weight decay")
-    saves = {"type": number(int, 1), "default": saves_per_epoch}
-    add("--saves-per-epoch", **saves, help="checkpoints an epoch")
-    add("--overwrite", action="store_true", help=flags.OVERWRITE_HELP)
-    flags.add_recipe_arguments(parser)
+
+
+@dataclass(kw_only=True)
+class SGDSettings(flags.Recipe, Overwrite):
+    """optimizer and checkpoints"""
+
+    epochs: int = flag(default=200, low=0, help="total number of epochs")
+    optimizer: str = flag(default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
+    schedule: str = flag(
+        default="step", choices=("step", "constant", "cosine"), help=flags.SCHEDULE_HELP
+    )
+    lr: float = flag("--lr", "--learning-rate", default=0.1, **flags.SCALE, help="learning rate")
+    momentum: float = flag(default=0.9, low=0, high=1, help="momentum of SGD")
+    weight_decay: float = flag(
+        "--weight-decay", "--wd", default=1e-4, **flags.SCALE, help="weight decay"
+    )
+    saves_per_epoch: int = flag(default=1, low=1, help="checkpoints per epoch")
 
 
 def run(
-    args: argparse.Namespace,
+    args,
+    task: Task,
     model: nn.Module,
-    train: data.Loader,
-    test: data.Loader,
     factor: Callable[[float], float] | None = None,
     start_epoch: int = 0,
-    top5: bool = False,
     state: dict | None = None,
     flag: str = "--save-dir",
 ) -> None:
-    """Trains `model` as the arguments say, from where a resumed run stopped, or evaluates it.
+    """Trains `model` as the settings say, or evaluates it, from where a resumed run stopped.
 
     Args:
         factor: the rate's, at x, the share of the training that is done, in [0, 1); None: as
             `--schedule` says.
-        start_epoch: how many epochs count as done if there is no state to go on from.
-        top5: whether the accuracy among the five best classes is reported, too.
+        start_epoch: how many epochs count as done if there is no state to resume from.
         state: of the optimizer, to begin with; its rate and weight decay are those of `args`.
-        flag: what names the folder of the checkpoints on the command line.
+        flag: names the folder of the checkpoints on the command line.
 
     Raises:
         UserError, CheckpointError: what a user can mend, as `Run` and `Trainer.epoch`.
     """
-    flags.check_recipe(args)
+    train, save_dir = task.train, Path(args.save_dir)
     if args.saves_per_epoch > len(train):
         raise UserError(f"--saves-per-epoch: an epoch has only {len(train)} iterations")
-    save_dir = Path(args.save_dir)
     base, settings = optimizers.chosen(args.optimizer, args.lr, args.weight_decay, args.momentum)
     optimizer = base(model.parameters(), **settings)
     if state is not None:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    factor = factor or SCHEDULES[args.schedule]
-    done = start_epoch * len(train)
-    trainer = Trainer.of(args, model, train, test, optimizer, factor, first=done, top5=top5)
+    factor, done = factor or SCHEDULES[args.schedule], start_epoch * len(train)
+    of_task = (train, task.test, optimizer, factor)
+    trainer = Trainer.of(args, model, *of_task, first=done, top5=task.top5)
     run = Run(
         *(args, trainer),
         state=save_dir / "state.pt",
@@ -86,10 +82,9 @@ def run(
         first_epoch=start_epoch,
     )
     if args.evaluate:
-        tested = test.measures(evaluate(model, test, args.amp, top5))
-        skipped = skipped_images(test)
+        lines = [f"test {describe(task.evaluate(model))}", task.skipped()]
         if ranks.rank() == 0:
-            print("\n".join(filter(None, [f"test {describe(tested)}", skipped])))
+            print("\n".join(filter(None, lines)))
         return
     if not run.resumed:
         run.keep_other_log()
@@ -108,6 +103,6 @@ def run(
             ranks.save_model(model, save_dir / f"{number}.pt")
 
     run.train(after_step=save_checkpoint)
-    skipped = skipped_images(train, test)
+    skipped = task.skipped()
     if skipped:
         run.log.line(skipped)

@@ -6,7 +6,6 @@ below `$XDG_CACHE_HOME/twa` (`~/.cache/twa` if unset), which may be removed at a
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
@@ -18,56 +17,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import models
 from training import data
 from training.files import replacing
-from training.flags import number
+from training.flags import TEXT as NAME
+from training.settings import Settings, derived, flag
 from utils import UserError, make_directory
 
-NAME = "Text"
-CONTEXT = 128  # tokens that a model sees at once
 # The parts, and up to which share of the files, in the order of their hashes, each one reaches.
 PARTS = {"test": 0.025, "validation": 0.05, "train": 1.0}
 # Not modules of the library, or as `pydoc_data` no program text: one file of 0.75 MB of prose.
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that takes text."""
-    add = parser.add_argument_group("text").add_argument
-    tokenizer_help = "file of the package tokenizers (tokenizer.json); left out, tokens are bytes"
-    add("--tokenizer", metavar="FILE", help=tokenizer_help)
-    add("--context", type=number(int, 1), default=CONTEXT, help="tokens that the model sees")
+@dataclass(kw_only=True)
+class TextSettings(Settings):
+    """text"""
 
+    tokenizer: str | None = flag(
+        default=None,
+        metavar="FILE",
+        may_change=True,  # `vocabulary` identifies it
+        help="file of the package tokenizers, tokenizer.json (default: none, tokens are bytes)",
+    )
+    context: int = flag(default=128, low=1, help="number of tokens that the model sees")
+    vocabulary: str | None = derived(may_change=False)
 
-def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fills in the vocabulary's name, and no folder where the default of other data sets stands.
-
-    Of other data sets, refuses the flags that are for text alone.
-    """
-    if args.datasets != NAME:
-        if args.epoch_steps or args.tokenizer:
-            parser.error(f"--steps and --tokenizer: only with --datasets {NAME}")
-        return
-    if args.data_dir == parser.get_default("data_dir"):
-        args.data_dir = None
-    args.vocabulary = Vocabulary.read(args.tokenizer).name
-
-
-def check_run(arguments: Mapping, args: argparse.Namespace) -> None:
-    """Raises a `UserError` if the run that left the checkpoints had another vocabulary.
-
-    Args:
-        arguments: of that run; {} if nothing is known of it.
-    """
-    trained_on = arguments.get("vocabulary", args.vocabulary)
-    if trained_on != args.vocabulary:
-        given = f"--tokenizer {args.tokenizer}" if args.tokenizer else "no --tokenizer"
-        wanted = arguments.get("tokenizer") or "none, for bytes"
-        raise UserError(
-            f"{given}: the checkpoints' run had another vocabulary; give its own: {wanted}"
-        )
+    def check(self):
+        if self.datasets == NAME:
+            if self.data_dir == type(self).data_dir:  # the folder of other data sets
+                self.data_dir = None
+            self.vocabulary = Vocabulary.read(self.tokenizer).name
 
 
 @dataclass(frozen=True)
@@ -140,41 +122,35 @@ class Spec:
     vocabulary: Vocabulary
     context: int
     name: str = NAME
-    content: str | None = None  # tells texts apart, wherever they lie
+    content: str | None = None  # identifies the text, wherever it lies
+
+    def model(self, arch: str) -> nn.Module:
+        """A freshly initialised model for this text; see `models.gpt.build`."""
+        return models.gpt.build(arch, self.vocabulary.size, self.context)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a text: for training, validation or testing.
+    """A part of a text: to train on, to validate or to test.
 
     Attributes:
         tokens: unsigned integers [N], memory-mapped.
         size: bytes of the text that they stand for.
-        held_out: the validation part; of the training part alone.
     """
 
     tokens: np.ndarray
     size: int
     spec: Spec
-    held_out: Split | None = None
 
     def __len__(self) -> int:
         """The number of whole windows that follow each other without overlap."""
         return (len(self.tokens) - 1) // self.spec.context
 
-    def hold_out(self, percent: float, seed: int) -> tuple[Split, Split]:
-        """(This part, the validation part): which files these are, their names alone decide."""
-        return self, self.held_out
 
-    def part(self, windows: slice) -> Split:
-        """The part itself, of which all windows are taken; a `UserError` for fewer."""
-        if windows != slice(None):
-            raise UserError(f"--images: not with --datasets {NAME}; give --steps")
-        return self
-
-
-def load(data_dir: str | Path | None, vocabulary: Vocabulary, context: int) -> tuple[Split, Split]:
-    """The training part of a text, with the validation part within it, and the test part.
+def load(
+    data_dir: str | Path | None, vocabulary: Vocabulary, context: int
+) -> tuple[Split, Split, Split]:
+    """The parts of a text: to train on, to validate and to test.
 
     Of a folder, every file goes into one of them by a hash of its name: into the test part with
     probability 0.025, into the validation part with 0.025. A single file is cut into them, in the
@@ -205,8 +181,8 @@ def load(data_dir: str | Path | None, vocabulary: Vocabulary, context: int) -> t
                 + (", or one file, which is cut into parts" if len(files) > 1 else "")
             )
         tokens = np.memmap(path, vocabulary.dtype, "r", shape=(count,))
-        splits[part] = Split(tokens, size, spec, splits.get("validation"))
-    return splits["train"], splits["test"]
+        splits[part] = Split(tokens, size, spec)
+    return splits["train"], splits["validation"], splits["test"]
 
 
 def _files(data_dir: str | Path | None) -> tuple[Path, list[Path]]:
@@ -340,6 +316,8 @@ class Loader(data.Loader):
         for part in parts:
             places = starts[part, None] + np.arange(context + 1)
             windows = torch.from_numpy(self.split.tokens[places].astype(np.int64))
+            if self.device.type not in ("cpu", "mps"):  # so that the copy does not wait
+                windows = windows.pin_memory()
             windows = windows.to(self.device, non_blocking=True)
             yield windows[:, :-1], windows[:, 1:].flatten()
 
@@ -348,6 +326,6 @@ class Loader(data.Loader):
         context = self.split.spec.context
         if not self.train:
             return np.arange(self.count) * context
-        draws = data.generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
+        draws = data.generator(f"{self.seed}/{self.epoch}")
         last = len(self.split.tokens) - context
         return torch.randint(last, (self.count,), generator=draws).numpy()

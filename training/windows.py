@@ -1,113 +1,115 @@
-"""A window of checkpoints, and the averages of it that TWA is compared with."""
+"""A window of checkpoints, the averages of it that TWA is compared with, and its start point."""
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from training import flags, ranks
+from training import ranks
+from training.settings import Settings, flag
 from twa import best_start
 from twa.files.checkpoints import Checkpoint, average, last_means
 from twa.files.formats import verify
 from utils import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose the window and the start point in it."""
-    add = parser.add_argument
-    natural = flags.number(int, 0)
-    add("--params_start", type=natural, default=0, help="first checkpoint of the window")
-    add("--params_end", type=natural, default=101, help="one past the window's last")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--start",
+@dataclass(kw_only=True)
+class WindowSettings(Settings):
+    """window of checkpoints and start point"""
+
+    params_start: int = flag(
+        "--params_start", default=0, low=0, help="first checkpoint of the window"
+    )
+    params_end: int = flag(
+        "--params_end", default=101, low=0, help="one past the last checkpoint of the window"
+    )
+    start: str = flag(
         default="auto",
         choices=("auto", "last", "SWA"),
-        help="where TWA starts: auto takes the last checkpoint, the mean of the last 2, 4, 8, … or "
-        "all (SWA), or an exponential mean (EMA), whichever has the lowest loss on a sample of "
-        "what it trains on",
+        exclusive="start",
+        help="where TWA starts: auto compares the last checkpoint, the mean of the last 2, 4, 8, … "
+        "or all (SWA) and exponential means (EMA) by their loss on a training sample",
     )
-    start.add_argument(
+    train_start: int | None = flag(
         "--train_start",
-        type=flags.number(int, -1),
-        help="checkpoint to start from; -1: the mean of the window (SWA). Left out, --start says "
-        "(in the paper's release, checkpoint 0)",
+        default=None,
+        low=-1,
+        exclusive="start",
+        help="checkpoint to start from; -1: the mean of the window (default: as --start says)",
     )
-    start.add_argument(
-        "--start-average",
-        type=flags.number(int, 1),
+    start_average: int | None = flag(
+        default=None,
+        low=1,
         metavar="K",
+        exclusive="start",
         help="start from the mean of the window's last K checkpoints",
     )
 
 
-def paths_of(args: argparse.Namespace) -> list[Path]:
-    """The checkpoints of the window, whole, in order.
-
-    Each file is read once for that, by one of the ranks: shards are then read by those that own
-    them.
-
-    Raises:
-        UserError: as of `listed`.
-        CheckpointError: one of them is damaged.
-    """
-    window = listed(args)
-    start_point = [_start_point(args)] if args.train_start not in (None, -1) else []
-    for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
-        verify(path)
-    return window
-
-
-def listed(args: argparse.Namespace) -> list[Path]:
-    """The checkpoints of the window, in order; they are not opened.
+class Window:
+    """The checkpoints with numbers in [params_start, params_end) of a folder, in order.
 
     They are `N.pt`, or where there are none the folders `checkpoint-N` that transformers' `Trainer`
-    leaves, of which the window takes those that there are.
+    leaves, of which the window takes those that exist.
+
+    Attributes:
+        paths: of the checkpoints, which are not opened.
 
     Raises:
-        UserError: the window is empty, or one of its checkpoints is missing.
+        UserError: the window is empty, shorter than `--start-average`, or lacks a checkpoint.
     """
-    save_dir, start, end = Path(args.save_dir), args.params_start, args.params_end
-    if start >= end:
-        raise UserError(
-            f"--params_start {start} --params_end {end}: the window [{start}, {end}) is empty"
-        )
-    files, folders = _files(save_dir), _folders_of_transformers(save_dir)
-    if folders and not files:
-        window = [folders[number] for number in sorted(folders) if start <= number < end]
-        if not window:
-            holds = f"it holds checkpoint-{min(folders)} to checkpoint-{max(folders)}"
-            raise UserError(f"{save_dir}: no checkpoint-N with N in [{start}, {end}); {holds}")
-        return window
-    missing = next((i for i in range(start, end) if i not in files), None)
-    if missing is not None:
-        holds = f"it holds {min(files)} to {max(files)}" if files else "it holds no checkpoints"
-        raise UserError(f"{save_dir}: {missing}.pt is missing from [{start}, {end}); {holds}")
-    return [save_dir / f"{i}.pt" for i in range(start, end)]
+
+    def __init__(self, args):
+        save_dir, start, end = Path(args.save_dir), args.params_start, args.params_end
+        if start >= end:
+            raise UserError(
+                f"--params_start {start} --params_end {end}: the window [{start}, {end}) is empty"
+            )
+        files, folders = _numbered(save_dir, "", ".pt"), _numbered(save_dir, "checkpoint-", "")
+        self.first, self.last = start, end - 1
+        if folders and not files:
+            self.paths = [folders[number] for number in sorted(folders) if start <= number < end]
+            if not self.paths:
+                holds = f"it holds checkpoint-{min(folders)} to checkpoint-{max(folders)}"
+                raise UserError(f"{save_dir}: no checkpoint-N with N in [{start}, {end}); {holds}")
+            name = f"checkpoint-{args.train_start}"
+        else:
+            missing = next((i for i in range(start, end) if i not in files), None)
+            if missing is not None:
+                holds = (
+                    f"it holds {min(files)} to {max(files)}" if files else "it holds no checkpoints"
+                )
+                raise UserError(
+                    f"{save_dir}: {missing}.pt is missing from [{start}, {end}); {holds}"
+                )
+            self.paths = [files[i] for i in range(start, end)]
+            name = f"{args.train_start}.pt"
+        self._train_start, count = args.train_start, args.start_average
+        self._start_path = None if args.train_start in (None, -1) else save_dir / name
+        self._start = count or ("SWA" if args.train_start == -1 else args.start)
+        if count and count > len(self.paths):
+            raise UserError(f"--start-average: the window has only {len(self.paths)} checkpoints")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def verify(self) -> None:
+        """Reads each file once, on one of the ranks; a `CheckpointError` if one is damaged."""
+        start = [self._start_path] if self._start_path else []
+        for path in [*self.paths, *start][ranks.rank() :: ranks.world()]:
+            verify(path)
+
+    def start_point(
+        self, model: nn.Module, loss: Callable[[], float]
+    ) -> tuple[str, Checkpoint, dict[str, float]]:
+        """As `start_of`, for the start that the flags ask for."""
+        if self._start_path:
+            return f"checkpoint {self._train_start}", self._start_path, {}
+        return start_of(self.paths, self._start, model, loss)
 
 
-def _start_point(args: argparse.Namespace) -> Path:
-    """The checkpoint of `--train_start`: a file, or a folder where the window takes folders."""
-    save_dir, number = Path(args.save_dir), args.train_start
-    folders = {} if _files(save_dir) else _folders_of_transformers(save_dir)
-    return save_dir / (f"checkpoint-{number}" if folders else f"{number}.pt")
-
-
-def _files(save_dir: Path) -> set[int]:
-    """The numbers N of the files `N.pt`."""
-    return {int(path.stem) for path in save_dir.glob("*.pt") if path.stem.isdecimal()}
-
-
-def _folders_of_transformers(save_dir: Path) -> dict[int, Path]:
-    """The folders `checkpoint-N`, by N."""
-    numbers = {
-        path.name.removeprefix("checkpoint-"): path for path in save_dir.glob("checkpoint-*")
-    }
-    return {int(number): path for number, path in numbers.items() if number.isdecimal()}
-
-
-def averages_of(window: list[Path], model: nn.Module) -> dict[str, dict]:
+def averages_of(window: Sequence[Path], model: nn.Module) -> dict[str, dict]:
     """The averages that TWA is compared with, by name: `state_dict`s."""
     few = min(5, len(window))
     names = {"last": 1, f"mean of last {few}": few, "SWA": len(window)}
@@ -117,31 +119,30 @@ def averages_of(window: list[Path], model: nn.Module) -> dict[str, dict]:
 
 
 def start_of(
-    window: list[Path], args: argparse.Namespace, model: nn.Module, loss: Callable[[], float]
+    window: Sequence[Path], start: str | int, model: nn.Module, loss: Callable[[], float]
 ) -> tuple[str, Checkpoint, dict[str, float]]:
-    """The start point that the flags ask for: its name, the checkpoint, what it was compared with.
+    """A start point: its name, the checkpoint, and the losses that were compared, by name.
 
     Args:
-        loss: of the model as it is; what `--start auto` compares.
-
-    Raises:
-        UserError: the window is shorter than `--start-average`.
+        start: "auto", "last", "SWA", or how many of the last checkpoints to average.
+        loss: of the model's current weights; what "auto" compares.
     """
-    if args.train_start not in (None, -1):
-        return f"checkpoint {args.train_start}", _start_point(args), {}
-    start = args.start if args.train_start is None else "SWA"
-    count = args.start_average or {"auto": None, "last": 1, "SWA": len(window)}[start]
-    if count is None:
+
+    def name_of(mean: float) -> str:  # of so many checkpoints, or with weights that fall by it
+        if mean < 1:
+            return f"EMA {mean:.2f}"
+        return {len(window): "SWA", 1: "last"}.get(mean, f"mean of last {mean}")
+
+    if start == "auto":
         checkpoint, losses = best_start(model, window, loss)
-        compared = {name_of(key, window): value for key, value in losses.items()}
+        compared = {name_of(key): value for key, value in losses.items()}
         return min(compared, key=compared.get), checkpoint, compared
-    if count > len(window):
-        raise UserError(f"--start-average: the window has only {len(window)} checkpoints")
-    return name_of(count, window), average(window[-count:], model), {}
+    count = {"last": 1, "SWA": len(window)}.get(start, start)
+    return name_of(count), average(window[-count:], model), {}
 
 
-def name_of(average: float, window: list[Path]) -> str:
-    """What an average is called: of so many checkpoints, or with weights that fall by a factor."""
-    if average < 1:
-        return f"EMA {average:.2f}"
-    return {len(window): "SWA", 1: "last"}.get(average, f"mean of last {average}")
+def _numbered(folder: Path, before: str, after: str) -> dict[int, Path]:
+    """What is called by a number between `before` and `after` in `folder`, by that number."""
+    paths = folder.glob(f"{before}*{after}")
+    found = {path.name.removeprefix(before).removesuffix(after): path for path in paths}
+    return {int(number): path for number, path in found.items() if number.isdecimal()}
