@@ -62,7 +62,7 @@ def build(name: str, num_classes: int, image_size: int) -> nn.Module:
 
 
 def _to_imagenet(_, inputs: tuple[Tensor]) -> Tensor:
-    """Images of one or three channels and any size in the form that the network takes."""
+    """Images of one or three channels and any size, as the network takes them."""
     (images,) = inputs
     images = F.interpolate(images, size=(_SIZE, _SIZE), mode="bilinear", antialias=True)
     return images.expand(-1, 3, -1, -1)

@@ -30,7 +30,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = x
         for i in self.layers:
-            out = self.get_submodule(f"conv{i}")(F.relu(self.get_submodule(f"bn{i}")(out)))
+            out = getattr(self, f"conv{i}")(F.relu(getattr(self, f"bn{i}")(out)))
         return out + self.downsample(x)
 
 

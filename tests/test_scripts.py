@@ -800,7 +800,7 @@ def test_odd_values_are_refused(run, script, flags, words):
 def test_help_tells_the_defaults_that_there_are(script):
     told = " ".join(succeed(call(script, "--help")).out.split())
     assert "seed of all randomness (default: 1)" in told
-    assert "left out" in told
+    assert "(default: the accelerator, else cpu)" in told
     assert "None" not in told
 
 
