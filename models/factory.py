@@ -1,7 +1,7 @@
 """Models of the user's own: the function that `--model-factory MODULE:FUNCTION` names.
 
-It is imported from the current directory, PYTHONPATH, and then the repository's root. Where the user
-has a module of the same name as one of ours, ours is removed from `sys.modules` for good: the
+It is imported from the current directory, PYTHONPATH, and then the repository's root. Where a
+module of the user's has the name of one of ours, ours is removed from `sys.modules` for good: the
 scripts have imported it by then, and what imports that name later (a forward pass, `torch.compile`)
 means the user's.
 """

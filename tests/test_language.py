@@ -239,6 +239,16 @@ def test_windows_are_pieces_of_the_text_and_labels_the_tokens_after(words):
             assert torch.equal(window[1:], following[:-1])
 
 
+def test_batches_go_to_an_accelerator_from_pinned_memory(words, monkeypatch):
+    pinned, split = [], load_text(words)[0]
+    pin = lambda tensor: pinned.append(tuple(tensor.shape)) or tensor  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    assert len(list(loader(split, steps=2))) == 2 and not pinned
+    moved = list(loader(split, steps=2, device=torch.device("meta")))
+    assert pinned == [(BATCH, CONTEXT + 1)] * 2
+    assert all(tensor.is_meta for batch in moved for tensor in batch)
+
+
 def test_windows_of_training_begin_everywhere(tmp_path):
     tokens = np.arange(CONTEXT + 3, dtype=np.uint8)
     split = text.Split(tokens, len(tokens), text.Spec(text.Vocabulary(), CONTEXT))
@@ -517,8 +527,11 @@ def test_odd_values_are_refused(words, tmp_path, flags, words_of_it, monkeypatch
     ("flags", "words_of_it"),
     [
         (["--arch", "VGG16"], "is no language model"),
-        (["--images", 5], "--images"),
-        (["--datasets", "Digits", "--steps", 5], "--steps"),
+        (["--images", 5], "--images: not with --datasets Text"),
+        (["--randaugment", 9], "--randaugment: not with --datasets Text"),
+        (["--val-ratio", 20], "--val-ratio: not with --datasets Text"),
+        (["--strict-images"], "--strict-images: only with --datasets ImageNet"),
+        (["--datasets", "Digits", "--steps", 5], "--steps: only with --datasets Text"),
     ],
 )
 def test_twa_refuses_flags_that_do_not_go_with_text(run, words, flags, words_of_it):

@@ -145,11 +145,16 @@ class _Batches(Dataset):
         return image, -100, _Unread(file, " ".join(reason.split()), opened)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Those of a terminal and of `torchrun` go to the trainer too, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):  # torchrun sends SIGTERM to the group of the trainer
-        os.setpgrp()
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """The trainer ends in order, and its workers with it, whichever process a signal reaches first.
+
+    Terminals, `torchrun` and schedulers send it to all of them. A second SIGTERM ends the worker,
+    as Python does with those that are left at its exit.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class Loader(data.Loader):
@@ -196,7 +201,7 @@ class Loader(data.Loader):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type not in ("cpu", "mps"),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator(),  # not the run's
         )
 
