@@ -14,16 +14,17 @@ from training import data, entry, flags, sgd, tasks
 from training.locks import lock
 from training.settings import flag
 
-STEP_HELP = "; step divides the rate by 10 at half and at three quarters of the epochs"
-
 
 @dataclass(kw_only=True)
-class Settings(flags.Model, flags.DataSet, sgd.SGDSettings, flags.Training):
+class Settings(flags.Model, flags.DataSet, sgd.SGDSettings, flags.HeadStage):
     """SGD training that leaves the checkpoints for TWA"""
 
-    arch: str = flag(default="VGG16BN", choices=models.ARCHITECTURES)
-    datasets: str = flag(default="CIFAR10", choices=tuple(data.DATASETS))
-    schedule: str = flag(default="step", help=flags.SCHEDULE_HELP + STEP_HELP)
+    arch: str = flag("VGG16BN", choices=models.ARCHITECTURES)
+    datasets: str = flag("CIFAR10", choices=tuple(data.DATASETS))
+    epochs: int = 200
+    schedule: str = flag(
+        "step", f"{flags.SCHEDULE}; step divides the rate by 10 after 1/2 and 3/4 of the epochs"
+    )
 
 
 def main():

@@ -14,34 +14,25 @@ import models
 import utils
 from training import entry, flags, sgd, tasks
 from training.locks import lock
-from training.settings import derived, flag
+from training.settings import REQUIRED, derived, flag, free
 from utils import UserError
-
-STEP_HELP = "; step divides the rate by 10 every 30 epochs"
 
 
 @dataclass(kw_only=True)
-class Settings(flags.Model, sgd.SGDSettings, flags.Training, flags.ImageFolder, flags.Launch):
+class Settings(flags.Model, sgd.SGDSettings, flags.HeadStage, flags.ImageFolder, flags.Launch):
     """SGD training on an image folder that leaves the checkpoints for TWA"""
 
-    data_dir: str = flag(
-        "data_dir", metavar="DIR", may_change=True, help="holds train/ and val/, a folder per class"
+    data_dir: str = free(
+        REQUIRED, "holds train/ and val/, a folder per class", "data_dir", metavar="DIR"
     )
-    arch: str = flag(default="resnet18", choices=models.imagenet.CLASSIFIERS)
-    datasets: str = derived(flags.IMAGE_FOLDER, may_change=False)
-    pretrained: bool = flag(
-        default=False, may_change=True, help="start from torchvision's weights of --arch"
-    )
-    start_epoch: int = flag(
-        default=0,
-        low=0,
-        may_change=True,
-        help="number of epochs that count as done; --resume needs no such number",
-    )
+    arch: str = flag("resnet18", choices=models.imagenet.CLASSIFIERS)
+    datasets: str = derived(flags.IMAGE_FOLDER, free=False)
+    pretrained: bool = free(False, "start from torchvision's weights of --arch")
+    start_epoch: int = free(0, "epochs that count as done; --resume knows them itself", low=0)
     epochs: int = 90
     saves_per_epoch: int = 5
     batch_size: int = 256
-    schedule: str = flag(default="step", help=flags.SCHEDULE_HELP + STEP_HELP)
+    schedule: str = flag("step", f"{flags.SCHEDULE}; step divides the rate by 10 every 30 epochs")
 
     def check(self):
         if self.pretrained and self.model_factory:

@@ -24,11 +24,13 @@ from training.logs import write_json
 from training.loop import Trainer
 from training.optimizers import SCHEDULES, step_of_the_paper
 from training.runs import Run
-from training.settings import flag
+from training.settings import flag, free
 from twa.files.checkpoints import load_into
 from utils import UserError
 
-CLASSIFIERS = (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS)
+ARCHITECTURES = dict.fromkeys(  # each once
+    (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS, *models.LANGUAGE_MODELS)
+)
 
 
 @dataclass(kw_only=True)
@@ -38,7 +40,7 @@ class Settings(
     windows.WindowSettings,
     coefficients.Coefficients,
     flags.Recipe,
-    flags.Training,
+    flags.HeadStage,
     flags.ImageFolder,
     text.TextSettings,
     parallel.Parallel,
@@ -46,30 +48,19 @@ class Settings(
 ):
     """trains the averaging coefficients over a window of checkpoints"""
 
-    arch: str = flag(
-        default="VGG16BN", choices=tuple(dict.fromkeys((*CLASSIFIERS, *models.LANGUAGE_MODELS)))
-    )
-    datasets: str = flag(
-        default="CIFAR10", choices=(*data.DATASETS, flags.IMAGE_FOLDER, flags.TEXT)
-    )
-    out: str | None = flag(
-        default=None, metavar="DIR", may_change=True, help="output folder (default: --log-dir)"
-    )
+    arch: str = flag("VGG16BN", choices=ARCHITECTURES)
+    datasets: str = flag("CIFAR10", choices=(*data.DATASETS, flags.IMAGE_FOLDER, flags.TEXT))
+    out: str | None = free(None, "output folder (default: --log-dir)", metavar="DIR")
     epochs: int | None = flag(
-        default=None,
+        None,
+        "epochs over the training set, or over its held-out part with --split (default: 100, for "
+        "text 1)",
         low=0,
-        help="epochs over the training set, or over its held-out part with --split (default: 100, "
-        "for text 1)",
     )
     epoch_steps: int | None = flag(
-        "--steps",
-        default=None,
-        low=1,
-        help="steps per epoch of text (default: as many as the text has batches)",
+        None, "steps per epoch of text (default: as many as the text has batches)", "--steps", low=1
     )
-    accumulate: int = flag(
-        "--accumulate", "-acc", default=1, low=1, help="batches per projected step"
-    )
+    accumulate: int = flag(1, "batches per projected step", "--accumulate", "-acc", low=1)
     print_freq: int = 200  # as in the paper's release
 
     def check(self):

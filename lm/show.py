@@ -18,7 +18,7 @@ import torch
 import models
 from training import entry, report, settings, text
 from training.logs import read_json, write_json
-from training.settings import flag
+from training.settings import REQUIRED, flag
 from twa.files.checkpoints import average, load_into
 from utils import UserError
 
@@ -27,11 +27,11 @@ from utils import UserError
 class Settings(settings.Settings):
     """compares the language models of one run, and lets each write a line"""
 
-    dir: Path = flag(help="folder of the run at a constant rate")
-    decay_dir: Path = flag(help="folder of its decay")
-    out: Path = flag(help="output folder of TWA, where the table and the figure go, too")
-    prompt: str = flag(default="def ", help="text that the models continue")
-    tokens: int = flag(default=60, low=0, help="number of tokens that each of them writes")
+    dir: Path = flag(REQUIRED, "folder of the run at a constant rate")
+    decay_dir: Path = flag(REQUIRED, "folder of its decay")
+    out: Path = flag(REQUIRED, "output folder of TWA, where the table and the figure go, too")
+    prompt: str = flag("def ", "text that the models continue")
+    tokens: int = flag(60, "number of tokens that each of them writes", low=0)
 
     def check(self):
         if not self.prompt:

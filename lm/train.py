@@ -22,63 +22,50 @@ import utils
 from training import entry, flags, sgd, tasks, text
 from training.locks import lock
 from training.optimizers import SCHEDULES
-from training.settings import derived, flag
+from training.settings import REQUIRED, derived, flag, free
 from twa.files.checkpoints import load_into
 from twa.files.formats import load
 from utils import UserError
 
 
 @dataclass(kw_only=True)
-class Settings(flags.Model, text.TextSettings, flags.Batch, sgd.Overwrite, flags.Run):
+class Settings(flags.Model, text.TextSettings, flags.Batch, flags.Overwrite, flags.Run):
     """trains a language model at a constant rate, or at a falling one"""
 
-    log_dir: str = flag("--dir", may_change=True, help="output folder")
-    arch: str = flag(default="gpt", choices=models.LANGUAGE_MODELS)
-    data_dir: str | None = flag(
-        default=None,
-        metavar="PATH",
-        may_change=True,
-        help="a file or a folder of text (default: the source of Python's standard library)",
+    log_dir: str = free(REQUIRED, "output folder", "--dir")
+    arch: str = flag("gpt", choices=models.LANGUAGE_MODELS)
+    data_dir: str | None = free(
+        None, "file or folder of text (default: Python's standard library)", metavar="PATH"
     )
     batch_size: int = 16
-    total_steps: int = flag("--steps", default=4000, low=0, help="total number of steps")
-    save_every: int = flag(default=50, low=1, help="steps between checkpoints")
+    total_steps: int = flag(4000, "total number of steps", "--steps", low=0)
+    save_every: int = flag(50, "steps between checkpoints", low=1)
     epoch_steps: int | None = flag(
-        "--test-every",
-        default=None,
-        low=1,
-        help="steps between tests, and between resumable states (default: 400)",
+        None, "steps between tests and resumable states (default: 400)", "--test-every", low=1
     )
-    lr: float = flag(default=2e-3, **flags.SCALE, help="learning rate of AdamW")
-    weight_decay: float = flag(
-        "--weight-decay", "--wd", default=0.1, **flags.SCALE, help="weight decay"
-    )
-    clip_grad: float = flag(default=1.0, low=0, metavar="NORM", help="maximum gradient norm")
-    warmup: int = flag(default=100, low=0, help="steps over which the rate rises linearly")
-    decay: str = flag(default="linear", choices=("linear", "1-sqrt"), help="how the rate falls")
-    decay_steps: int = flag(default=0, low=0, help="last steps, over which the rate falls to 0")
-    initial: str | None = flag(
-        default=None,
+    lr: float = flag(2e-3, "learning rate of AdamW", **flags.SCALE)
+    weight_decay: float = flag(0.1, "weight decay", "--weight-decay", "--wd", **flags.SCALE)
+    clip_grad: float = flag(1.0, "maximum gradient norm", low=0, metavar="NORM")
+    warmup: int = flag(100, "steps over which the rate rises linearly", low=0)
+    decay: str = flag("linear", "how the rate falls to 0", choices=("linear", "1-sqrt"))
+    decay_steps: int = flag(0, "last steps, over which the rate falls", low=0)
+    initial: str | None = free(
+        None,
+        "begin with a checkpoint's weights, or a saved state's weights and moments of AdamW",
         metavar="FILE",
-        may_change=True,  # what the run began with is in its state
-        help="begin with a checkpoint's weights, or a saved state's weights and moments of AdamW",
     )
-    evaluate: bool = flag(
-        "--evaluate",
-        "-e",
-        default=False,
-        may_change=True,
-        help="only test the model, with --resume the saved one",
+    evaluate: bool = free(
+        False, "only test the model, with --resume the saved one", "--evaluate", "-e"
     )
     # What the engine calls otherwise: an epoch is what lies between two tests.
-    epochs: int = derived(may_change=False)
-    saves_per_epoch: int = derived(may_change=False)
-    warmup_epochs: float = derived(may_change=False)
+    epochs: int = derived(free=False)
+    saves_per_epoch: int = derived(free=False)
+    warmup_epochs: float = derived(free=False)
+    datasets: str = derived(flags.TEXT, free=False)
+    optimizer: str = derived("adamw", free=False)
+    momentum: float = derived(0.0, free=False)
+    label_smoothing: float = derived(0.0, free=False)
     save_dir: str | None = derived()
-    datasets: str = derived(flags.TEXT, may_change=False)
-    optimizer: str = derived("adamw", may_change=False)
-    momentum: float = derived(0.0, may_change=False)
-    label_smoothing: float = derived(0.0, may_change=False)
     split: bool = derived(True)
     val_ratio: float | None = derived()
     images: int | None = derived()

@@ -29,57 +29,36 @@ import utils
 from training import data, entry, flags, locks, logs, optimizers, ranks, tasks
 from training.files import load_verified, save
 from training.loop import Diverged, Trainer, describe
-from training.optimizers import OPTIMIZERS, SCHEDULES
-from training.settings import flag
+from training.optimizers import SCHEDULES
+from training.settings import REQUIRED, flag
 from twa.files.checkpoints import CheckpointError
 from utils import UserError
 
 
 @dataclass(kw_only=True)
-class Settings(flags.Soup):
+class Settings(flags.Soup, flags.Training, flags.Recipe, flags.Augmentation):
     """fine-tunes one base model many times, each time with other settings"""
 
-    datasets: str = flag(default="CIFAR10", choices=tuple(data.DATASETS))
-    arch: str = flag(default="PreResNet20", choices=models.ARCHITECTURES)
+    datasets: str = flag("CIFAR10", choices=tuple(data.DATASETS))
+    arch: str = flag("PreResNet20", choices=models.ARCHITECTURES)
     base: str | None = flag(
-        metavar="FILE", exclusive="base", help="state_dict that every run starts from"
+        REQUIRED, "state_dict that every run starts from", metavar="FILE", exclusive="base"
     )
     pretrained: bool = flag(
-        default=False,
-        exclusive="base",
-        help="start from torchvision's weights of --arch, with a new head",
+        False, "start from torchvision's weights of --arch, with a new head", exclusive="base"
     )
-    save_dir: str = flag(help="folder of the models and of runs.jsonl")
-    models: int | None = flag(
-        default=None, low=1, help="number of runs to draw (default: the whole grid)"
-    )
-    images: int | None = flag(
-        default=None, low=1, help="number of images of the training part to use (default: all)"
-    )
-    optimizer: str = flag(default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
-    momentum: float = flag(default=0.9, low=0, high=1, help="momentum of SGD")
-    schedule: str = flag(default="cosine", choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    warmup_epochs: float = flag(default=0.0, **flags.WARMUP)
-    clip_grad: float | None = flag(default=None, **flags.CLIP)
-    # What varies: one value or more each.
-    lr: tuple[float, ...] = flag(
-        default=(0.01,),
-        nargs="+",
-        low=1e-12,
-        help="learning rates; a draw is log-uniform between the lowest and the highest",
-    )
-    weight_decay: tuple[float, ...] = flag(
-        "--weight-decay", "--wd", default=(1e-4,), nargs="+", low=0, help="weight decays"
-    )
-    epochs: tuple[int, ...] = flag(default=(5,), nargs="+", low=1, help="numbers of epochs")
-    label_smoothing: tuple[float, ...] = flag(default=(0.0,), nargs="+", **flags.SMOOTHING)
-    randaugment: tuple[int, ...] = flag(default=(0,), nargs="+", **flags.RANDAUGMENT)
+    save_dir: str = flag(REQUIRED, "folder of the models and of runs.jsonl")
+    models: int | None = flag(None, "number of runs to draw (default: the whole grid)", low=1)
+    images: int | None = flag(None, "number of training images to use (default: all)", low=1)
+    schedule: str = flag("cosine", choices=tuple(SCHEDULES))
+    # What varies: one value or more each. A draw of the rate is log-uniform between the extremes.
+    lr: tuple[float, ...] = flag((0.01,), "learning rates", nargs="+", low=1e-12)
+    weight_decay: tuple[float, ...] = flag((1e-4,), "weight decays", nargs="+")
+    epochs: tuple[int, ...] = flag((5,), "numbers of epochs", nargs="+", low=1)
+    label_smoothing: tuple[float, ...] = flag((0.0,), nargs="+")
+    randaugment: tuple[int, ...] = flag((0,), nargs="+")
 
     def check(self):
-        if self.warmup_epochs > min(self.epochs):
-            raise UserError(
-                f"--warmup-epochs {self.warmup_epochs:g} is more than the least of --epochs"
-            )
         if self.pretrained and self.arch not in models.imagenet.NAMES:
             known = ", ".join(models.imagenet.NAMES)
             raise UserError(f"--pretrained: only with --arch {known}")

@@ -36,7 +36,7 @@ from training import coefficients, data, entry, flags, locks, logs, ranks, repor
 from training.files import load_verified, save
 from training.loop import Trainer, describe, evaluate, predict, sample_loss, score
 from training.optimizers import SCHEDULES
-from training.settings import flag
+from training.settings import REQUIRED, derived, flag
 from twa.files.checkpoints import Checkpoint, average, load_into
 from twa.subspace import GRANULARITIES
 from utils import UserError
@@ -50,43 +50,35 @@ ARCHITECTURES = (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS, *models.cl
 class Settings(flags.Soup, flags.ImageFolder, coefficients.Coefficients):
     """soups of fine-tuned models: uniform, greedy, TWA"""
 
-    datasets: str = flag(default="CIFAR10", choices=(*data.DATASETS, flags.IMAGE_FOLDER))
-    arch: str = flag(default="PreResNet20", choices=tuple(dict.fromkeys(ARCHITECTURES)))
-    workers: int = flag("--workers", "-j", default=4, low=0, help=flags.WORKERS_HELP)
+    datasets: str = flag("CIFAR10", choices=(*data.DATASETS, flags.IMAGE_FOLDER))
+    arch: str = flag("PreResNet20", choices=tuple(dict.fromkeys(ARCHITECTURES)))
     checkpoints: tuple[str, ...] = flag(
-        nargs="+", metavar="GLOB", help="state_dicts (.pt, .safetensors) of one architecture"
+        REQUIRED, "state_dicts (.pt, .safetensors) of one architecture", nargs="+", metavar="GLOB"
     )
-    log_dir: str = flag(help="folder of the results, the soups and the figure")
+    log_dir: str = flag(REQUIRED, "folder of the results, the soups and the figure")
     bn_images: int = flag(
-        default=10_000,
-        low=1,
-        help="training images on which batch norm is re-estimated before every evaluation",
+        10_000, "training images on which batch norm is re-estimated for every solution", low=1
     )
     twa: tuple[str, ...] = flag(
-        default=("t", "v"),
+        ("t", "v"),
+        "t: on the training part, v: on the held-out part; no value: none",
         nargs="*",
         choices=("t", "v"),
-        help="t: on the training part, v: on the held-out part; no value: none",
     )
-    start: str = flag(
-        default="uniform", choices=("uniform", "greedy"), help="soup that TWA starts from"
-    )
-    epochs: int = flag(default=5, low=1, help="passes over as many images as are held out")
-    # Models of a soup are no trajectory, in whose steps the three would grow.
-    granularity: str = flag(
-        default="model",
-        choices=GRANULARITIES,
-        help="one set of coefficients per model, layer or output channel",
-    )
+    start: str = flag("uniform", "soup that TWA starts from", choices=("uniform", "greedy"))
+    epochs: int = flag(5, "passes over as many images as are held out", low=1)
+    # The models are no trajectory: granularity, unit and rate do not grow with the steps.
+    granularity: str = flag("model", "one set per model, layer or channel", choices=GRANULARITIES)
     unit: str | None = flag(
-        default=None,
-        help="unit of the coefficients, with PCA: the spread along each direction, or that of its "
+        None,
+        "unit of the coefficients, with PCA: the spread along each direction, or that of its "
         "block (default: direction)",
     )
     lr: float | None = flag(
-        default=None,
-        help="learning rate of the coefficients (default with PCA: 0.02; for SGD 0.1)",
+        None, "learning rate of the coefficients (default with PCA: 0.02; for SGD 0.1)"
     )
+    images: int | None = derived()
+    randaugment: int = derived(0)
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:

@@ -19,44 +19,39 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 
 import models
 import utils
-from training import data, entry, flags, optimizers, ranks, report, sgd, tasks
+from training import data, entry, flags, optimizers, ranks, report, tasks
 from training.locks import lock
 from training.logs import write_json
 from training.loop import Trainer
 from training.runs import Run, clear
-from training.settings import derived, flag
+from training.settings import REQUIRED, derived, flag, free
 from utils import UserError
 
 
 @dataclass(kw_only=True)
 class Settings(
-    flags.Model, flags.DataSet, flags.Batch, flags.TrainingSet, sgd.Overwrite, flags.Run
+    *(flags.Model, flags.DataSet, flags.Batch, flags.TrainingSet, flags.Workers, flags.Overwrite),
+    flags.Run,
 ):
     """SGD with stochastic weight averaging"""
 
-    log_dir: str = flag("--dir", may_change=True, help="output folder")
-    datasets: str = flag("--dataset", default="CIFAR10", choices=tuple(data.DATASETS))
-    data_dir: str = flag("--data_path", default="./datasets")
-    batch_size: int = flag("--batch_size", default=128)
-    workers: int = flag("--num_workers", default=4, low=0, may_change=True, help=flags.WORKERS_HELP)
-    arch: str = flag("--model", choices=models.ARCHITECTURES)
-    epochs: int = flag(default=200, low=1, help="total number of epochs")
-    save_freq: int = flag(
-        "--save_freq", default=1, low=1, may_change=True, help="epochs between resumable states"
-    )
-    eval_freq: int = flag(
-        "--eval_freq", default=5, low=1, may_change=True, help="epochs between tests of the average"
-    )
-    lr_init: float = flag("--lr_init", default=0.1, **flags.SCALE, help="initial learning rate")
-    momentum: float = flag(default=0.9, low=0, high=1, help="momentum of SGD")
-    wd: float = flag(default=1e-4, **flags.SCALE, help="weight decay")
-    swa: bool = flag(default=False, help="average from --swa_start on")
-    swa_start: int = flag("--swa_start", default=161, low=1, help="first epoch that is averaged")
-    swa_lr: float = flag("--swa_lr", default=0.05, **flags.SCALE, help="learning rate of the tail")
-    swa_c_epochs: int = flag(
-        "--swa_c_epochs", default=1, low=1, help="epochs from one averaged epoch to the next"
-    )
-    randomseed: int = flag("--seed", default=1)
+    log_dir: str = free(REQUIRED, "output folder", "--dir")
+    datasets: str = flag("CIFAR10", None, "--dataset", choices=tuple(data.DATASETS))
+    data_dir: str = free("./datasets", None, "--data_path")
+    batch_size: int = flag(128, None, "--batch_size")
+    workers: int = free(4, None, "--num_workers")
+    arch: str = flag(REQUIRED, None, "--model", choices=models.ARCHITECTURES)
+    epochs: int = flag(200, "total number of epochs", low=1)
+    save_freq: int = free(1, "epochs between resumable states", "--save_freq", low=1)
+    eval_freq: int = free(5, "epochs between tests of the average", "--eval_freq", low=1)
+    lr_init: float = flag(0.1, "initial learning rate", "--lr_init", **flags.SCALE)
+    momentum: float = flag(0.9, "momentum of SGD", low=0, high=1)
+    wd: float = flag(1e-4, "weight decay", **flags.SCALE)
+    swa: bool = flag(False, "average from --swa_start on")
+    swa_start: int = flag(161, "first epoch that is averaged", "--swa_start", low=1)
+    swa_lr: float = flag(0.05, "learning rate of the tail", "--swa_lr", **flags.SCALE)
+    swa_c_epochs: int = flag(1, "epochs between averaged ones", "--swa_c_epochs", low=1)
+    randomseed: int = flag(1, None, "--seed")
     save_dir: str | None = derived()
 
     def check(self):

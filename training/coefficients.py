@@ -27,42 +27,36 @@ class Coefficients(Settings):
     """coefficients"""
 
     extract: str = flag(
-        default="PCA",
+        "PCA",
+        "the basis: principal directions of the window, with coefficients in units of its spread "
+        "along each (PCA), or as in the paper Gram-Schmidt, in units of the weights",
         choices=EXTRACTS,
-        help="the basis: principal directions of the window, with coefficients in units of its "
-        "spread along each (PCA), or as in the paper Gram-Schmidt, in units of the weights",
     )
-    components: int | None = flag(
-        default=None, low=1, help="number of principal directions to keep (default: all)"
-    )
-    bits: int = flag(default=32, choices=BITS, help="per stored element of the basis")
+    components: int | None = flag(None, "number of directions to keep (default: all)", low=1)
+    bits: int = flag(32, "bits per stored element of the basis", choices=BITS)
     granularity: str = flag(
-        default="auto",
+        "auto",
+        "one set of coefficients per model, layer or output channel; auto: per model, and with PCA "
+        f"and Adam(W) per channel from {MANY_STEPS} steps on",
         choices=("auto", *GRANULARITIES),
-        help="one set of coefficients per model, layer or output channel; auto: per model, and "
-        f"with PCA and Adam(W) per channel from {MANY_STEPS} steps on",
     )
     unit: str | None = flag(
-        default=None,
-        choices=UNITS,
-        help="unit of the coefficients, with PCA: the spread along each direction, or that of its "
-        "block (default: block with Adam(W) on images, by layer or channel, from "
+        None,
+        "unit of the coefficients, with PCA: the spread along each direction, or that of its block "
+        "(default: block with Adam(W) on images, by layer or channel, from "
         f"{MANY_STEPS} steps on; else direction)",
+        choices=UNITS,
     )
-    opt: str = flag(
-        default="AdamW", choices=("SGD", "Adam", "AdamW"), help="optimizer of the coefficients"
-    )
-    schedule: str = flag(default="linear", choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
+    opt: str = flag("AdamW", "optimizer of the coefficients", choices=("SGD", "Adam", "AdamW"))
+    schedule: str = flag("linear", flags.SCHEDULE, choices=tuple(SCHEDULES))
     lr: float | None = flag(
-        default=None,
-        **flags.SCALE,
-        help="learning rate of the coefficients (default with PCA: 0.02 to 0.14 by the steps and "
+        None,
+        "learning rate of the coefficients (default with PCA: 0.02 to 0.14 by the steps and "
         "images; for SGD 0.1)",
+        **flags.SCALE,
     )
-    momentum: float = flag(default=0.9, low=0, high=1, help="momentum of SGD")
-    weight_decay: float = flag(
-        "--weight-decay", "--wd", default=0.0, **flags.SCALE, help="weight decay"
-    )
+    momentum: float = flag(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = flag(0.0, "weight decay", "--weight-decay", "--wd", **flags.SCALE)
 
     def check(self):
         if self.extract != "PCA":

@@ -6,31 +6,20 @@ from dataclasses import dataclass
 import torch
 
 from training import ranks, trackers
-from training.settings import Settings, derived, flag
+from training.optimizers import OPTIMIZERS
+from training.settings import REQUIRED, Settings, derived, flag, free
 from utils import UserError
 
 IMAGE_FOLDER, TEXT = "ImageNet", "Text"  # what --datasets calls them
-# Flags that one kind of data alone has a use for.
+# Flags that say something about one kind of data alone.
 _OF_ONE_KIND = {
     IMAGE_FOLDER: ("image_size", "strict_images"),
     TEXT: ("epoch_steps", "tokenizer", "context"),
 }
 _OF_IMAGES = ("images", "randaugment", "val_ratio")
-
 SCALE = {"low": 0, "high": 1e30}  # of a rate or a weight decay: float32 holds what follows from it
-RANDAUGMENT = {
-    "low": 0,
-    "high": 30,
-    "help": "strength of RandAugment, with two operations per image; 0: none",
-}
-WARMUP = {
-    "low": 0,
-    "help": "epochs over which the rate rises linearly; the schedule spans the others",
-}
-SMOOTHING = {"low": 0, "high": 1, "help": "share of a label that is spread over all classes"}
-CLIP = {"low": 0, "metavar": "NORM", "help": "maximum gradient norm (default: no clipping)"}
-WORKERS_HELP = "processes per rank that decode and augment an image folder; other data need none"
-SCHEDULE_HELP = "learning rate schedule"
+SCHEDULE = "learning rate schedule"
+EVALUATE = "only test: the model, with --resume the saved one; for TWA the averages"
 
 
 def percentage(text: str) -> float:
@@ -52,14 +41,13 @@ def factory(text: str) -> str:
 class Model(Settings):
     """model"""
 
-    arch: str = flag("--arch", "-a", metavar="ARCH", exclusive="model", help="architecture")
-    model_factory: str | None = flag(
-        default=None,
+    arch: str = flag(REQUIRED, "architecture", "--arch", "-a", metavar="ARCH", exclusive="model")
+    model_factory: str | None = free(
+        None,
+        "your own function, called without arguments, that returns the nn.Module",
         type=factory,
         metavar="MODULE:FUNCTION",
         exclusive="model",
-        may_change=True,  # it becomes `arch`
-        help="your own function, called without arguments, that returns the nn.Module",
     )
 
     def check(self):
@@ -70,10 +58,8 @@ class Model(Settings):
 class DataSet(Settings):
     """data set"""
 
-    datasets: str = flag(default="CIFAR10", help="data set")
-    data_dir: str | None = flag(
-        default="./datasets", may_change=True, help="folder of the data sets, or for downloads"
-    )
+    datasets: str = flag("CIFAR10", "data set")
+    data_dir: str | None = free("./datasets", "folder of the data sets, or for downloads")
 
     def check(self):
         for kind, names in _OF_ONE_KIND.items():
@@ -87,48 +73,59 @@ class DataSet(Settings):
 class Batch(Settings):
     """batches and seed"""
 
-    batch_size: int = flag(
-        "--batch-size", "-b", default=128, low=1, help="images, or windows of text, per step"
-    )
+    batch_size: int = flag(128, "images, or windows of text, per step", "--batch-size", "-b", low=1)
     randomseed: int = flag(
-        "--randomseed", "--seed", default=1, low=0, high=2**31 - 1, help="seed of all randomness"
+        1, "seed of all randomness", "--randomseed", "--seed", low=0, high=2**31 - 1
     )
 
 
 @dataclass(kw_only=True)
-class TrainingSet(Settings):
+class Augmentation(Settings):
+    """augmentation"""
+
+    randaugment: int = flag(
+        0, "strength of RandAugment, with two operations per image; 0: none", low=0, high=30
+    )
+
+
+@dataclass(kw_only=True)
+class TrainingSet(Augmentation):
     """training set"""
 
-    split: bool = flag(
-        default=False,
-        may_change=True,  # as is the next: `held_out` says what matters of them
-        help="hold out a part of the training set, drawn by --randomseed: SGD does not train on "
-        "it, TWA trains the coefficients on it alone",
+    split: bool = free(  # this and the ratio: `held_out` says what must agree
+        False,
+        "hold out a part of the training set, drawn by --randomseed: SGD does not train on it, TWA "
+        "trains the coefficients on it alone",
     )
-    val_ratio: float | None = flag(
-        default=10, type=percentage, metavar="X", may_change=True, help="percent that is held out"
-    )
+    val_ratio: float | None = free(10, "percent that is held out", type=percentage)
     images: int | None = flag(
-        default=None,
-        low=1,
-        help="number of training images to use: the first ones, of an image folder a random sample "
+        None,
+        "number of training images to use: the first ones, of an image folder a random sample "
         "(default: all)",
+        low=1,
     )
-    randaugment: int = flag(default=0, **RANDAUGMENT)
 
 
 @dataclass(kw_only=True)
-class ImageFolder(Settings):
+class Workers(Settings):
+    """workers"""
+
+    workers: int = free(
+        4,
+        "processes per rank that decode and augment an image folder; other data need none",
+        *("--workers", "--worker", "-j"),
+        low=0,
+    )
+
+
+@dataclass(kw_only=True)
+class ImageFolder(Workers):
     """image folders"""
 
     image_size: int | None = flag(
-        default=None,
-        low=1,
-        help="height and width in pixels of the images that the model gets (default: 224)",
+        None, "height and width in pixels of the images that the model gets (default: 224)", low=1
     )
-    strict_images: bool = flag(
-        default=False, may_change=True, help="stop at an unreadable image instead of skipping it"
-    )
+    strict_images: bool = free(False, "stop at an unreadable image instead of skipping it")
 
     def check(self):
         if self.datasets == IMAGE_FOLDER:
@@ -136,17 +133,36 @@ class ImageFolder(Settings):
 
 
 @dataclass(kw_only=True)
+class Training(Settings):
+    """optimizer of all weights"""
+
+    epochs: int = flag(REQUIRED, "total number of epochs", low=0)
+    optimizer: str = flag("sgd", "optimizer", choices=tuple(OPTIMIZERS))
+    schedule: str = flag("step", SCHEDULE, choices=("step", "constant", "cosine"))
+    lr: float = flag(0.1, "learning rate", "--lr", "--learning-rate", **SCALE)
+    momentum: float = flag(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = flag(1e-4, "weight decay", "--weight-decay", "--wd", **SCALE)
+
+
+@dataclass(kw_only=True)
 class Recipe(Settings):
     """training recipe"""
 
-    warmup_epochs: float = flag(default=0.0, **WARMUP)
-    label_smoothing: float = flag(default=0.0, **SMOOTHING)
-    clip_grad: float | None = flag(default=None, **CLIP)
+    warmup_epochs: float = flag(
+        0.0, "epochs over which the rate rises linearly; the schedule spans the others", low=0
+    )
+    label_smoothing: float = flag(
+        0.0, "share of a label that is spread over all classes", low=0, high=1
+    )
+    clip_grad: float | None = flag(
+        None, "maximum gradient norm (default: no clipping)", low=0, metavar="NORM"
+    )
 
     def check(self):
-        if self.warmup_epochs > self.epochs:
+        epochs = min(self.epochs) if isinstance(self.epochs, tuple | list) else self.epochs
+        if self.warmup_epochs > epochs:
             raise UserError(
-                f"--warmup-epochs {self.warmup_epochs:g} is more than --epochs {self.epochs}"
+                f"--warmup-epochs {self.warmup_epochs:g} is more than --epochs {epochs}"
             )
 
 
@@ -154,36 +170,25 @@ class Recipe(Settings):
 class Compute(Settings):
     """computing"""
 
-    print_freq: int = flag(
-        "--print-freq", "-p", default=50, low=1, may_change=True, help="iterations between lines"
-    )
-    device: str | None = flag(
-        default=None, may_change=True, help="torch device (default: the accelerator, else cpu)"
-    )
-    amp: bool = flag(
-        "--amp", "--half", default=False, help="bfloat16 autocast and channels_last memory format"
-    )
-    compile: bool = flag(default=False, may_change=True, help="compile the model (torch.compile)")
+    print_freq: int = free(50, "iterations between lines", "--print-freq", "-p", low=1)
+    device: str | None = free(None, "torch device (default: the accelerator, else cpu)")
+    amp: bool = flag(False, "bfloat16 autocast and channels_last memory format", "--amp", "--half")
+    compile: bool = free(False, "compile the model (torch.compile)")
 
 
 @dataclass(kw_only=True)
 class Run(Compute):
     """log and resuming"""
 
-    log_name: str = flag(default="log", may_change=True, help="name of the log file")
-    wandb: bool = flag(
-        default=False, may_change=True, help="also send metrics, and TWA's α, to Weights & Biases"
-    )
-    tensorboard: bool = flag(
-        default=False, may_change=True, help="also send metrics, and TWA's α, to TensorBoard"
-    )
-    EXP: str = flag(default="TWA", may_change=True, help="name of the Weights & Biases run")
-    resume: str | None = flag(
-        default=None,
+    log_name: str = free("log", "name of the log file")
+    wandb: bool = free(False, "also send metrics, and TWA's α, to Weights & Biases")
+    tensorboard: bool = free(False, "also send metrics, and TWA's α, to TensorBoard")
+    EXP: str = free("TWA", "name of the Weights & Biases run", "--EXP")
+    resume: str | None = free(
+        None,
+        "resume from STATE; without a value from the run's own state, if there is one",
         nargs="?",
         metavar="STATE",
-        may_change=True,
-        help="resume from STATE; without a value from the run's own state, if there is one",
     )
 
     def check(self):
@@ -191,73 +196,56 @@ class Run(Compute):
 
 
 @dataclass(kw_only=True)
-class Training(Batch, TrainingSet, Run):
-    """folders and workers"""
+class HeadStage(Batch, TrainingSet, Workers, Run):
+    """folders"""
 
-    workers: int = flag(
-        "--workers", "--worker", "-j", default=4, low=0, may_change=True, help=WORKERS_HELP
+    save_dir: str = free("save_temp", "folder of the checkpoints: SGD writes them, TWA reads them")
+    log_dir: str = free(
+        "save_temp",
+        "folder of SGD's log and metrics: TWA reads them, and writes its own beside them",
     )
-    save_dir: str = flag(
-        default="save_temp",
-        may_change=True,
-        help="folder of the checkpoints: SGD writes them, TWA reads them",
-    )
-    log_dir: str = flag(
-        default="save_temp",
-        may_change=True,
-        help="folder of SGD's log and metrics: TWA reads them, and writes its own beside them",
-    )
-    evaluate: bool = flag(
-        "--evaluate",
-        "-e",
-        default=False,
-        may_change=True,
-        help="only test: the model, with --resume the saved one; for TWA the averages",
-    )
+    evaluate: bool = free(False, EVALUATE, "--evaluate", "-e")
+
+
+@dataclass(kw_only=True)
+class Overwrite(Settings):
+    """earlier runs"""
+
+    overwrite: bool = free(False, "replace the checkpoints of an earlier run")
 
 
 @dataclass(kw_only=True)
 class Launch(Settings):
     """in place of torchrun, for one process"""
 
-    gpu: int | None = flag(
-        default=None, low=0, may_change=True, help="accelerator; the same as --device cuda:GPU"
-    )
-    world_size: int = flag(
-        default=1, low=1, may_change=True, help="number of machines; for several use torchrun"
-    )
-    rank: int = flag(default=0, low=0, may_change=True, help="number of this machine")
-    dist_url: str | None = flag(
-        default=None, may_change=True, help="where machines meet; torchrun has --rdzv_endpoint"
-    )
-    dist_backend: str | None = flag(
-        default=None, may_change=True, help="ignored: nccl for CUDA, gloo for the CPU"
-    )
-    multiprocessing_distributed: bool = flag(
-        default=False,
-        may_change=True,
-        help="a process per accelerator; for several of them use torchrun",
+    gpu: int | None = free(None, "accelerator; the same as --device cuda:GPU", low=0)
+    world_size: int = free(1, "number of machines; for several use torchrun", low=1)
+    rank: int = free(0, "number of this machine", low=0)
+    dist_url: str | None = free(None, "where machines meet; torchrun has --rdzv_endpoint")
+    dist_backend: str | None = free(None, "ignored: nccl for CUDA, gloo for the CPU")
+    multiprocessing_distributed: bool = free(
+        False, "a process per accelerator; for several of them use torchrun"
     )
 
     def check(self):
         """Takes `--gpu` as the device; raises a `UserError` where torchrun is needed."""
-        count = torch.accelerator.device_count()
-        several = self.multiprocessing_distributed and count > 1
-        if self.world_size > 1 or (several and self.gpu is None and not ranks.launched()):
-            name = "--world-size" if self.world_size > 1 else "--multiprocessing-distributed"
-            many = f"--nnodes {self.world_size} --rdzv_backend c10d --rdzv_endpoint HOST:PORT"
-            how = many if self.world_size > 1 else "--standalone"
+        count, how = torch.accelerator.device_count(), None
+        if self.world_size > 1:
+            where = "--rdzv_backend c10d --rdzv_endpoint HOST:PORT"
+            how = "--world-size", f"--nnodes {self.world_size} {where}"
+        elif self.multiprocessing_distributed and count > 1 and self.gpu is None:
+            how = None if ranks.launched() else ("--multiprocessing-distributed", "--standalone")
+        if how:
+            each = f"--nproc_per_node {max(1, count)}"
             raise UserError(
-                f"{name}: start the script with torchrun {how} "
-                f"--nproc_per_node {max(1, count)}, without this flag"
+                f"{how[0]}: start the script with torchrun {how[1]} {each}, without this flag"
             )
         if self.gpu is not None:
             if self.device:
                 raise UserError(f"--gpu {self.gpu} and --device {self.device}: give one of them")
             if self.gpu >= count:
-                raise UserError(
-                    f"--gpu {self.gpu}: there are {count} accelerators; try --device cpu"
-                )
+                known = f"there are {count} accelerators"
+                raise UserError(f"--gpu {self.gpu}: {known}; try --device cpu")
             self.device = f"{torch.accelerator.current_accelerator()}:{self.gpu}"
 
 
@@ -267,14 +255,9 @@ class Soup(Model, DataSet, Batch, Compute):
 
     arch: str = "PreResNet20"
     val_ratio: float = flag(
-        default=10,
-        type=percentage,
-        metavar="X",
-        help="percent of the training set that is held out, drawn by --randomseed",
+        10, "percent of the training set that is held out, drawn by --randomseed", type=percentage
     )
     split: bool = derived(True)
-    images: int | None = derived()
-    randaugment: int = derived(0)
 
 
 def held_out(args) -> str | None:

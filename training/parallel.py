@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
-from training.settings import Settings, flag
+from training.settings import Settings, free
 from twa import TWA
 from twa.ranks.replicas import gathers
 from twa.storage.memory import Plan, free_memory
@@ -29,19 +29,17 @@ RIDERS = 4  # floats that TWA sums beside those of the coefficients
 class Parallel(Settings):
     """under torchrun"""
 
-    parallel: str = flag(
-        default="auto",
+    parallel: str = free(
+        "auto",
+        "what a rank holds of model and basis: all (replicate), a shard (shard), or a shard within "
+        "its machine (hybrid); auto: the first of replicate, hybrid and shard for which half of "
+        "the free memory is enough",
         choices=("auto", *WAYS),
-        may_change=True,
-        help="what a rank holds of model and basis: all (replicate), a shard (shard), or a shard "
-        "within its machine (hybrid); auto: the first of replicate, hybrid and shard for which "
-        "half of the free memory is enough",
     )
-    reshard_after_forward: bool = flag(
-        default=False,
-        may_change=True,
-        help="gather a sharded model's weights once more for the backward pass, for models that "
-        "one device cannot hold",
+    reshard_after_forward: bool = free(
+        False,
+        "gather a sharded model's weights once more for the backward pass, for models that one "
+        "device cannot hold",
     )
 
 

@@ -15,26 +15,32 @@ from typing import Any, TypeVar
 
 from utils import UserError
 
+REQUIRED = MISSING
 S = TypeVar("S", bound="Settings")
 
 
-def flag(*names: str, default: Any = MISSING, **how: Any) -> Any:
+def flag(default: Any, help: str | None = None, *names: str, **how: Any) -> Any:
     """A field that the command line sets. Its annotation says what is parsed.
 
     Args:
+        default: `REQUIRED` for none.
         names: how the flag is spelled; by default `--` and the field's name with hyphens.
-        default: a flag without one is required.
-        how: `help`, `choices`, `metavar` and `nargs` as in argparse; `low` and `high`, the least
-            and the greatest number; `type`, a parser in place of the annotation's;
-            `exclusive`, a name shared by flags of which only one may be given;
-            `may_change`, whether the value may differ when a run is resumed.
+        how: `choices`, `metavar` and `nargs` as in argparse; `low` and `high`, the least and the
+            greatest number; `type`, a parser in place of the annotation's; `exclusive`, a name
+            shared by flags of which only one may be given.
     """
-    return field(default=default, metadata=how | ({"names": names} if names else {}))
+    given = {"help": help, "names": names}
+    return field(default=default, metadata=how | {k: v for k, v in given.items() if v})
 
 
-def derived(default: Any = None, may_change: bool = True) -> Any:
+def free(default: Any, help: str | None = None, *names: str, **how: Any) -> Any:
+    """As `flag`, of which the value may differ when a run is resumed."""
+    return flag(default, help, *names, free=True, **how)
+
+
+def derived(default: Any = None, free: bool = True) -> Any:
     """A field that no flag sets: a script's constant, or what it computes from its flags."""
-    return field(default=default, metadata={"may_change": may_change})
+    return field(default=default, metadata={"free": free})
 
 
 @dataclass(kw_only=True)
@@ -50,99 +56,83 @@ class Settings:
                 group.check(self)
 
     @classmethod
-    def parse(cls: type[S]) -> S:
+    def parse(cls: type[S], arguments: list[str] | None = None) -> S:
         """The settings that the command line gives.
 
         Raises:
             UserError: flags do not go together. Other errors end the script: one line, status 2.
         """
-        return cls(**vars(parser_of(cls).parse_args()))
+        return cls(**vars(parser_of(cls).parse_args(arguments)))
 
     def must_agree(self) -> dict[str, Any]:
         """The values that must be the same when a run is resumed."""
-        kind = type(self)
-        names = [one.name for one in fields(kind)]
-        kept = [name for name in names if not metadata_of(kind, name).get("may_change")]
-        return {name: getattr(self, name) for name in kept}
+        described = described_in(type(self))
+        return {name: getattr(self, name) for name in described if "free" not in described[name]}
 
     def refuse(self, *names: str, why: str) -> None:
         """Raises a `UserError` that names the first of these fields that is not at its default."""
         for name in names:
             if getattr(self, name, None) != getattr(type(self), name, None):
-                raise UserError(f"{names_of(type(self), name)[0]}: {why}")
+                raise UserError(f"{described_in(type(self))[name]['names'][0]}: {why}")
+
+
+def described_in(kind: type[Settings]) -> dict[str, dict[str, Any]]:
+    """By field, what `kind` and its bases say of it; "group" is the class that introduces it."""
+    described: dict[str, dict[str, Any]] = {one.name: {} for one in fields(kind)}
+    for base in reversed(kind.__mro__):
+        for name in inspect.get_annotations(base):
+            said = vars(base)["__dataclass_fields__"][name].metadata
+            described[name] = {"group": base} | described[name] | said
+    for name, said in described.items():
+        said.setdefault("names", (f"--{name.replace('_', '-')}",))
+        if not said.get("free", True):
+            del said["free"]
+    return described
 
 
 def parser_of(kind: type[Settings]) -> "Parser":
     """The command line's parser: the script's own flags first, then group by group."""
-    parser, hints = Parser(title_of(kind)), typing.get_type_hints(kind)
-    said = {one.name: metadata_of(kind, one.name) for one in fields(kind)}
+    parser, hints = Parser(kind.__doc__), typing.get_type_hints(kind)
+    described = described_in(kind)
     defaults = {one.name: one.default for one in fields(kind)}
-    needed = {said[name].get("exclusive") for name in said if defaults[name] is MISSING}
-    groups: dict[str, argparse._ActionsContainer] = {}
-    for owner in kind.__mro__:
-        introduced = [name for name in said if _introduces(owner, name) and "help" in said[name]]
-        if introduced:
-            part = parser.add_argument_group("this script" if owner is kind else title_of(owner))
-        for name in introduced:
-            shared, group = said[name].get("exclusive"), part
+    needed = {described[name].get("exclusive") for name in defaults if defaults[name] is MISSING}
+    exclusive: dict[str, argparse._ActionsContainer] = {}
+    for group in kind.__mro__:
+        own = [n for n, said in described.items() if said["group"] is group and "help" in said]
+        if own:
+            part = parser.add_argument_group("this script" if group is kind else group.__doc__)
+        for name in own:
+            shared, where = described[name].get("exclusive"), part
             if shared:
-                if shared not in groups:
-                    one = part.add_mutually_exclusive_group(required=shared in needed)
-                    groups[shared] = one
-                group = groups[shared]
-            _add(group, names_of(kind, name), name, hints[name], defaults[name], said[name])
+                if shared not in exclusive:
+                    one_of = part.add_mutually_exclusive_group(required=shared in needed)
+                    exclusive[shared] = one_of
+                where = exclusive[shared]
+            _add(where, name, hints[name], defaults[name], described[name])
     return parser
 
 
-def _introduces(owner: type, name: str) -> bool:
-    """Whether a field is in `owner` and in none of its bases."""
-    own, *bases = (name in inspect.get_annotations(base) for base in owner.__mro__)
-    return own and not any(bases)
-
-
-def _add(group, names: tuple[str, ...], dest: str, hint: Any, default: Any, how: dict) -> None:
+def _add(group, dest: str, hint: Any, default: Any, said: dict[str, Any]) -> None:
     """Adds a flag to a part of a parser."""
     kind = next((k for k in typing.get_args(hint) if isinstance(k, type)), hint)  # of `int | None`
-    choices, text = how.get("choices"), how["help"]
-    if choices and "metavar" in how:  # there are a hundred, which argparse would show twice
+    names, text, choices = said["names"], said["help"], said.get("choices")
+    if choices and "metavar" in said:  # there are a hundred, which argparse would show twice
         text += f": {', '.join(choices)}"
-    arguments: dict[str, Any] = {"help": text.replace("%", "%%")}
+    how: dict[str, Any] = {"help": text.replace("%", "%%")}
     if names[0].startswith("-"):
-        arguments["dest"] = dest
-        arguments["required"] = default is MISSING and "exclusive" not in how
+        how |= {"dest": dest, "required": default is MISSING and "exclusive" not in said}
     if kind is bool:
-        group.add_argument(*names, action="store_true", **arguments)
+        group.add_argument(*names, action="store_true", **how)
         return
-    arguments |= {key: how[key] for key in ("choices", "metavar", "nargs") if key in how}
-    if kind in (int, float):
-        arguments["type"] = number(kind, how.get("low", -math.inf), how.get("high", math.inf))
-        if not choices:
-            arguments.setdefault("metavar", "N" if kind is int else "X")
-    else:
-        arguments["type"] = kind
-    if "type" in how:
-        arguments["type"] = how["type"]
-    if arguments.get("nargs") == "?":
-        arguments["const"] = ""
-    group.add_argument(*names, default=None if default is MISSING else default, **arguments)
-
-
-def metadata_of(kind: type[Settings], name: str) -> dict[str, Any]:
-    """What `kind` and its bases say of a field, the most derived last."""
-    merged: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        if name in inspect.get_annotations(base):
-            merged |= vars(base)["__dataclass_fields__"][name].metadata
-    return merged
-
-
-def names_of(kind: type[Settings], name: str) -> tuple[str, ...]:
-    """How the flag of a field is spelled, its long name first."""
-    return metadata_of(kind, name).get("names") or (f"--{name.replace('_', '-')}",)
-
-
-def title_of(kind: type) -> str:
-    return inspect.getdoc(kind).partition("\n")[0].rstrip(".")
+    how |= {key: said[key] for key in ("choices", "metavar", "nargs") if key in said}
+    how["type"] = said.get("type", kind)
+    if how["type"] in (int, float):
+        how["type"] = number(kind, said.get("low", -math.inf), said.get("high", math.inf))
+    if kind in (int, float) and not choices:
+        how.setdefault("metavar", "N" if kind is int else "X")
+    if said.get("nargs") == "?":
+        how["const"] = ""
+    group.add_argument(*names, default=None if default is MISSING else default, **how)
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
@@ -174,7 +164,8 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that shows defaults in `--help` and reports errors in one line."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+        how = {"formatter_class": _Formatter, "allow_abbrev": False}
+        super().__init__(description=description, **how)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")

@@ -9,37 +9,18 @@ from torch import nn
 
 from training import flags, optimizers, ranks
 from training.loop import Trainer, describe
-from training.optimizers import OPTIMIZERS, SCHEDULES
+from training.optimizers import SCHEDULES
 from training.runs import Run, clear
-from training.settings import Settings, flag
+from training.settings import flag
 from training.tasks import Task
 from utils import UserError
 
 
 @dataclass(kw_only=True)
-class Overwrite(Settings):
-    """earlier runs"""
+class SGDSettings(flags.Training, flags.Recipe, flags.Overwrite):
+    """checkpoints"""
 
-    overwrite: bool = flag(
-        default=False, may_change=True, help="replace the checkpoints of an earlier run"
-    )
-
-
-@dataclass(kw_only=True)
-class SGDSettings(flags.Recipe, Overwrite):
-    """optimizer and checkpoints"""
-
-    epochs: int = flag(default=200, low=0, help="total number of epochs")
-    optimizer: str = flag(default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
-    schedule: str = flag(
-        default="step", choices=("step", "constant", "cosine"), help=flags.SCHEDULE_HELP
-    )
-    lr: float = flag("--lr", "--learning-rate", default=0.1, **flags.SCALE, help="learning rate")
-    momentum: float = flag(default=0.9, low=0, high=1, help="momentum of SGD")
-    weight_decay: float = flag(
-        "--weight-decay", "--wd", default=1e-4, **flags.SCALE, help="weight decay"
-    )
-    saves_per_epoch: int = flag(default=1, low=1, help="checkpoints per epoch")
+    saves_per_epoch: int = flag(1, "checkpoints per epoch", low=1)
 
 
 def run(

@@ -23,7 +23,7 @@ import models
 from training import data
 from training.files import replacing
 from training.flags import TEXT as NAME
-from training.settings import Settings, derived, flag
+from training.settings import Settings, derived, flag, free
 from utils import UserError, make_directory
 
 # The parts, and up to which share of the files, in the order of their hashes, each one reaches.
@@ -36,14 +36,13 @@ _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"
 class TextSettings(Settings):
     """text"""
 
-    tokenizer: str | None = flag(
-        default=None,
+    tokenizer: str | None = free(
+        None,
+        "file of the package tokenizers, tokenizer.json (default: none, tokens are bytes)",
         metavar="FILE",
-        may_change=True,  # `vocabulary` identifies it
-        help="file of the package tokenizers, tokenizer.json (default: none, tokens are bytes)",
     )
-    context: int = flag(default=128, low=1, help="number of tokens that the model sees")
-    vocabulary: str | None = derived(may_change=False)
+    context: int = flag(128, "number of tokens that the model sees", low=1)
+    vocabulary: str | None = derived(free=False)
 
     def check(self):
         if self.datasets == NAME:

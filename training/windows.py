@@ -18,32 +18,28 @@ from utils import UserError
 class WindowSettings(Settings):
     """window of checkpoints and start point"""
 
-    params_start: int = flag(
-        "--params_start", default=0, low=0, help="first checkpoint of the window"
-    )
-    params_end: int = flag(
-        "--params_end", default=101, low=0, help="one past the last checkpoint of the window"
-    )
+    params_start: int = flag(0, "first checkpoint of the window", "--params_start", low=0)
+    params_end: int = flag(101, "one past the window's last", "--params_end", low=0)
     start: str = flag(
-        default="auto",
+        "auto",
+        "where TWA starts: auto compares the last checkpoint, the mean of the last 2, 4, 8, … or "
+        "all (SWA) and exponential means (EMA) by their loss on a training sample",
         choices=("auto", "last", "SWA"),
         exclusive="start",
-        help="where TWA starts: auto compares the last checkpoint, the mean of the last 2, 4, 8, … "
-        "or all (SWA) and exponential means (EMA) by their loss on a training sample",
     )
     train_start: int | None = flag(
+        None,
+        "checkpoint to start from; -1: the mean of the window (default: as --start says)",
         "--train_start",
-        default=None,
         low=-1,
         exclusive="start",
-        help="checkpoint to start from; -1: the mean of the window (default: as --start says)",
     )
     start_average: int | None = flag(
-        default=None,
+        None,
+        "start from the mean of the window's last K checkpoints",
         low=1,
         metavar="K",
         exclusive="start",
-        help="start from the mean of the window's last K checkpoints",
     )
 
 
