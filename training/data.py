@@ -10,10 +10,11 @@ import random
 import socket
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -140,6 +141,7 @@ def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, 
 GROUP = 4  # consecutive images of an epoch that go through the same operations of RandAugment
 
 
+@dataclass(eq=False)
 class Loader:
     """Iterates over a split in batches: (images float32 [B, C, H, W], labels int64 [B]).
 
@@ -147,7 +149,7 @@ class Loader:
     be smaller. Batch k of an epoch depends on the seed, the epoch and k alone. With several ranks,
     each gets its own part of every batch.
 
-    Args:
+    Attributes:
         split: the images; batches are on their device.
         batch_size: images in a batch, on all ranks together.
         train: whether images are shuffled, and each cropped and mirrored at random; otherwise they
@@ -155,42 +157,31 @@ class Loader:
         seed: of all random draws.
         channels_last: whether images are laid out in memory with their channels last.
         randaugment: strength of RandAugment, 1 to 30, for training; 0 for none.
-        rank: this process among the `world` that share each batch.
-        world: how many there are.
-
-    Attributes:
+        rank, world: this process among those that share each batch, and how many there are.
         count: images in an epoch.
-        skipped: files that could not be read and were left out so far.
+        skipped: files that could not be read and were skipped so far.
+        sample: the number of images on which start and end points are compared.
     """
 
-    skipped: Set[str] = frozenset()  # none, of data that are held on the device
-    sample = 1024  # images on which start and end points are compared
+    split: Split
+    batch_size: int
+    _: KW_ONLY
+    train: bool
+    seed: int = 0
+    channels_last: bool = False
+    randaugment: int = 0
+    rank: int = 0
+    world: int = 1
+    sample: ClassVar[int] = 1024
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        train: bool,
-        seed: int = 0,
-        channels_last: bool = False,
-        randaugment: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.split, self.count = split, len(split)
-        self.batch_size = batch_size
-        self.train = train
-        self.seed = seed
-        self.randaugment = randaugment
-        self.rank, self.world = rank, world
-        self.epoch = 0
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-        spec, device = split.spec, split.labels.device
+    def __post_init__(self):
+        self.epoch, self.count, self.skipped = 0, len(self.split), set()
+        spec, device = self.split.spec, self.split.labels.device
         # ToTensor divides by 255 before Normalize does the rest; here the two are one step.
-        self.mean = 255 * torch.tensor(spec.mean, device=device).view(-1, 1, 1)
-        self.std = 255 * torch.tensor(spec.std, device=device).view(-1, 1, 1)
+        self.mean, self.std = (
+            255 * torch.tensor(value, device=device).view(-1, 1, 1)
+            for value in (spec.mean, spec.std)
+        )
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -218,7 +209,7 @@ class Loader:
         return self.images_in(batch)
 
     def measures(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What is told of loss and accuracy, by name: other data have other measures."""
+        """The metrics that suit the data, made of loss and accuracy."""
         return metrics
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -233,10 +224,10 @@ class Loader:
             yield images, labels if high > low else labels.fill_(-100)
 
     def whole_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterates over the first `count` batches, whole ones, dealt out to the ranks in turn.
+        """Iterates over whole batches among the first `count`, which the ranks take in turn.
 
-        Batch norm's statistics then do not depend on the number of ranks. Every rank gets equally
-        many: the first batches are dealt out twice if need be.
+        Batch norm's statistics then do not depend on the number of ranks. Every rank takes equally
+        many: the first batches come twice if need be.
         """
         turns = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
         starts = [turn % count * self.batch_size for turn in turns]
@@ -278,8 +269,8 @@ class Loader:
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Images uint8 [B, C, H, W] as float32, normalised and in the memory format."""
-        images = images.sub(self.mean).div_(self.std)
-        return images.contiguous(memory_format=self.memory_format)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.sub(self.mean).div_(self.std).contiguous(memory_format=layout)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The draws of the epoch, each [N], in the order in which the images come, on the CPU.

@@ -157,17 +157,18 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
+@dataclass(eq=False, kw_only=True)
 class Loader(data.Loader):
     """As `data.Loader`, for the files of an image folder. Only one iteration runs at a time.
 
     What is drawn for an image depends on the seed, the epoch and its position there alone.
 
-    A file that can be opened and is damaged is skipped: in its place comes an image of the mean
-    colour with the label -100, which `cross_entropy` ignores. As the loss of a batch is divided by
-    the number of all its images, the weight of the others does not change.
+    A damaged file is skipped: in its place comes an image of the mean colour with the label -100,
+    which `cross_entropy` ignores. As the loss of a batch is divided by the number of all its
+    images, the weight of the others does not change.
 
-    Args:
-        device: where the batches go; other arguments as of `data.Loader`.
+    Attributes:
+        device: where the batches go.
         workers: processes that decode and augment; with 0, this one does.
         strict: whether to stop at a damaged file.
 
@@ -176,31 +177,22 @@ class Loader(data.Loader):
             damaged and `strict`.
     """
 
-    def __init__(
-        self,
-        split: data.Split,
-        batch_size: int,
-        *,
-        train: bool,
-        device: torch.device,
-        workers: int = 4,
-        strict: bool = False,
-        seed: int = 0,
-        randaugment: int = 0,
-        **layout_and_ranks,
-    ):
-        super().__init__(split, batch_size, train=train, seed=seed, **layout_and_ranks)
-        self.device, self.strict = device, strict
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
-        self.skipped = set()
+    device: torch.device
+    workers: int = 4
+    strict: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
         self._keys: list[tuple[int, int, np.ndarray]] = []  # of the batches to be loaded
+        drawn = transform(self.split.spec.size, self.train, self.randaugment)
         self._decoded = DataLoader(
-            _Batches(split, transform(split.spec.size, train, randaugment), seed),
+            _Batches(self.split, drawn, self.seed),
             batch_size=None,
             sampler=self._keys,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type not in ("cpu", "mps"),
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type not in ("cpu", "mps"),
             worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator(),  # not the run's
         )
@@ -222,12 +214,12 @@ class Loader(data.Loader):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from batches
         except RuntimeError as error:
-            if not self._decoded.num_workers:
+            if not self.workers:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(
-                f"--workers {self._decoded.num_workers}: a process that decodes images failed "
-                f"({reason}); try fewer: each needs memory"
+                f"--workers {self.workers}: a process that decodes images failed ({reason}); "
+                "try fewer: each needs memory"
             ) from None
 
     def _order(self) -> np.ndarray:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -259,52 +260,42 @@ def part_of(name: str) -> str:
     return next(part for part, end in PARTS.items() if share < end)
 
 
+@dataclass(eq=False, kw_only=True)
 class Loader(data.Loader):
     """Iterates over a text in batches: (tokens int64 [B, T], the next tokens int64 [B · T]).
 
-    For training, T + 1 tokens from a random place on are one window; otherwise the windows follow
-    each other, and a rest that fills none is left out. Batch k of an epoch depends on the seed, the
-    epoch and k alone. With several ranks, each gets its own part of every batch.
+    For training, a window is T + 1 tokens from a random place on; otherwise the windows follow each
+    other, and a rest that fills none is dropped. Batch k of an epoch depends on the seed, the epoch
+    and k alone. With several ranks, each gets its own part of every batch.
 
-    Args:
+    Attributes:
         split: the text.
         batch_size: windows in a batch, on all ranks together.
         train: whether windows are drawn at random.
-        steps: batches of an epoch, if `train`; None: so many that they have the text's length.
         device: where the batches go.
-        seed, rank, world: as of `data.Loader`.
+        steps: batches of an epoch, if `train`; None: so many that they have the text's length.
+        count: windows in an epoch: what images are to other data.
     """
 
-    sample = 256  # windows have many labels each
+    device: torch.device
+    steps: int | None = None
+    sample: ClassVar[int] = 256  # windows have many labels each
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        train: bool,
-        device: torch.device,
-        steps: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.split, self.batch_size, self.train, self.seed = split, batch_size, train, seed
-        self.device, self.rank, self.world, self.epoch = device, rank, world, 0
-        self.count = len(split)  # windows, which are to a text what images are to other data
-        if train:
-            self.count = (steps or math.ceil(self.count / batch_size)) * batch_size
+    def __post_init__(self):
+        self.epoch, self.count, self.skipped = 0, len(self.split), set()
+        if self.train:
+            self.count = (self.steps or len(self)) * self.batch_size
 
     def labels_in(self, batch: int) -> int:
         return self.images_in(batch) * self.split.spec.context
 
     @cached_property
     def bits(self) -> float:
-        """Bits a byte for each nat a token."""
+        """Bits per byte for each nat per token."""
         return len(self.split.tokens) / self.split.size / math.log(2)
 
     def measures(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What is told of a text: loss in nats a token, bits a byte, perplexity."""
+        """The metrics of text: loss in nats per token, bits per byte, perplexity."""
         loss = metrics["loss"]
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"loss": loss, "bits_a_byte": loss * self.bits, "perplexity": perplexity}
