@@ -68,15 +68,13 @@ class Settings(flags.Soup, flags.ImageFolder, coefficients.Coefficients):
     start: str = flag("uniform", "soup that TWA starts from", choices=("uniform", "greedy"))
     epochs: int = flag(5, "passes over as many images as are held out", low=1)
     # The models are no trajectory: granularity, unit and rate do not grow with the steps.
-    granularity: str = flag("model", "one set per model, layer or channel", choices=GRANULARITIES)
+    granularity: str = flag(
+        "model", "one set of coefficients per model, layer or channel", choices=GRANULARITIES
+    )
     unit: str | None = flag(
-        None,
-        "unit of the coefficients, with PCA: the spread along each direction, or that of its "
-        "block (default: direction)",
+        None, "with PCA, the spread along a direction, or of its block (default: direction)"
     )
-    lr: float | None = flag(
-        None, "learning rate of the coefficients (default with PCA: 0.02; for SGD 0.1)"
-    )
+    lr: float | None = flag(None, "rate (default with PCA: 0.02; for SGD 0.1)")
     images: int | None = derived()
     randaugment: int = derived(0)
 

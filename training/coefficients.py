@@ -28,32 +28,28 @@ class Coefficients(Settings):
 
     extract: str = flag(
         "PCA",
-        "the basis: principal directions of the window, with coefficients in units of its spread "
-        "along each (PCA), or as in the paper Gram-Schmidt, in units of the weights",
+        "the basis: principal directions, with coefficients in units of the window's spread, or as "
+        "in the paper Gram-Schmidt, in units of the weights",
         choices=EXTRACTS,
     )
     components: int | None = flag(None, "number of directions to keep (default: all)", low=1)
     bits: int = flag(32, "bits per stored element of the basis", choices=BITS)
     granularity: str = flag(
         "auto",
-        "one set of coefficients per model, layer or output channel; auto: per model, and with PCA "
+        "one set of coefficients per model, layer or output channel; auto: per model, but with PCA "
         f"and Adam(W) per channel from {MANY_STEPS} steps on",
         choices=("auto", *GRANULARITIES),
     )
     unit: str | None = flag(
         None,
-        "unit of the coefficients, with PCA: the spread along each direction, or that of its block "
-        "(default: block with Adam(W) on images, by layer or channel, from "
-        f"{MANY_STEPS} steps on; else direction)",
+        "with PCA, the unit of coefficients: the spread along a direction, or of its block "
+        f"(default: block for images, layers or channels, Adam(W) and {MANY_STEPS} steps or more)",
         choices=UNITS,
     )
     opt: str = flag("AdamW", "optimizer of the coefficients", choices=("SGD", "Adam", "AdamW"))
     schedule: str = flag("linear", flags.SCHEDULE, choices=tuple(SCHEDULES))
     lr: float | None = flag(
-        None,
-        "learning rate of the coefficients (default with PCA: 0.02 to 0.14 by the steps and "
-        "images; for SGD 0.1)",
-        **flags.SCALE,
+        None, "rate (default with PCA: 0.02 to 0.14 by steps and images; SGD: 0.1)", **flags.SCALE
     )
     momentum: float = flag(0.9, "momentum of SGD", low=0, high=1)
     weight_decay: float = flag(0.0, "weight decay", "--weight-decay", "--wd", **flags.SCALE)

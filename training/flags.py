@@ -73,7 +73,7 @@ class DataSet(Settings):
 class Batch(Settings):
     """batches and seed"""
 
-    batch_size: int = flag(128, "images, or windows of text, per step", "--batch-size", "-b", low=1)
+    batch_size: int = flag(128, "images, or windows of text, a step", "--batch-size", "-b", low=1)
     randomseed: int = flag(
         1, "seed of all randomness", "--randomseed", "--seed", low=0, high=2**31 - 1
     )
@@ -83,26 +83,18 @@ class Batch(Settings):
 class Augmentation(Settings):
     """augmentation"""
 
-    randaugment: int = flag(
-        0, "strength of RandAugment, with two operations per image; 0: none", low=0, high=30
-    )
+    randaugment: int = flag(0, "strength of RandAugment (0: none)", low=0, high=30)
 
 
 @dataclass(kw_only=True)
 class TrainingSet(Augmentation):
     """training set"""
 
-    split: bool = free(  # this and the ratio: `held_out` says what must agree
-        False,
-        "hold out a part of the training set, drawn by --randomseed: SGD does not train on it, TWA "
-        "trains the coefficients on it alone",
-    )
-    val_ratio: float | None = free(10, "percent that is held out", type=percentage)
+    # Of these two, `held_out` says what must agree when a run is resumed.
+    split: bool = free(False, "hold out training images: TWA trains on them, SGD does not")
+    val_ratio: float | None = free(10, "percent held out, drawn by --randomseed", type=percentage)
     images: int | None = flag(
-        None,
-        "number of training images to use: the first ones, of an image folder a random sample "
-        "(default: all)",
-        low=1,
+        None, "training images to use: the first, or of a folder random ones (default: all)", low=1
     )
 
 
@@ -111,10 +103,7 @@ class Workers(Settings):
     """workers"""
 
     workers: int = free(
-        4,
-        "processes per rank that decode and augment an image folder; other data need none",
-        *("--workers", "--worker", "-j"),
-        low=0,
+        4, "processes per rank that decode image folders", "--workers", "--worker", "-j", low=0
     )
 
 
@@ -122,9 +111,7 @@ class Workers(Settings):
 class ImageFolder(Workers):
     """image folders"""
 
-    image_size: int | None = flag(
-        None, "height and width in pixels of the images that the model gets (default: 224)", low=1
-    )
+    image_size: int | None = flag(None, "height and width in pixels (default: 224)", low=1)
     strict_images: bool = free(False, "stop at an unreadable image instead of skipping it")
 
     def check(self):
@@ -148,15 +135,9 @@ class Training(Settings):
 class Recipe(Settings):
     """training recipe"""
 
-    warmup_epochs: float = flag(
-        0.0, "epochs over which the rate rises linearly; the schedule spans the others", low=0
-    )
-    label_smoothing: float = flag(
-        0.0, "share of a label that is spread over all classes", low=0, high=1
-    )
-    clip_grad: float | None = flag(
-        None, "maximum gradient norm (default: no clipping)", low=0, metavar="NORM"
-    )
+    warmup_epochs: float = flag(0.0, "epochs of linear warm-up, before the schedule", low=0)
+    label_smoothing: float = flag(0.0, "label smoothing", low=0, high=1)
+    clip_grad: float | None = flag(None, "maximum gradient norm (default: no clipping)", low=0)
 
     def check(self):
         epochs = min(self.epochs) if isinstance(self.epochs, tuple | list) else self.epochs
@@ -172,7 +153,7 @@ class Compute(Settings):
 
     print_freq: int = free(50, "iterations between lines", "--print-freq", "-p", low=1)
     device: str | None = free(None, "torch device (default: the accelerator, else cpu)")
-    amp: bool = flag(False, "bfloat16 autocast and channels_last memory format", "--amp", "--half")
+    amp: bool = flag(False, "bfloat16 autocast and channels_last", "--amp", "--half")
     compile: bool = free(False, "compile the model (torch.compile)")
 
 
@@ -185,10 +166,7 @@ class Run(Compute):
     tensorboard: bool = free(False, "also send metrics, and TWA's α, to TensorBoard")
     EXP: str = free("TWA", "name of the Weights & Biases run", "--EXP")
     resume: str | None = free(
-        None,
-        "resume from STATE; without a value from the run's own state, if there is one",
-        nargs="?",
-        metavar="STATE",
+        None, "resume from STATE, by default the run's own, if any", nargs="?", metavar="STATE"
     )
 
     def check(self):
@@ -199,11 +177,8 @@ class Run(Compute):
 class HeadStage(Batch, TrainingSet, Workers, Run):
     """folders"""
 
-    save_dir: str = free("save_temp", "folder of the checkpoints: SGD writes them, TWA reads them")
-    log_dir: str = free(
-        "save_temp",
-        "folder of SGD's log and metrics: TWA reads them, and writes its own beside them",
-    )
+    save_dir: str = free("save_temp", "folder of the checkpoints that SGD writes and TWA reads")
+    log_dir: str = free("save_temp", "folder of SGD's log and metrics, which TWA reads")
     evaluate: bool = free(False, EVALUATE, "--evaluate", "-e")
 
 
@@ -223,9 +198,7 @@ class Launch(Settings):
     rank: int = free(0, "number of this machine", low=0)
     dist_url: str | None = free(None, "where machines meet; torchrun has --rdzv_endpoint")
     dist_backend: str | None = free(None, "ignored: nccl for CUDA, gloo for the CPU")
-    multiprocessing_distributed: bool = free(
-        False, "a process per accelerator; for several of them use torchrun"
-    )
+    multiprocessing_distributed: bool = free(False, "for several accelerators use torchrun")
 
     def check(self):
         """Takes `--gpu` as the device; raises a `UserError` where torchrun is needed."""

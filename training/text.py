@@ -12,7 +12,6 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -206,9 +205,9 @@ def _files(data_dir: str | Path | None) -> tuple[Path, list[Path]]:
 
 
 def _prepared(root: Path, files: list[Path], vocabulary: Vocabulary) -> Path:
-    """The folder with the tokens of each part, written now unless they were before."""
+    """The folder with the tokens of each part, which are written unless it has them."""
     stats = [(str(path.relative_to(root)), path.stat()) for path in files]
-    # "hash": those of earlier versions do not tell the text's.
+    # "hash": the folders of earlier versions lack the text's.
     key = [str(root.resolve()), vocabulary.name, PARTS, "hash"]
     key += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twa"
@@ -216,27 +215,26 @@ def _prepared(root: Path, files: list[Path], vocabulary: Vocabulary) -> Path:
     if (folder / "complete").exists():
         return folder
     make_directory(folder)
+    pieces: dict[str, list[tuple[Path, slice]]] = {part: [] for part in PARTS}
     if len(files) == 1:
         content = files[0].read_bytes()
         if not content:
             raise UserError(f"{root}: is empty")
-        edges = [round(len(content) * (1 - share)) for share in (0, *PARTS.values())]
-        # A cut in the middle of a character would make text of it that is none.
-        edges = [_start_of_character(content, edge) for edge in edges]
-        pieces = {
-            part: [(files[0], content[low:high])]
-            for part, high, low in zip(PARTS, edges, edges[1:], strict=False)
-        }
+        # A cut inside a character would leave two pieces that are not UTF-8.
+        cuts = (round(len(content) * (1 - share)) for share in (0, *PARTS.values()))
+        edges = [_start_of_character(content, cut) for cut in cuts]
+        for part, high, low in zip(PARTS, edges, edges[1:], strict=False):
+            pieces[part].append((files[0], slice(low, high)))
     else:
-        pieces = {part: [] for part in PARTS}
         for path in files:
-            pieces[part_of(path.relative_to(root).as_posix())].append((path, None))
+            name = path.relative_to(root).as_posix()
+            pieces[part_of(name)].append((path, slice(None)))
     digest = hashlib.sha256()
-    for part, contents in pieces.items():
+    for part, of_part in pieces.items():
         size = 0
         with replacing(folder / f"{part}.tokens") as temporary, open(temporary, "wb") as out:
-            for path, content in contents:
-                content = path.read_bytes() if content is None else content
+            for path, piece in of_part:
+                content = path.read_bytes()[piece]
                 out.write(vocabulary.encode(content, path).tobytes())
                 digest.update(content)
                 size += len(content)
@@ -289,20 +287,19 @@ class Loader(data.Loader):
     def labels_in(self, batch: int) -> int:
         return self.images_in(batch) * self.split.spec.context
 
-    @cached_property
-    def bits(self) -> float:
-        """Bits per byte for each nat per token."""
-        return len(self.split.tokens) / self.split.size / math.log(2)
-
     def measures(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics of text: loss in nats per token, bits per byte, perplexity."""
         loss = metrics["loss"]
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"loss": loss, "bits_a_byte": loss * self.bits, "perplexity": perplexity}
+        bits = loss * (len(self.split.tokens) / self.split.size / math.log(2))
+        return {"loss": loss, "bits_a_byte": bits, "perplexity": perplexity}
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        context = self.split.spec.context
-        starts = self._starts()
+        context, starts = self.split.spec.context, np.arange(self.count) * self.split.spec.context
+        if self.train:
+            draws = data.generator(f"{self.seed}/{self.epoch}")
+            last = len(self.split.tokens) - context
+            starts = torch.randint(last, (self.count,), generator=draws).numpy()
         for part in parts:
             places = starts[part, None] + np.arange(context + 1)
             windows = torch.from_numpy(self.split.tokens[places].astype(np.int64))
@@ -310,12 +307,3 @@ class Loader(data.Loader):
                 windows = windows.pin_memory()
             windows = windows.to(self.device, non_blocking=True)
             yield windows[:, :-1], windows[:, 1:].flatten()
-
-    def _starts(self) -> np.ndarray:
-        """The place at which each window of the epoch begins, int64 [count]."""
-        context = self.split.spec.context
-        if not self.train:
-            return np.arange(self.count) * context
-        draws = data.generator(f"{self.seed}/{self.epoch}")
-        last = len(self.split.tokens) - context
-        return torch.randint(last, (self.count,), generator=draws).numpy()
