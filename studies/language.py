@@ -60,9 +60,9 @@ class LanguageBench(Bench):
                 *("--test-every", 2000, "--batch-size", BATCH, "--lr", RATE, "--amp"),
                 *("--seed", seed, "--arch", "gpt", "--device", "cpu", "--resume", *where),
             )
-        train, test = text.load(folder, text.Vocabulary(), text.CONTEXT)
+        train, validation, test = text.load(folder, text.Vocabulary(), text.TextSettings.context)
         self.test = Evenly(test, TESTED)
-        self.validation = Evenly(train.held_out, TUNED_ON)
+        self.validation = Evenly(validation, TUNED_ON)
         # Other draws than the run's, whose text it has seen just before.
         drawn = {"train": True, "steps": max(BUDGETS), "seed": 1000 + seed, "device": CPU}
         super().__init__("gpt", text.Loader(train, BATCH, **drawn), seed)

@@ -101,9 +101,9 @@ class SafetyBench(Bench):
 
     def _text(self, seed: int, data_dir: Path) -> tuple[data.Loader, list[data.Loader]]:
         case = self.case
-        training, test = text.load(None, text.Vocabulary(), text.CONTEXT)
+        training, validation, test = text.load(None, text.Vocabulary(), text.TextSettings.context)
         drawn = {"train": True, "steps": case.images // case.batch, "seed": seed, "device": CPU}
-        judges = ((training.held_out, case.held_out), (test, case.test))
+        judges = ((validation, case.held_out), (test, case.test))
         judges = [Evenly(split, windows) for split, windows in judges]
         return text.Loader(training, case.batch, **drawn), judges
 

@@ -3,7 +3,6 @@
 A transformer has no batch norm, so that several ranks compute what one does; PreResNet20 has.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from processes import in_child, on_ranks
 from torch import nn
 
 import models
-from training import data, parallel
+from training import data, parallel, settings
 from training.loop import evaluate
 from twa.files.checkpoints import load_into
 from utils import UserError
@@ -213,16 +212,14 @@ def test_a_batch_that_does_not_divide_is_refused_in_a_line(tmp_path):
 
 def layout(monkeypatch, *flags: str, ranks: int = 8, on_each: int | None = 4, free: float = 1e9):
     """The layout that so many ranks choose for 10^6 weights and eleven checkpoints."""
-    parser = argparse.ArgumentParser()
-    parallel.add_arguments(parser)
-    args = parser.parse_args([*flags])
+    args = settings.parser_of(parallel.Parallel).parse_args([*flags])
     vars(args).update(clip_grad=None, extract="PCA", components=None, bits=32)
     for name, value in (("launched", True), ("world", ranks), ("local_world", on_each)):
         monkeypatch.setattr(parallel.ranks, name, lambda value=value: value)
     monkeypatch.setattr(parallel.ranks, "gather", lambda own: [own or 1, own or 2])
     monkeypatch.setattr(parallel.ranks, "shard", lambda *_: None)
     monkeypatch.setattr(parallel, "init_device_mesh", lambda *_, **__: MagicMock())
-    monkeypatch.setattr(parallel.windows, "listed", lambda _: range(11))
+    monkeypatch.setattr(parallel.windows, "Window", lambda _: range(11))
     monkeypatch.setattr(parallel, "free_memory", lambda _: free * (on_each or 1))
     return parallel.Layout(args)
 

@@ -51,7 +51,7 @@ from test_scripts import (
 
 import models
 import twa
-from training import data, report, windows
+from training import data, report, settings, windows
 from training import run as runs
 from training.files import save
 from training.run import lock, run_script
@@ -812,21 +812,12 @@ LONG = {"--epochs", "--models", "--seed"}
 def flags_of(script: str) -> list[argparse.Action]:
     """What the parser of a script knows."""
 
-    class Seen(BaseException):
-        pass
-
-    def seen(parser, *_):
-        raise Seen(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", seen)
-        path = list(sys.path)
-        try:
-            runpy.run_path(str(ROOT / script), run_name="script")["parse_arguments"]()
-        except Seen as parser:
-            actions = parser.args[0]._actions
-        finally:
-            sys.path[:] = path
+    path = list(sys.path)
+    try:
+        kind = runpy.run_path(str(ROOT / script), run_name="script")["Settings"]
+    finally:
+        sys.path[:] = path
+    actions = settings.parser_of(kind)._actions
     return [action for action in actions if action.dest != "help"]
 
 

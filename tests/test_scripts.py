@@ -26,7 +26,7 @@ from processes import ROOT, Result
 
 import models
 import utils
-from training import coefficients, data, logs
+from training import coefficients, data, logs, settings
 from training.files import save
 from training.loop import evaluate, reestimate_bn, sample_loss
 from twa.files.checkpoints import average, load_into, load_state_dict
@@ -383,9 +383,10 @@ def test_the_default_rate_trains(run, flags):
     ("words", "samples", "rate", "unit"),
     [
         ("", math.inf, 0.0566, "direction"),
-        ("--opt Adam", 8000, 0.0566, "direction"),
+        ("", 8000, 0.08, "block"),
+        ("--opt Adam --granularity model", 8000, 0.0566, "direction"),
         ("--opt SGD --granularity layer", 8000, 0.1, "direction"),
-        ("--lr 0.3", 8000, 0.3, "direction"),
+        ("--lr 0.3", 8000, 0.3, "block"),
         ("--granularity layer", math.inf, 0.0566, "direction"),
         ("--granularity layer", 8000, 0.08, "block"),
         ("--granularity channel --opt Adam", 8000, 0.08, "block"),
@@ -397,9 +398,8 @@ def test_the_default_rate_trains(run, flags):
 def test_rate_and_unit_that_are_left_out_are_those_for_steps_and_samples(
     words, samples, rate, unit
 ):
-    parser = argparse.ArgumentParser()
-    coefficients.add_arguments(parser, "linear")
-    args = coefficients.check_arguments(parser.parse_args(words.split()))
+    parser = settings.parser_of(coefficients.Coefficients)
+    args = coefficients.Coefficients(**vars(parser.parse_args(words.split())))
     window = [torch.nn.Linear(3, 2).state_dict() for _ in range(3)]
     many = {"steps": 200, "samples": samples}
     optimizer = coefficients.optimizer_of(args, torch.nn.Linear(3, 2), window, **many)
@@ -802,7 +802,7 @@ def test_odd_values_are_refused(run, script, flags, words):
 def test_help_tells_the_defaults_that_there_are(script):
     told = " ".join(succeed(call(script, "--help")).out.split())
     assert "seed of all randomness (default: 1)" in told
-    assert "left out" in told
+    assert "(default: the accelerator, else cpu)" in told
     assert "None" not in told
 
 

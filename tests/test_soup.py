@@ -172,7 +172,7 @@ def test_runs_of_other_settings_are_not_mixed(folder, capsys):
 def test_a_run_that_diverges_is_left_out(folder, tmp_path, capsys):
     paths = ["--base", folder / "base/3.pt", "--save-dir", tmp_path]
     call(finetune, *DIGITS, *HELD_OUT, *paths, "--lr", 1e30, 0.01, "--epochs", 2)
-    assert "001.pt is left out" in capsys.readouterr().out
+    assert "001.pt diverged" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("*.pt")] == ["002.pt"]
     assert [bool(r["validation"]) for r in lines_of(tmp_path / "runs.jsonl")] == [False, True]
 
@@ -297,7 +297,7 @@ def test_the_help_says_the_rate_that_many_steps_have(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call(soup, "--help")
     told = " ".join(capsys.readouterr().out.split())
-    assert "left out, direction" in told and "with --extract PCA: 0.02; for SGD 0.1" in told
+    assert "(default: direction)" in told and "(default with PCA: 0.02; for SGD 0.1)" in told
 
 
 def test_a_solution_is_made_unless_it_is_there_with_the_same_settings(tmp_path):

@@ -1,11 +1,9 @@
-"""What every training script does: set up, train an epoch, evaluate, re-estimate batch norm."""
+"""What every training script does: train an epoch, evaluate, re-estimate batch norm."""
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,13 +13,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-import models
-from training import data, image_folders, ranks, text
+from training import data, ranks, text
 from training.logs import format_metric
 from training.optimizers import schedule_of
 from twa import TWA
 from twa.files.checkpoints import NotFiniteError
-from utils import UserError, choose_device
+from utils import UserError
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
@@ -33,102 +30,27 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def set_up(
-    args: argparse.Namespace,
-    on_held_out: bool = False,
-    shard: Callable[[nn.Module, torch.device], bool] | None = None,
-) -> tuple[nn.Module, data.Loader, data.Loader]:
-    """The model and the loaders of the training and the test set that the arguments ask for.
-
-    Under `torchrun` the ranks meet here, and each has its share of every batch.
-
-    Args:
-        on_held_out: with `--split`, whether the training set is the part that is held out, and not
-            the rest.
-        shard: shards the model among the ranks on the device, or does not, and says whether it
-            did; None: each rank has a whole one.
-
-    Raises:
-        UserError: the device, the data set or a package is not to be had, the architecture cannot
-            take images of this size, or the batch does not divide among the ranks.
-    """
-    device = choose_device(args.device, ranks.local_rank() if ranks.launched() else None)
-    ranks.start(device)
-    among = {"rank": ranks.rank(), "world": ranks.world()}
-    if args.batch_size % among["world"]:
-        raise UserError(
-            f"--batch-size {args.batch_size}: does not divide among {among['world']} ranks; "
-            f"give a multiple of {among['world']}"
-        )
-    train_set, test_set, loader, test_batch_size = data_of(args, device)
-    if args.split:
-        rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
-        train_set = held_out if on_held_out else rest
-    train_set = train_set.part(slice(args.images))
-    augment = {}
-    if args.datasets != text.NAME:
-        among["channels_last"] = args.amp
-        augment["randaugment"] = args.randaugment
-    seed = args.randomseed
-    train = loader(train_set, args.batch_size, train=True, seed=seed, **augment, **among)
-    test = loader(test_set, test_batch_size, train=False, **among)
-    model = build(args.arch, train_set.spec, device, args.amp, args.compile, shard)
-    return model, train, test
-
-
-def data_of(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[data.Split, data.Split, Callable[..., data.Loader], int]:
-    """The training and the test set, what makes a loader of either, and a batch size for the test.
-
-    Raises:
-        UserError: the data set is not to be had.
-    """
-    if args.datasets == image_folders.NAME:
-        splits = image_folders.load(args.data_dir, args.image_size)
-        decoding = {"workers": args.workers, "strict": args.strict_images}
-        loader = partial(image_folders.Loader, device=device, **decoding)
-        return *splits, loader, args.batch_size
-    if ranks.local_rank() > 0:
-        ranks.barrier()  # until the first rank of the machine has written what is missing
-    if args.datasets == text.NAME:
-        vocabulary = text.Vocabulary.read(args.tokenizer)
-        splits = text.load(args.data_dir, vocabulary, args.context)
-        loader = partial(text.Loader, device=device, steps=args.epoch_steps)
-        test_batch_size = args.batch_size
-    else:
-        splits = data.load(args.datasets, args.data_dir, device)
-        loader, test_batch_size = data.Loader, 1000
-    if ranks.local_rank() == 0:
-        ranks.barrier()
-    return *splits, loader, test_batch_size
-
-
 def build(
-    name: str,
+    arch: str,
     spec: data.Spec | text.Spec,
     device: torch.device,
     amp: bool = False,
     compiled: bool = False,
     shard: Callable[[nn.Module, torch.device], bool] | None = None,
 ) -> nn.Module:
-    """The model of this name for a data set, on `device`.
+    """The model of this name for a data set, freshly initialised, on `device`.
 
     Args:
-        amp: whether it is laid out for bfloat16, its channels last.
+        amp: whether it is laid out for bfloat16, with its channels last.
         compiled: whether it is compiled.
-        shard: as of `set_up`.
+        shard: shards the model among the ranks on the device, or does not, and says whether it
+            did; None: each rank has a whole one.
 
     Raises:
-        UserError: as `models.build`.
+        UserError: the architecture is not known, or does not take such samples.
     """
-    if spec.name == text.NAME:
-        model = models.gpt.build(name, spec.vocabulary.size, spec.context)
-    elif spec.name == image_folders.NAME and ":" not in name:
-        model = models.imagenet.build(name, spec.classes, spec.size)
-    else:
-        model = models.build(name, spec.classes, spec.channels, spec.size)
-    if not (shard and shard(model, device)):  # FSDP2 takes contiguous weights only.
+    model = spec.model(arch)
+    if not (shard and shard(model, device)):  # FSDP2 takes contiguous weights only
         model.to(device, memory_format=torch.channels_last if amp else torch.contiguous_format)
     if compiled:
         model.compile()
@@ -405,13 +327,13 @@ def predict(
 def reestimate_bn(
     model: nn.Module, train: data.Loader, amp: bool = False, images: int | None = None
 ) -> None:
-    """Batch norm's running statistics, made anew for the weights that `model` holds.
+    """Re-estimates batch norm's running statistics for the current weights of `model`.
 
-    Always over the draws of epoch 0, which no training uses: the same weights get the same
-    statistics whatever was trained before, and on however many ranks.
+    The images are those of epoch 0, which no training uses: the same weights get the same
+    statistics whatever was trained before, on any number of ranks.
 
     Args:
-        images: how many to take, in whole batches; all of them if None.
+        images: how many to take, in whole batches; None for all of them.
     """
     train.set_epoch(0)
     count = len(train)
@@ -425,14 +347,14 @@ def reestimate_bn(
 def sample_loss(
     model: nn.Module, train: data.Loader, amp: bool = False, last: bool = False
 ) -> float:
-    """The loss in nats on `train.sample` images of epoch 0, whose draws no training uses.
+    """The loss in nats on `train.sample` images of epoch 0, which no training uses.
 
-    Batch norm is re-estimated on the first ones. What a start or an end point is chosen by: test
-    data choose nothing.
+    Batch norm is re-estimated on the first ones. Start and end points are chosen by this loss, as
+    test data choose nothing.
 
     Args:
-        last: on the last images in place of the first. The best of many start points is too good
-            on the images that it was chosen by to be compared there with an end point.
+        last: use the last images instead of the first. The best of many start points is biased on
+            the images that chose it, and is compared with an end point on others.
     """
     reestimate_bn(model, train, amp, train.sample)
     count = min(len(train), math.ceil(train.sample / train.batch_size))
@@ -444,13 +366,3 @@ def describe(metrics: dict[str, float]) -> str:
     """The metrics in one line: `loss 0.1234 accuracy 95.12 % top-5 99.87 %`."""
     names = {"top5_accuracy": "top-5", "bits_a_byte": "bits a byte"}
     return " ".join(f"{names.get(key, key)} {format_metric(key, v)}" for key, v in metrics.items())
-
-
-def skipped_images(*loaders: data.Loader) -> str | None:
-    """A line that counts the images that any rank skipped and names the first, or None."""
-    mine = set().union(*(loader.skipped for loader in loaders))
-    files = sorted(set().union(*ranks.gather(mine)))
-    if not files:
-        return None
-    more = ", …" if len(files) > 5 else ""
-    return f"skipped {len(files)} images that cannot be read: {', '.join(files[:5])}{more}"

@@ -7,6 +7,7 @@ within each machine and replicated between machines.
 
 import argparse
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,25 +15,29 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
+from training.settings import Settings, free
 from twa.storage.memory import Plan, free_memory
 from utils import UserError
 
 STRATEGIES = ("replicate", "hybrid", "shard")  # from the least traffic to the least memory
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("under torchrun").add_argument
-    add(
-        "--parallel",
-        default="auto",
+@dataclass(kw_only=True)
+class Parallel(Settings):
+    """under torchrun"""
+
+    parallel: str = free(
+        "auto",
+        "what a rank holds of model and basis: all (replicate), a shard (shard), or a shard within "
+        "its machine (hybrid); auto: the first of replicate, hybrid and shard for which half of "
+        "the free memory is enough",
         choices=("auto", *STRATEGIES),
-        help="what a rank holds of model and basis: all (replicate), a shard (shard), a shard "
-        "within its machine (hybrid); auto: the first of replicate, hybrid and shard for which "
-        "half of the free memory is enough",
     )
-    reshard_help = "of a sharded model, gather the weights of a block once more for its backward "
-    reshard_help += "pass: for models that one device cannot hold"
-    add("--reshard-after-forward", action="store_true", help=reshard_help)
+    reshard_after_forward: bool = free(
+        False,
+        "gather a sharded model's weights once more for the backward pass, for models that one "
+        "device cannot hold",
+    )
 
 
 class Layout:
@@ -85,7 +90,7 @@ class Layout:
         if args.parallel != "auto":
             return args.parallel, "as asked for"
         weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        plan = Plan(len(windows.listed(args)), args.extract, args.components, args.bits, device)
+        plan = Plan(len(windows.Window(args)), args.extract, args.components, args.bits, device)
         # Beside the basis: weights, gradient, start point and one more vector, in float32.
         needed = plan.build_bytes(weights) + 4 * 4 * weights
         sharing = ranks.local_world() if device.type == "cpu" else 1
@@ -111,8 +116,10 @@ class Layout:
         return why
 
     @property
-    def line(self) -> str:
-        """A line for the log."""
+    def line(self) -> str | None:
+        """A line for the log; None for a single process."""
+        if ranks.world() == 1:
+            return None
         return f"parallel: {self.strategy} on {ranks.world()} ranks ({self._why})"
 
 

@@ -107,6 +107,12 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def print_once(*lines: str | None) -> None:
+    """Prints on the first rank the lines that are not None."""
+    if rank() == 0:
+        print(*filter(None, lines), sep="\n")
+
+
 def barrier() -> None:
     """Waits until all ranks are here."""
     if dist.is_initialized():

@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from training import flags, text
-from training.files import read_json, read_lines, replacing
+from training import flags, ranks
+from training.files import read_json, read_lines, replacing, write_json
 from training.logs import format_metric
 from utils import UserError
 
@@ -43,7 +43,7 @@ class SGDRun:
             UserError: they are damaged, or of a run on text where `unit` is "epochs", or on images.
         """
         arguments = read_json(log_dir / "run.json").get("arguments", {})
-        on_text = arguments.get("datasets") == text.NAME
+        on_text = arguments.get("datasets") == flags.TEXT
         if arguments and on_text != (unit == "steps"):
             its, wanted = ("text", "images") if on_text else ("images", "text")
             raise UserError(f"{log_dir}: is of a run on {its}; give the folder of one on {wanted}")
@@ -119,6 +119,33 @@ class SGDRun:
         last = self.metrics[-1]["epoch"] * self.saves_per_epoch if self.metrics else None
         path = save_dir / f"{last}.pt"
         return path if path.exists() else None
+
+
+def write_results(folder: Path, results: dict, sgd: SGDRun, task) -> str | None:
+    """Writes `twa.json` and `twa.png`, on the first rank; returns the table and what was written.
+
+    Args:
+        results: of a TWA run, with "results", the solutions by name; "averaging_weights", α by the
+            path of each checkpoint; and "sgd", the end of the run of all weights.
+    """
+    if ranks.rank() > 0:
+        return None
+    solutions, full = dict(results["results"]), results["sgd"]
+    alpha = {Path(path).name: a for path, a in results["averaging_weights"].items()}
+    write_json(results | {"averaging_weights": alpha}, folder / "twa.json")
+    figure(
+        folder / "twa.png",
+        task.title,
+        curves=sgd.curves,
+        points={name: (s[task.unit], s[task.quality]) for name, s in solutions.items()},
+        averaging_weights=alpha,
+        loss=task.quality == "loss",
+    )
+    spent = solutions["last"][task.unit]
+    if full and spent is not None and full[task.unit] > spent:
+        solutions[f"{task.baseline} to its end"] = full
+    written = ", ".join(str(folder / f"twa.{kind}") for kind in ("pt", "json", "png"))
+    return f"{table(solutions)}\nwritten: {written}"
 
 
 def more(spent: Mapping[str, float | None], **further: float) -> dict[str, float | None]:

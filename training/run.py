@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from training import data, flags, ranks
+from training import flags, ranks
 from training.files import on_cpu, read_json, remove_leftovers, save
 from training.logs import RunLog, check_trackers
-from training.loop import Trainer, device_of
+from training.loop import Trainer
 from training.signals import Signals, Stopped, ignore
+from training.tasks import Task
 from twa.files.checkpoints import check_finite, load_into
 from twa.files.formats import CheckpointError, load, one_line, verify
 from utils import UserError, make_directory
@@ -143,8 +144,9 @@ class Run:
     """Context of a run: its folder is locked, and it can be stopped at any time and resumed.
 
         with Run(args, args.out, "--out", prefix="twa_") as run:
-            model, train, test = …
-            run.set_data(model, train, test)
+            task = tasks.of(args)
+            model = task.build()
+            run.set_task(task, model)
             measured = run.once("averages", measure, window)
             run.restore(trainer)
             run.start("a line for the log")
@@ -222,19 +224,19 @@ class Run:
                     f"run has {key} {value}; give that, or another {self._flag} to start anew"
                 )
 
-    def set_data(self, model: nn.Module, train: data.Loader, test: data.Loader) -> None:
-        """Names what the run is about; called before anything is measured.
+    def set_task(self, task: Task, model: nn.Module) -> None:
+        """Takes the data and the model; called before anything is measured.
 
         On a signal all ranks then stop within a few batches of what is measured on these data.
 
         Raises:
             UserError: the state to resume from, or one that would be replaced, is of other data.
         """
-        self._model, self._device = model, device_of(model)
-        train.watch = test.watch = self._watch
+        self._model, self._device = model, task.device
+        task.train.watch = task.test.watch = self._watch
         if self._evaluates:
             return
-        self._settings["data_dir"] = train.split.spec.content  # what they are, not where they lie
+        self._settings["data_dir"] = task.training.spec.content  # what they are, not where they lie
         if self._saved:
             self._check(self._saved)
             self._results = self._saved["results"]
@@ -336,8 +338,8 @@ class Run:
     def is_before_first_step(self) -> bool:
         return self.done == self._first_epoch and self._trainer.progress.iteration == 0
 
-    def start(self, *lines: str) -> None:
-        """Opens the log with `lines`, and saves the state if no step is done yet.
+    def start(self, *lines: str | None) -> None:
+        """Opens the log with `lines`, those that are not None, and saves the state if no step is done yet.
 
         A script with `--overwrite` removes the checkpoints of an earlier run.
 
