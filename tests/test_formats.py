@@ -25,7 +25,7 @@ from test_checkpoints import Trap, refusal
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-import twa.files.checkpoints
+import twa.files.states
 from training.states import save_state
 from twa import TWA, Subspace, best_start
 from twa.files.checkpoints import (
@@ -206,10 +206,12 @@ def test_buffers_and_frozen_parameters_that_are_missing_keep_the_models_values()
 
 def test_what_only_some_checkpoints_hold_is_not_in_their_mean():
     window = [state_of(1), state_of(2), state_of(3)]
-    del window[1]["body.1.running_mean"]
+    del window[1]["frozen.weight"], window[1]["body.1.running_mean"]
     means = dict(zip((1, 2, 3), last_means(window, (1, 2, 3), net()), strict=True))
-    held = {count: "body.1.running_mean" in mean for count, mean in means.items()}
-    assert held == {1: True, 2: False, 3: False}
+    there = {count: "frozen.weight" in mean for count, mean in means.items()}
+    assert there == {1: True, 2: False, 3: False}
+    for mean in means.values():  # a buffer, which is the last one's
+        assert torch.equal(mean["body.1.running_mean"], window[2]["body.1.running_mean"])
 
 
 def test_a_model_without_trainable_parameters_needs_all_its_parameters():
@@ -254,9 +256,8 @@ def test_another_architecture_is_refused_before_a_tensor_is_read(tmp_path, monke
     good, bad = state_of(1), net(2, width=5).state_dict()
     window = [WRITERS[source](tmp_path / name, s) for name, s in (("a", good), ("b", bad))]
     monkeypatch.setattr("twa.storage.columns.tensor_of", lambda value: pytest.fail("read a tensor"))
-    monkeypatch.setattr(
-        "twa.files.checkpoints.tensor_of", lambda value: pytest.fail("read a tensor")
-    )
+    for module in ("checkpoints", "fit", "states", "loaders"):
+        monkeypatch.setattr(f"twa.files.{module}.tensor_of", lambda value: pytest.fail("read one"))
     name = "checkpoints[1]" if source == "memory" else str(tmp_path / "b")
     for fails in (
         lambda: Subspace(net(), window),
@@ -317,13 +318,13 @@ def test_a_checkpoint_is_opened_once_unless_it_would_take_memory(
     """Those of torch < 1.6 cannot be mapped."""
     window = [WRITERS[source](tmp_path / str(seed), state_of(seed)) for seed in (1, 2, 3)]
     opened = Counter()
-    load = twa.files.checkpoints.load
+    load = twa.files.states.load
 
     def counting(path):
         opened[path] += 1
         return load(path)
 
-    monkeypatch.setattr("twa.files.checkpoints.load", counting)
+    monkeypatch.setattr("twa.files.states.load", counting)
     Subspace(net(), window)
     assert opened == dict.fromkeys(window, times)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from training import ranks
 from training.signals import Signals, Stopped, ignore
-from twa.files.formats import CheckpointError, one_line
+from twa.files.reading import CheckpointError, one_line
 from utils import UserError
 
 

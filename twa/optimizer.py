@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twa.files.checkpoints import Checkpoint, average, listed, load_into
+from twa.files.checkpoints import Checkpoint, average, check_window, load_into
 from twa.ranks.replicas import Replicas
 from twa.ranks.sharding import local
 from twa.subspace import UNITS, Subspace
@@ -159,7 +159,7 @@ class TWA(torch.optim.Optimizer):
         defaults = base([nn.Parameter(torch.zeros(1))], **base_arguments).defaults
         if not radius > 0:
             raise ValueError(f"radius must be larger than 0, not {radius!r}")
-        self._model, self._checkpoints = model, listed(model, checkpoints)
+        self._model, self._checkpoints = model, check_window(model, checkpoints)
         if not (start is None or start is model or isinstance(start, Checkpoint)):
             raise TypeError(
                 f"start is a path, a state_dict or the model itself, not a {type(start).__name__} "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from twa.files.checkpoints import Checkpoint, average, last_means, listed, load_into
+from twa.files.checkpoints import Checkpoint, average, check_window, last_means, load_into
 
 
 def best_start(
@@ -42,7 +42,7 @@ def best_start(
         CheckpointError: as `twa.files.checkpoints.average`.
         ValueError: there are no checkpoints, or one is the model's own `state_dict`, uncopied.
     """
-    checkpoints = listed(model, checkpoints)
+    checkpoints = check_window(model, checkpoints)
     modes = [(module, module.training) for module in model.modules()]
     losses: dict[float, float] = {}
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from twa import extraction
-from twa.files.checkpoints import Checkpoint, listed
+from twa.files.checkpoints import Checkpoint, check_window
 from twa.ranks.replicas import Replicas
 from twa.ranks.sharding import first_row, local
 from twa.storage.columns import Blocks, Columns
@@ -114,7 +114,7 @@ class Subspace:
         unit: str = "direction",
         process_group: dist.ProcessGroup | None = None,
     ):
-        checkpoints = listed(model, checkpoints)
+        checkpoints = check_window(model, checkpoints)
         _check_arguments(checkpoints, extract, components, bits, granularity, unit)
         self._extract, self._granularity, self.unit = extract, granularity, unit
         self._columns = Columns(model)

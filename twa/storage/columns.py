@@ -13,8 +13,8 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from twa.files.checkpoints import Fit
-from twa.files.formats import Stored, tensor_of
+from twa.files.fit import Fit
+from twa.files.reading import Stored, tensor_of
 from twa.ranks.sharding import Ranks, first_row, local, part
 
 

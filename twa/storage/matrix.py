@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twa.files.formats import one_line
+from twa.files.reading import one_line
 from twa.storage.columns import Blocks
 
 # Columns of a tile at 32 bits: a longer matrix-vector product would use one core only.

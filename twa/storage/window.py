@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from twa.files.checkpoints import Checkpoint, CheckpointError, name_of
-from twa.files.formats import mapped
+from twa.files.reading import mapped
 from twa.ranks.replicas import hash_of
 from twa.storage.columns import Blocks, Columns
 
