@@ -68,7 +68,7 @@ def sums() -> Iterator[str]:
 
 def coefficients(model: nn.Module, granularity: str, height: int) -> int:
     """How many there are: a block has as many as directions, or as weights if these are fewer."""
-    blocks, _ = Columns(model).blocks(granularity)
+    blocks = Columns(model, granularity).blocks
     return sum(group.count * min(height, group.width) for group in blocks)
 
 

@@ -74,7 +74,7 @@ def main():
     train_loader, held_out = accelerator.prepare(*loaders())
     plain = NextByte().to(accelerator.device)
 
-    # An ordinary run leaves the window of checkpoints. Its rate stays constant.
+    # An ordinary run at a constant learning rate leaves the window of checkpoints.
     model, adamw = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=5e-3))
     for epoch in range(HEAD_EPOCHS):
         train_epoch(accelerator, model, train_loader, adamw)
@@ -94,7 +94,7 @@ def main():
     before = evaluate(accelerator, model, held_out)
     for _ in range(TWA_EPOCHS):
         train_epoch(accelerator, model, train_loader, optimizer, scheduler)
-        accelerator.save_state(folder / "state")  # `load_state` goes on from here.
+        accelerator.save_state(folder / "state")  # `load_state` resumes from here.
     after = evaluate(accelerator, model, held_out)
 
     alpha = optimizer.optimizer.averaging_weights()

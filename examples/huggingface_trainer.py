@@ -2,7 +2,8 @@
 
     python examples/huggingface_trainer.py [--report_to tensorboard]
 
-A small BERT, from its config, learns which package of Python's standard library 32 words are from.
+A small BERT, made from its config, learns which package of Python's standard library 32 words come
+from.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from twa import TWA, best_start
+from twa import Recipe
 
 HEAD_STEPS, SAVE_STEPS, TWA_STEPS = 400, 25, 60
 BATCH, WORDS, VOCABULARY = 32, 32, 1000
@@ -28,7 +29,7 @@ PACKAGES = ("asyncio", "email", "importlib", "logging", "multiprocessing", "unit
 
 
 def passages() -> list[dict]:
-    """32 words each, the rare ones as 0, and the number of the package that they are from."""
+    """32 words each, rare ones as 0, and the number of the package that they come from."""
     library = Path(tempfile.__file__).parent
     texts = [
         [
@@ -49,11 +50,12 @@ def passages() -> list[dict]:
 
 
 class TWATrainer(Trainer):
-    """Logs, to whatever `report_to` names, how much of each checkpoint the model holds."""
+    """Logs the weight of each checkpoint in the model, to whatever `report_to` names."""
 
     def log(self, logs, *arguments):
         if self.optimizer is not None:
-            alpha = self.optimizer.optimizer.averaging_weights()  # accelerate wraps the optimizer
+            twa = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+            alpha = twa.averaging_weights()
             logs = logs | {f"alpha/{i}": weight for i, weight in enumerate(alpha.tolist())}
         super().log(logs, *arguments)
 
@@ -89,7 +91,7 @@ def main():
             **others,
         )
 
-    # An ordinary run leaves the window of checkpoints. Its rate stays constant.
+    # An ordinary run at a constant learning rate leaves the window of checkpoints.
     constant = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     head = arguments("head", max_steps=HEAD_STEPS, **constant)
     Trainer(model, head, train_dataset=train).train()
@@ -97,9 +99,7 @@ def main():
         folder / "head" / f"checkpoint-{i}" for i in range(200, HEAD_STEPS + 1, SAVE_STEPS)
     ]
 
-    # The Trainer makes the optimizer and hands it the model and these, its own rate left aside.
-    # By default the rate falls linearly.
-    options = {"model": model, "checkpoints": checkpoints, "lr": 0.02}
+    # The Trainer takes the recipe's optimizer; by default its learning rate decays linearly.
     trainer = TWATrainer(
         model,
         arguments("twa", max_steps=TWA_STEPS),
@@ -108,13 +108,19 @@ def main():
         compute_metrics=lambda found: {
             "accuracy": (found.predictions.argmax(1) == found.label_ids).mean()
         },
-        optimizer_cls_and_kwargs=(TWA, options),
     )
-    start, _ = best_start(model, checkpoints, lambda: trainer.evaluate(validation)["eval_loss"])
-    options["start"] = start
-    model.load_state_dict(start)
+    recipe = Recipe(
+        model,
+        checkpoints,
+        lambda: trainer.evaluate(validation)["eval_loss"],
+        steps=TWA_STEPS,
+        samples=len(validation),
+        granularity="model",
+    )
+    trainer.optimizer = recipe.optimizer()
     before = trainer.evaluate()
     trainer.train()
+    recipe.finish()
     after = trainer.evaluate()
     print(
         f"held-out loss {before['eval_loss']:.4f} -> {after['eval_loss']:.4f}, "

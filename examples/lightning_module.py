@@ -2,7 +2,7 @@
 
     python examples/lightning_module.py
 
-SGD on scikit-learn's Digits leaves a `.ckpt` an epoch; TWA trains their average on.
+SGD on scikit-learn's Digits saves a `.ckpt` after each epoch; TWA trains their average.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ HEAD_EPOCHS, TWA_EPOCHS = 8, 4
 
 
 class Digits(lightning.LightningModule):
-    """SGD, or TWA where it is given checkpoints: the rest does not change."""
+    """Trains by SGD, or by TWA if it is given checkpoints; the rest does not change."""
 
     def __init__(self, checkpoints: list[Path] | None = None, steps: int = 0):
         super().__init__()
@@ -39,7 +39,7 @@ class Digits(lightning.LightningModule):
     def configure_optimizers(self):
         if self.checkpoints is None:
             return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-        optimizer = TWA(self, self.checkpoints)  # Its start point is the checkpoints' mean.
+        optimizer = TWA(self, self.checkpoints)  # It starts from the checkpoints' mean.
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, self.steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -73,7 +73,7 @@ def main():
     folder = Path(tempfile.mkdtemp())
     train_loader, held_out = loaders()
 
-    # An ordinary run leaves the window of checkpoints. Its rate stays constant.
+    # An ordinary run at a constant learning rate leaves the window of checkpoints.
     trainer(folder / "head", HEAD_EPOCHS).fit(Digits(), train_loader)
     checkpoints = sorted((folder / "head").glob("*.ckpt"))[1:]
 
@@ -84,8 +84,8 @@ def main():
     model = Digits()
     model.load_state_dict(average(checkpoints, model))
     before = evaluate(model)
-    # The gradient of the model is clipped, before TWA projects it. After two epochs the run stops,
-    # and is resumed: the Trainer restores the model and TWA's coefficients.
+    # The Trainer clips the gradient of the model before TWA projects it. After two epochs the run
+    # stops and is resumed: the Trainer restores the model and TWA's coefficients.
     for epochs, path in ((2, None), (TWA_EPOCHS, folder / "twa" / "epoch=01.ckpt")):
         model = Digits(checkpoints, TWA_EPOCHS * len(train_loader))
         clipped = trainer(folder / "twa", epochs, gradient_clip_val=1.0)

@@ -2,9 +2,10 @@
 
     python examples/lora.py
 
-A small Llama, from its config, learns the code of Python's standard library; several adapters, each
-trained at a rate of its own from a common start, fit it to the prose of the documentation. Then TWA
-trains their average on validation text. Averaged are the factors A and B, not the products BA.
+A small Llama, made from its config, learns the code of Python's standard library. Several adapters,
+each trained at another learning rate from a common start, fit it to the prose of the documentation.
+Then TWA trains their average on validation text. It averages the factors A and B, not the products
+BA.
 """
 
 import copy
@@ -15,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from twa import TWA, best_start
+from twa import Recipe
 
 BASE_STEPS, ADAPTER_STEPS, TWA_STEPS, BATCH, LENGTH = 150, 60, 40, 8, 64
 RATES = (5e-3, 7e-3, 1e-2, 1.4e-2)
@@ -77,7 +78,7 @@ def main():
         model.save_pretrained(folder)
         return model
 
-    # Several fine-tunings from one start leave adapters. Their rates stay constant.
+    # Several fine-tunings from one start, each at a constant learning rate, leave adapters.
     folder = Path(tempfile.mkdtemp())
     model = fitted(folder / "start", RATES[-1])
     start = copy.deepcopy(model.state_dict())
@@ -85,13 +86,15 @@ def main():
         alone = evaluate(fitted(folder / f"{i}", rate, start), test)
         print(f"adapter {i}: held out {alone:.4f}")
 
-    # One more is trained: their average. TWA starts from the best of the simple ones.
+    # TWA trains their average. It starts from the best of the simple averages.
     checkpoints = [folder / f"{i}" for i in range(len(RATES))]
-    start, _ = best_start(model, checkpoints, lambda: evaluate(model, validation))
-    optimizer = TWA(model, checkpoints, start=start)
+    loss, samples = lambda: evaluate(model, validation), len(validation)
+    recipe = Recipe(model, checkpoints, loss, steps=TWA_STEPS, samples=samples)
+    optimizer = recipe.optimizer()
     before = evaluate(model, test)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, TWA_STEPS)
     train(model, validation, optimizer, TWA_STEPS, scheduler)
+    recipe.finish()
     after = evaluate(model, test)
     model.save_pretrained(folder / "twa")  # an adapter like the others
 

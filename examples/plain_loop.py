@@ -2,7 +2,7 @@
 
     python examples/plain_loop.py
 
-SGD on scikit-learn's Digits leaves a checkpoint an epoch; TWA trains their average on.
+SGD on scikit-learn's Digits saves a checkpoint after each epoch; TWA trains their average.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from twa import TWA, best_start
+from twa import Recipe
 
 HEAD_EPOCHS, TWA_EPOCHS, BATCH, ACCUMULATE = 8, 3, 32, 2
 
@@ -76,7 +76,7 @@ def main():
     train_loader, held_out = loaders()
     model = network().to(device)
 
-    # An ordinary run leaves the window of checkpoints. Its rate stays constant.
+    # An ordinary run at a constant learning rate leaves the window of checkpoints.
     folder = Path(tempfile.mkdtemp())
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -84,29 +84,29 @@ def main():
         train_epoch(model, train_loader, sgd, scaler)
         torch.save(model.state_dict(), folder / f"{epoch}.pt")
 
-    # TWA starts from the best of their simple averages, by the loss on training images, …
+    # The recipe starts from the average with the lowest loss on training images, …
     def training_loss() -> float:
         update_bn(train_loader, model, device)
         return evaluate(model, train_loader)[0]
 
     checkpoints = [folder / f"{epoch}.pt" for epoch in range(2, HEAD_EPOCHS)]
-    start, _ = best_start(model, checkpoints, training_loss)
-    optimizer = TWA(model, checkpoints, start=start)
+    steps = TWA_EPOCHS * (len(train_loader) // ACCUMULATE)
+    samples = len(train_loader.dataset)
+    recipe = Recipe(model, checkpoints, training_loss, steps=steps, samples=samples)
+    optimizer = recipe.optimizer()
     update_bn(train_loader, model, device)
     before = evaluate(model, held_out)
 
-    # … and is an optimizer like any other.
-    steps = TWA_EPOCHS * (len(train_loader) // ACCUMULATE)
+    # … makes an optimizer like any other, and keeps the best of its iterates.
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for _ in range(TWA_EPOCHS):
         train_epoch(model, train_loader, optimizer, scaler, scheduler)
+    recipe.finish()
     update_bn(train_loader, model, device)
     after = evaluate(model, held_out)
 
-    print(
-        "averaging weights:",
-        [round(weight, 2) for weight in optimizer.averaging_weights().tolist()],
-    )
+    alpha = optimizer.averaging_weights().mean(0)  # over the channels
+    print("averaging weights:", [round(weight, 2) for weight in alpha.tolist()])
     print(
         f"held-out loss {before[0]:.4f} -> {after[0]:.4f}, "
         f"accuracy {before[1]:.2%} -> {after[1]:.2%}"

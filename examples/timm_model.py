@@ -59,7 +59,7 @@ def main():
     train_loader, held_out = loaders()
     model = timm.create_model(name, num_classes=10, in_chans=1).to(device)
 
-    # An ordinary run leaves the window of checkpoints. Its rate stays constant.
+    # An ordinary run at a constant learning rate leaves the window of checkpoints.
     folder = Path(tempfile.mkdtemp())
     sgd = create_optimizer_v2(model, "sgd", lr=0.02, weight_decay=5e-4)
     saver = CheckpointSaver(model, sgd, checkpoint_dir=folder, max_history=HEAD_EPOCHS)

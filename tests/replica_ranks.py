@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import ranks
 from twa import TWA
 from twa.files.checkpoints import load_into
-from twa.ranks import replicas
 
 # What TWA is given, by the name of a case; the model is `uneven` of ranks.py.
 CASES = {
@@ -36,7 +34,6 @@ CASES = {
     "4 bits": {"bits": 4},
     "4 bits by layer": {"bits": 4, "granularity": "layer"},
     "Schmidt": PAPER,
-    "many floats": {"gathered": 0},
 }
 LONG = 200  # steps after which the ranks are compared to the bit
 
@@ -115,12 +112,6 @@ def replica(folder: Path, group: object = "all", **options) -> tuple[nn.Module, 
 
 def trained(folder: Path, options: dict) -> dict:
     """Twenty steps; the communication of the last is recorded. The basis, for the reference."""
-    gathered = options.get("gathered", replicas.GATHERED)
-    with mock.patch.object(replicas, "GATHERED", gathered):
-        return steps(folder, {key: options[key] for key in options if key != "gathered"})
-
-
-def steps(folder: Path, options: dict) -> dict:
     model, optimizer = replica(folder, **options)
     basis = torch.stack([optimizer.subspace.expand(u) for u in torch.eye(len(optimizer.subspace))])
     start = whole(model)

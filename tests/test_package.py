@@ -31,7 +31,7 @@ def test_installed_it_is_imported_from_anywhere(tmp_path):
     installed = {path.name for path in target.iterdir() if path.suffix != ".dist-info"}
     assert installed == {"twa"}
     assert (target / "twa/py.typed").exists()
-    (metadata,) = target.glob("twa-*.dist-info/METADATA")
+    (metadata,) = target.glob("torch_twa-*.dist-info/METADATA")
     assert f"\nVersion: {twa.__version__}\n" in metadata.read_text()
     assert f"## {twa.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
     text = metadata.read_text()
@@ -66,6 +66,32 @@ print(twa.__file__)
     assert Path(done.stdout.strip()) == target / "twa/__init__.py"
 
 
+def test_a_build_of_torch_without_its_distributed_package_is_enough():
+    """Some builds lack it: neither the import nor a training imports what they do not have."""
+    code = """
+import sys, torch
+for name in [*sys.modules]:
+    if name.startswith("torch.distributed."):
+        del sys.modules[name]
+for name in ("fsdp", "tensor", "device_mesh", "checkpoint"):
+    sys.modules[f"torch.distributed.{name}"] = None  # an import of it fails
+import twa
+model, loss = torch.nn.Linear(3, 2), lambda: model.weight.sum()
+window = [torch.nn.Linear(3, 2).state_dict() for _ in range(3)]
+recipe = twa.Recipe(model, window, loss, steps=2)
+optimizer = recipe.optimizer(bits=8)
+for _ in range(2):
+    loss().backward()
+    optimizer.step()
+recipe.finish()
+print(optimizer.averaging_weights().sum().item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert float(done.stdout) == pytest.approx(1)
+
+
 def test_the_package_needs_nothing_that_the_scripts_do_not():
     text = (ROOT / "pyproject.toml").read_text()
     needed = re.findall(r'"([^"]+)"', re.search(r"dependencies = \[(.*?)\]", text, re.S)[1])
@@ -73,7 +99,7 @@ def test_the_package_needs_nothing_that_the_scripts_do_not():
     assert set(needed) <= set((ROOT / "requirements.txt").read_text().split())
 
 
-@pytest.mark.parametrize("name", ["TWA", "best_start"])
+@pytest.mark.parametrize("name", ["TWA", "Recipe", "best_start"])
 def test_the_examples_of_the_docstrings_run(name):
     """The indented blocks, with a model, a window and data in place of the reader's."""
     document = inspect.getdoc(getattr(twa, name))
@@ -83,17 +109,18 @@ def test_the_examples_of_the_docstrings_run(name):
     images, labels = torch.randn(8, 3), torch.randint(2, (8,))
     criterion = torch.nn.CrossEntropyLoss()
     names = {
-        **{"TWA": twa.TWA, "best_start": twa.best_start, "model": model, "criterion": criterion},
+        **{name: getattr(twa, name) for name in twa.__all__},
+        **{"torch": torch, "model": model, "criterion": criterion, "steps": 3},
+        **{"loss": lambda: criterion(model(images), labels).item(), "train_set": images},
         "checkpoints": [torch.nn.Linear(3, 2).state_dict() for _ in range(4)],
-        "loader": [(images, labels)] * 3,
+        **{"loader": [(images, labels)] * 3, "batches": [(images, labels)] * 3},
         "training_loss": lambda model: criterion(model(images), labels).item(),
     }
     exec(textwrap.dedent(example), names)
-    losses = names.get("losses", {})
     assert isinstance(names["optimizer"], twa.TWA)
-    trained = name == "TWA"  # the other example does not step
-    assert bool(names["optimizer"].coefficients.any()) == trained
-    assert trained or losses.keys() >= {1, 2, 4}
+    trains = name != "best_start"  # whose example does not step
+    assert bool(names["optimizer"].coefficients.any()) == trains
+    assert trains or names["start"].losses.keys() >= {1, 2, 4}
 
 
 def test_imports_point_down():

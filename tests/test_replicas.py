@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-RIDERS = 4  # floats that go with the n of the coefficients: weight, loss, stop, overflow
+EXTRAS = 4  # floats that are summed with the n of the coefficients: weight, loss, stop, overflow
 
 few = pytest.mark.slow  # not without --slow
 
@@ -82,8 +82,7 @@ def test_the_weights_are_the_same_to_the_bit_after_200_steps_and_after_one_was_r
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_sends_one_sum_of_n_floats_and_nothing_else(ranks, case):
     n = len(ranks[0][case]["coefficients"])
-    kind = "allreduce_" if case == "many floats" else "allgather_"
-    sum_of_all = [(kind, n + RIDERS, [*range(len(ranks))])]
+    sum_of_all = [("allreduce_", n + EXTRAS, [*range(len(ranks))])]
     assert ranks[0][case]["traffic"] == (sum_of_all if len(ranks) > 1 else [])
 
 
@@ -167,5 +166,5 @@ def test_two_hosts_that_shard_the_model_send_each_other_n_floats(ranks, case):
         assert result["stopping"] == [step == 2 for step in range(len(batches()))]
         host, partner = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
         across = [(name, size) for name, size, group in result["traffic"] if group == partner]
-        assert across == [("allgather_", len(expected) + RIDERS)]
+        assert across == [("allreduce_", len(expected) + EXTRAS)]
         assert all(group in (host, partner) for *_, group in result["traffic"])

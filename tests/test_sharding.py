@@ -149,7 +149,8 @@ def test_what_is_wrong_on_one_rank_is_said_by_all(folder, ranks):
 
 def test_channels_that_follow_each_other_are_one_item_in_a_whole_model():
     model = nn.Sequential(nn.Conv2d(3, 4, 2, bias=False), nn.Conv2d(3, 5, 2, bias=False))
-    blocks, count = Columns(model).blocks("channel")
+    columns = Columns(model, "channel")
+    blocks, count = columns.blocks, columns.count
     assert [(b.first, b.start, b.count, b.width) for b in blocks] == [(0, 0, 9, 12)]
     assert count == 9
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from twa import TWA, CheckpointError, Subspace, subspace
 from twa.files.checkpoints import average
+from twa.reference import gram_schmidt
 from twa.storage import matrix as storage
-from twa.storage import window
+from twa.storage import memory, window
 
 BITS = (32, 8, 4)
 # Half a step between neighbouring values of a tile, relative to its largest element: the error of
@@ -51,17 +52,6 @@ def rows(model: nn.Module, states: list[dict]) -> torch.Tensor:
     """W: the trainable parameters of each checkpoint as a row, float64 [n, D]."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return torch.stack([torch.cat([s[n].double().flatten() for n in names]) for s in states])
-
-
-def gram_schmidt(w: torch.Tensor) -> torch.Tensor:
-    """Row by row in float64, every row orthogonalised twice."""
-    basis = []
-    for row in w:
-        for _ in range(2):
-            for direction in basis:
-                row = row - (row @ direction) * direction
-        basis.append(row / row.norm())
-    return torch.stack(basis)
 
 
 def dense(basis: Subspace) -> torch.Tensor:
@@ -170,14 +160,15 @@ def test_more_checkpoints_than_weights_leaves_as_many_directions_as_weights():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_duplicates_and_combinations_are_dropped_and_named(bits, tmp_path):
+def test_multiples_and_combinations_are_dropped_and_named(bits, tmp_path):
     model = make_model()
     first, second, third = walk(model, 3)
     between = {
         k: (first[k] + second[k]) / 2 if v.is_floating_point() else v for k, v in first.items()
     }
+    twice, thrice = ({k: n * v for k, v in state.items()} for n, state in ((2, first), (3, third)))
     window = []
-    for i, state in enumerate([first, first, second, between, third, third]):
+    for i, state in enumerate([first, twice, second, between, third, thrice]):
         window.append(tmp_path / f"{i}.pt")
         torch.save(state, window[-1])
     with pytest.warns(UserWarning, match=r"3 of 6 checkpoints"):
@@ -411,6 +402,78 @@ def test_every_block_has_an_orthonormal_basis_of_its_own(granularity, extract, m
     assert alpha.shape == (len(widths), 12)
     for weights, columns in zip(alpha, w.split(widths, dim=1), strict=True):
         torch.testing.assert_close(weights @ columns, columns[4], atol=1e-4, rtol=0)
+
+
+class Conv1D(nn.Module):
+    """As that of transformers, which GPT-2 consists of: its weight is [inputs, outputs]."""
+
+    def __init__(self, nf: int, nx: int):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize(
+    "module, inputs",
+    [
+        (nn.Conv2d(4, 6, 3), (4, 5, 5)),
+        (nn.ConvTranspose1d(4, 6, 3), (4, 5)),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 5, 5)),
+        (nn.ConvTranspose3d(4, 2, 2, bias=False), (4, 3, 3, 3)),
+        (Conv1D(5, 3), (3,)),
+        (nn.Linear(3, 5), (3,)),
+    ],
+)
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_block_is_an_output_channel(module, inputs, bits, tmp_path):
+    """A coefficient of a weight moves one channel of the output, whatever the weight's layout."""
+    window = [tmp_path / f"{i}.pt" for i in range(4)]
+    for path, state in zip(window, walk(module, 4), strict=True):
+        torch.save(state, path)
+    batch = torch.randn(2, *inputs, generator=torch.Generator().manual_seed(0))
+    optimizer = TWA(module, window, granularity="channel", bits=bits)
+    outputs = module(batch)
+    moved = []  # by each coefficient: the channels of the output
+    for unit in torch.eye(len(optimizer.coefficients)):
+        optimizer.set_coefficients(unit)
+        change = (module(batch) - outputs).abs().transpose(0, 1).flatten(1).amax(1)
+        moved.append((change > 1e-5).nonzero()[:, 0].tolist())
+    of_one = [channels[0] for channels in moved if len(channels) == 1]
+    channels = range(outputs.shape[1])
+    assert [of_one.count(channel) for channel in channels] == [3] * len(channels)
+    biases = sum(p.dim() == 1 for p in module.parameters())  # one block, of all channels
+    assert len(moved) - len(of_one) == 3 * biases
+
+
+def test_limits_of_containers_count_as_free_memory(tmp_path):
+    """Control groups of version 2 and version 1, and an outer group, in the kernel's files."""
+    own, root = tmp_path / "cgroup", tmp_path / "root"
+
+    def group(folder: str, limit: str, used: int, prefix: str = "", names=("max", "current")):
+        path = root / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"memory.{names[0]}").write_text(f"{limit}\n")
+        (path / f"memory.{names[1]}").write_text(f"{used}\n")
+        stat = f"anon 5\n{prefix}inactive_file 30\n{prefix}active_file 20\nslab 7\n"
+        (path / "memory.stat").write_text(stat)
+
+    assert list(memory.left_by_control_groups(root, own)) == []  # no Linux, no limits
+    own.write_text("0::/job/step\n")
+    group("job/step", "max", 400)
+    assert list(memory.left_by_control_groups(root, own)) == []
+    group("job/step", "1000", 400)
+    group("job", "900", 880)
+    assert list(memory.left_by_control_groups(root, own)) == [650, 70]
+    own.write_text("0::/\n")  # as containers see themselves
+    group("", "100", 200)
+    assert list(memory.left_by_control_groups(root, own)) == [0]
+    own.write_text("4:memory:/a\n1:cpu:/a\n")
+    group("memory/a", "500", 100, "total_", ("limit_in_bytes", "usage_in_bytes"))
+    assert list(memory.left_by_control_groups(root, own)) == [450]
 
 
 # --- principal directions and the spread along them ---

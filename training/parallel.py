@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from training import ranks, windows
 from twa import TWA
-from twa.ranks.replicas import gathers
 from twa.storage.memory import Plan, free_memory
 from utils import UserError
 
@@ -129,12 +128,12 @@ class Layout:
         gathered = 3 if self._args.reshard_after_forward else 2  # and scattered, times the weights
         weights = sum(p.numel() for p in optimizer.subspace.parameters) * gathered / 2
         sends = {
-            "replicate": f"{size(sent_in_sum(sums, world))} a rank",
+            "replicate": f"{size(sent(sums, world))} a rank",
             "shard": f"{size(sent(weights + sums, world))} a rank",
         }
         if self.way == "hybrid":
             within = sent(weights + sums, self._local)
-            between = sent_in_sum(sums, world // self._local)
+            between = sent(sums, world // self._local)
             sends["hybrid"] = (
                 f"{size(within)} a rank within a machine, {size(between)} between machines"
             )
@@ -149,11 +148,6 @@ def sent(floats: float, ranks: int) -> float:
     The least possible, that of a ring; and of a gathering and a scattering of as many floats.
     """
     return 4 * floats * 2 * (ranks - 1) / ranks
-
-
-def sent_in_sum(floats: int, ranks: int) -> float:
-    """The bytes that each rank sends in TWA's sum of so many `floats`."""
-    return 4 * floats * (ranks - 1) if gathers(4 * floats, ranks) else sent(floats, ranks)
 
 
 def size(count: float) -> str:

@@ -3,20 +3,21 @@
 The n checkpoints, flattened, are the rows of `W ∈ R^{n×D}`, and the basis is the orthonormal rows
 of `P = T W`. T comes from n×n inner products in float64 (`twa.extraction`), so the long dimension
 is passed over twice, in cache-sized chunks: once for the inner products, once to apply T. Where
-checkpoints are close to dependent, the inner products are taken again, up to three times.
+checkpoints are nearly dependent, the inner products are computed again, up to three times.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from twa import extraction
@@ -28,22 +29,50 @@ from twa.storage.matrix import Storage
 from twa.storage.memory import BITS, CHUNK, Plan, free_memory
 from twa.storage.window import Window
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 EXTRACTS = ("PCA", "Schmidt")
 GRANULARITIES = ("model", "layer", "channel")
 UNITS = ("direction", "block")
 
 
 def _full_precision(method: Callable) -> Callable:
-    """`method` without gradients and without the caller's autocast, which would round products."""
+    """`method` without gradients, and without the caller's autocast and TF32."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        device = self.parameters[0].device.type
-        cpu, other = (torch.autocast(kind, enabled=False) for kind in ("cpu", device))
-        with torch.no_grad(), cpu, other:
+        kinds = {"cpu", self.parameters[0].device.type}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(_ieee_products())
             return method(self, *args, **kwargs)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _ieee_products() -> Iterator[None]:
+    """Context in which products of float32 matrices are not rounded to TF32 or bfloat16."""
+    matmul = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    if not hasattr(matmul[0], "fp32_precision"):  # torch < 2.9 has one setting for all backends
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    precisions = [backend.fp32_precision for backend in matmul]
+    try:
+        for backend in matmul:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(matmul, precisions, strict=True):
+            backend.fp32_precision = precision
 
 
 class Subspace:
@@ -88,7 +117,8 @@ class Subspace:
         parameters: the model's trainable parameters behind the columns, in order.
         scale: u, float32 [len(self)]; None for "Schmidt".
         unit: as given.
-        mean: the mean of the checkpoints, float32 [D]; None for "Schmidt".
+        mean: the mean of the checkpoints, [D], float64 if a parameter is, else float32; None for
+            "Schmidt".
         dropped: the checkpoints (path, or `checkpoints[3]`) that "Schmidt" left out because
             in every block they depend linearly on the ones before them.
 
@@ -98,7 +128,7 @@ class Subspace:
         MemoryError: the basis does not fit into the memory that is free.
         ValueError: an argument is out of its range; there are no checkpoints, or for "PCA" no two
             that differ; the model is on `meta`, has no trainable parameters, or some that are
-            complex or not in its `state_dict`; a rank of `process_group` has other parameters,
+            not in its `state_dict`; a rank of `process_group` has other parameters,
             arguments or checkpoints than the first.
     """
 
@@ -114,18 +144,16 @@ class Subspace:
         unit: str = "direction",
         process_group: dist.ProcessGroup | None = None,
     ):
-        checkpoints = check_window(model, checkpoints)
-        _check_arguments(checkpoints, extract, components, bits, granularity, unit)
+        self._checkpoints = check_window(model, checkpoints)
+        n = len(self._checkpoints)
+        _check_arguments(n, extract, components, bits, granularity, unit)
         self._extract, self._granularity, self.unit = extract, granularity, unit
-        self._columns = Columns(model)
+        self._columns = Columns(model, granularity)
+        self._ranks, self._replicas = self._columns.ranks, Replicas(process_group)
         self.parameters = self._columns.parameters
-        device, total = self.parameters[0].device, self._columns.total
+        device = self.parameters[0].device
         if device.type == "meta":
             raise ValueError("the model is on meta: give it a device first, by model.to_empty")
-        self._ranks = self._columns.ranks
-        blocks, self._count = self._columns.blocks(granularity)
-        n = len(checkpoints)
-        self._replicas = Replicas(process_group)
         self._replicas.check(
             {
                 "model": self._columns.layout,
@@ -133,36 +161,35 @@ class Subspace:
                 "basis": (extract, components, bits, granularity, unit),
             }
         )
-        plan = Plan(n, extract, components, bits, device)
+        self._plan = Plan(n, extract, components, bits, device, self._columns.dtype)
         free = self._ranks.share(free_memory(device), device, self._replicas.count)
-        plan.check(total, free, self._ranks.count)
+        self._plan.check(self._columns.total, free, self._ranks.count)
+        self._build()
 
-        height, in_place, chunk = plan.height, plan.in_place, plan.chunk(blocks)
-        width, many = plan.width(total, chunk), self._replicas.count > 1
-        window = Window(self._columns, checkpoints, width, chunk, plan.build_device, many)
-        # At 32 bits the directions of "PCA" leave the last row of the window free, for the mean.
-        rows = (
-            window.rows
-            if in_place
-            else torch.empty(height if bits == 32 else 0, total, dtype=torch.float32, device=device)
+    def _build(self) -> None:
+        """Computes the basis, block by block, and stores it."""
+        plan, columns, device = self._plan, self._columns, self.parameters[0].device
+        chunk, several = plan.chunk(columns.blocks), self._replicas.count > 1
+        window = Window(columns, self._checkpoints, plan, plan.width(columns.total, chunk), several)
+        rows = window.rows
+        if not plan.in_place:
+            height = plan.height if plan.bits == 32 else 0
+            rows = torch.empty(height, columns.total, dtype=torch.float32, device=device)
+        self._storage = Storage(
+            plan.bits, plan.height, columns.blocks, columns.count, rows[: plan.height]
         )
-        self._storage = Storage(bits, height, blocks, self._count, rows[:height])
         self.mean = None
-        if extract == "PCA":
-            self.mean = rows[-1] if in_place else self.empty()
-        # The rows uP as combinations of the checkpoints, [blocks, height, n]; float32 for channels,
-        # which are many.
-        self._transforms: list[tuple[Blocks, Tensor]] = []
-        dtype = torch.float32 if granularity == "channel" else torch.float64
-        used = torch.zeros(n, dtype=torch.float32, device="cpu")
-        units = torch.zeros(self._count, height, dtype=torch.float32, device="cpu")
-        for batch in (part for group in blocks for part in group.split(chunk)):
-            weights, of_batch, kept = self._build(batch, window, height)
-            self._transforms.append((batch, weights.to(dtype)))
-            used += kept
-            if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
-                units[batch.numbers] = of_batch.float()
-        if many:
+        if self._extract == "PCA":  # In place, its directions leave the last row for the mean.
+            self.mean = rows[-1] if plan.in_place else self.empty(plan.dtype)
+        used = torch.zeros(plan.n, dtype=torch.float32, device="cpu")
+        units = torch.zeros(columns.count, plan.height, dtype=torch.float32, device="cpu")
+        for batch in columns.batches(chunk):
+            transform, of_batch, kept, dtype = self._transform(batch, window)
+            self._fill(batch, window, transform, dtype)
+            used += kept.cpu().any(dim=0)
+            if self._counts(batch):
+                units[batch.numbers] = of_batch.float().cpu()
+        if several:
             names = (f"checkpoint {Path(name).name}" for name in window.names)
             hashes = self._ranks.sum(window.hashes).tolist()
             self._replicas.check(dict(zip(names, hashes, strict=True)))
@@ -171,44 +198,53 @@ class Subspace:
         self.dropped = [name for name, use in zip(window.names, used, strict=True) if not use]
         if self.dropped and self._ranks.first:
             warnings.warn(
-                f"{len(self.dropped)} of {n} checkpoints depend linearly on the ones before them "
-                f"and were dropped from the basis: {', '.join(self.dropped)}",
-                stacklevel=2,
+                f"{len(self.dropped)} of {plan.n} checkpoints depend linearly on the ones before "
+                f"them and were dropped from the basis: {', '.join(self.dropped)}",
+                stacklevel=4,
             )
 
     @_full_precision
-    def _build(self, batch: Blocks, window: Window, height: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the basis of the blocks in `batch` and stores it.
+    def _transform(
+        self, batch: Blocks, window: Window
+    ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+        """How the basis of the blocks in `batch` is made of their checkpoints.
 
         Returns:
-            on the CPU, the rows uP as combinations of the checkpoints, float64 [blocks, height, n];
-            u, float64 [blocks, height], 0 for rows that a block does not have; and which
-            checkpoints are in the basis, bool [n].
+            T with `P = T X` for the differences X of neighbours, float64 [blocks, height, n];
+            u, float64 [blocks, height], 0 for rows that a block does not have; which checkpoints
+            are in the basis, bool [blocks or 1, n]; and the dtype in which to compute `T X`.
         """
         products = functools.partial(window.products, batch)
         dtype, kept = torch.float64, torch.ones(1, len(window.rows), dtype=torch.bool)
         if self._extract == "PCA":
-            transform, units = extraction.principal_directions(products, height)
+            transform, units = extraction.principal_directions(products, self._plan.height)
             if self.unit == "block":
                 units = extraction.root_mean_squares(units)
         else:
-            single = _single_precision_is_exact(window.rows.device)
+            # On a CPU float32 is the faster.
+            single = window.rows.device.type == "cpu" and window.rows.dtype == torch.float32
             transform, kept, dtype = extraction.gram_schmidt(products, single)
-            kept = self._replicas.take_first(kept)
+            kept = self._replicas.broadcast(kept)
             units = (transform != 0).any(dim=2).double()
-        transform, units = map(self._replicas.take_first, (transform, units))
-        with_mean = transform
+        transform, units = map(self._replicas.broadcast, (transform, units))
+        return transform, units, kept, dtype
+
+    @_full_precision
+    def _fill(self, batch: Blocks, window: Window, transform: Tensor, dtype: torch.dtype) -> None:
+        """Stores the rows `T X` of the blocks in `batch`, and their mean."""
         if self.mean is not None:
-            with_mean = torch.cat([transform, extraction.mean_row(transform)], dim=1)
+            transform = torch.cat([transform, extraction.mean_row(transform)], dim=1)
         for start, differences in window.differences(batch, dtype):
-            rows = with_mean.to(dtype) @ differences
-            rows = rows.transpose(0, 1).flatten(1).float().to(self.parameters[0].device)
-            self._storage.fill(start, rows[:height])
+            rows = transform.to(dtype) @ differences
+            rows = rows.transpose(0, 1).flatten(1).to(self._plan.dtype)
+            rows = rows.to(self.parameters[0].device)
+            self._storage.fill(start, rows[: self._plan.height].float())
             if self.mean is not None:
                 self.mean[start : start + rows.shape[1]] = rows[-1]
-        weights = extraction.of_checkpoints(units[:, :, None] * transform).cpu()
-        kept = kept.cpu()
-        return weights.masked_fill_(~kept[:, None], 0), units.cpu(), kept.any(dim=0)
+
+    def _counts(self, batch: Blocks) -> bool:
+        """Whether this rank accounts for `batch`: one rank does for a block that several share."""
+        return self._ranks.first or not batch.shared
 
     def _number_coefficients(self, units: Tensor) -> None:
         """Numbers the rows that exist: a block of low rank has fewer than others.
@@ -239,29 +275,34 @@ class Subspace:
         return self._ranks.count
 
     @property
+    def dtype(self) -> torch.dtype:
+        """float64 if a parameter is float64 or complex128, else float32."""
+        return self._plan.dtype
+
+    @property
     def nbytes(self) -> int:
         """The memory of the stored basis in bytes, with scales and the mean; on this rank."""
         return self._storage.nbytes + (0 if self.mean is None else self.mean.nbytes)
 
     @_full_precision
-    def project(self, gradients: Tensor, riders: Tensor | None = None) -> Tensor:
+    def project(self, gradients: Tensor, extras: Tensor | None = None) -> Tensor:
         """`u ∘ P g`: the gradient with respect to the coefficients.
 
         Args:
             gradients: float32 [D], in the order of the columns.
-            riders: a few numbers, float32, that are to be summed over the ranks that the model is
-                sharded among, in place; they go in the same all-reduce.
+            extras: a few more numbers, float32, to sum in place, in the same all-reduce, over the
+                ranks that share the model.
 
         Returns:
             float32 [len(self)], for the coefficients of all blocks one after the other.
         """
         products = self._storage.project(gradients).flatten()
-        if riders is None:
+        if extras is None:
             self._ranks.sum(products)
         else:
-            summed = self._ranks.sum(torch.cat([products, riders]))
+            summed = self._ranks.sum(torch.cat([products, extras]))
             products = summed[: len(products)]
-            riders.copy_(summed[len(products) :])
+            extras.copy_(summed[len(products) :])
         products = products if self._index is None else products[self._index]
         return products if self.scale is None else products * self.scale
 
@@ -287,12 +328,12 @@ class Subspace:
         """The coefficients of the point of the subspace that is nearest to `weights`.
 
         Args:
-            weights: float32 [D], in the order of the columns.
+            weights: float32 or float64 [D], in the order of the columns.
 
         Returns:
             float32 [len(self)].
         """
-        weights = weights if self.mean is None else weights - self.mean
+        weights = (weights if self.mean is None else weights - self.mean).float()
         square = 1 if self.scale is None else self.scale.square()
         coefficients = self.project(weights) / square
         # Again for the remainder: it corrects the rounding of sums as long as the model.
@@ -313,6 +354,9 @@ class Subspace:
     def averaging_weights(self, coefficients: Tensor) -> Tensor:
         """α with `w = Σ α_i w_i`, where `w` is the origin plus `expand(coefficients)`.
 
+        It reads the checkpoints again: to keep n numbers for each direction of each block could
+        take more memory than a compressed basis.
+
         Args:
             coefficients: float32 [len(self)].
 
@@ -320,51 +364,57 @@ class Subspace:
             float64 on the CPU, [checkpoints] at granularity "model", else [blocks, checkpoints].
             They sum to 1 for "PCA". Zero where a checkpoint was dropped.
         """
-        coefficients = self._by_block(coefficients).cpu()
-        shape = (self._count, self._transforms[0][1].shape[2])
-        weights = torch.zeros(shape, dtype=torch.float64, device="cpu")
-        for batch, transform in self._transforms:
-            if self._ranks.first or not batch.shared:  # A shared block counts on one rank.
-                weights[batch.numbers] = (
-                    coefficients[batch.numbers, None].to(transform) @ transform
-                )[:, 0].double()
+        plan, columns = self._plan, self._columns
+        chunk = plan.chunk(columns.blocks)
+        window = Window(columns, self._checkpoints, plan, plan.part(columns.total, chunk))
+        coefficients = self._by_block(coefficients).cpu().double()
+        weights = torch.zeros(columns.count, plan.n, dtype=torch.float64, device="cpu")
+        for batch in columns.batches(chunk):
+            transform, units, kept, _ = self._transform(batch, window)
+            rows = extraction.of_checkpoints(units[:, :, None] * transform)
+            rows = rows.masked_fill_(~kept[:, None].to(rows.device), 0).cpu()
+            if self._counts(batch):
+                weights[batch.numbers] = (coefficients[batch.numbers, None] @ rows)[:, 0]
         if self._ranks.count > 1:  # NCCL needs its device. (MPS, without float64, has one rank.)
             weights = self._ranks.sum(weights.to(self.parameters[0].device)).cpu()
         if self.mean is not None:
             weights += 1 / weights.shape[1]
         return weights[0] if self._granularity == "model" else weights
 
-    def empty(self) -> Tensor:
-        """An uninitialised vector for the columns, float32 [D]."""
-        device = self.parameters[0].device
-        return torch.empty(self._columns.total, dtype=torch.float32, device=device)
+    def empty(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised vector for the columns, [D]."""
+        return torch.empty(self._columns.total, dtype=dtype, device=self.parameters[0].device)
 
     @torch.no_grad()
     def flatten(self, tensors: Iterable[Tensor | None], out: Tensor | None = None) -> Tensor:
         """`tensors`, one for each parameter, as one vector in the order of the columns.
 
+        A complex number takes two columns, its real and its imaginary part.
+
         Args:
             tensors: in the shapes of `self.parameters`, any dtype; None stands for zeros.
-            out: float32 [D] to write to, as for `expand`.
+            out: [D] to write to, as for `expand`.
 
         Returns:
             float32 [D]; `out` if given.
         """
         out = self.empty() if out is None else out
-        for part, tensor in zip(self._columns.split(out), tensors, strict=True):
+        parts = self._columns.split(out)
+        for part, tensor, parameter in zip(parts, tensors, self.parameters, strict=True):
             if tensor is None:
                 part.zero_()
             else:
-                part.copy_(local(tensor).to_dense())  # An embedding's gradient may be sparse.
+                dense = local(tensor).to_dense()  # An embedding's gradient may be sparse.
+                part.copy_(self._columns.arranged(dense, parameter))
         return out
 
     @torch.no_grad()
     def assign(self, start: Tensor, moved: Tensor) -> None:
-        """Writes the sum of both, float32 [D], into the model's parameters."""
+        """Writes the sum of both, [D], into the model's parameters."""
         self._ranks.reshard()
         parts = (self._columns.split(flat) for flat in (start, moved))
         for parameter, *terms in zip(self.parameters, *parts, strict=True):
-            own = local(parameter)
+            own = self._columns.arranged(local(parameter), parameter)
             if own.device == start.device:
                 torch.add(*terms, out=own)
             else:  # of a model that is spread over several accelerators
@@ -372,7 +422,7 @@ class Subspace:
 
     @torch.no_grad()
     def fingerprint(self, flat: Tensor) -> Tensor:
-        """A hash of the parameters' names and shapes and of `flat` [D], to the bit.
+        """A hash of the parameters' names and shapes and of `flat` [D], to the bit of float32.
 
         It depends neither on the number of ranks nor on the device. Int64 scalar on the CPU.
         """
@@ -380,7 +430,8 @@ class Subspace:
         widths = self._columns.widths
         for parameter, columns in zip(self.parameters, flat.split(widths), strict=True):
             first = first_row(parameter) * math.prod(parameter.shape[1:])
-            for part in columns.view(torch.int32).split(CHUNK["cpu"]):
+            first *= 1 + parameter.is_complex()
+            for part in columns.float().view(torch.int32).split(CHUNK["cpu"]):
                 places = torch.arange(first, first + len(part), device=flat.device)
                 total += (part * (places * 0x9E3779B1 + 1)).sum()  # modulo 2^64
                 first += len(part)
@@ -396,7 +447,7 @@ class Subspace:
         return padded.view(self._shape)
 
 
-def _check_arguments(checkpoints, extract, components, bits, granularity, unit) -> None:
+def _check_arguments(n, extract, components, bits, granularity, unit) -> None:
     for name, value, allowed in (
         ("extract", extract, EXTRACTS),
         ("bits", bits, BITS),
@@ -405,18 +456,10 @@ def _check_arguments(checkpoints, extract, components, bits, granularity, unit) 
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
-    if len(checkpoints) == 1 and extract == "PCA":
+    if n == 1 and extract == "PCA":
         raise ValueError("extract 'PCA' takes two checkpoints or more: one has no spread")
     for name, given in (("components", components is not None), ("unit", unit == "block")):
         if extract == "Schmidt" and given:
             raise ValueError(f"{name} belongs to extract 'PCA', not to 'Schmidt'")
     if components is not None and components < 1:
         raise ValueError(f"components must be 1 or more, not {components!r}")
-
-
-def _single_precision_is_exact(device: torch.device) -> bool:
-    """Whether float32 products are not computed with lower precision (TF32, bfloat16)."""
-    try:
-        return device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # Set for one backend alone, by PyTorch's newer interface.
-        return False

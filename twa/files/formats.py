@@ -7,9 +7,11 @@ ones: of a tensor nothing is read before it is used. What a file is, its first b
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -194,6 +196,11 @@ def _load_file(path: Path, shards: bool = True):
                     return torch.load(file, map_location="cpu", weights_only=True)
             # Files of torch < 1.6 are no zip archives and cannot be memory-mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
+        except pickle.UnpicklingError as error:
+            if "must be imported to load DTensors" not in str(error):
+                raise
+            importlib.import_module("torch.distributed.tensor")
+            return _load_file(path, shards)
         except RuntimeError as error:
             if "TorchScript" not in str(error):
                 raise

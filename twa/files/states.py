@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from twa.files.formats import load
 from twa.files.reading import CheckpointError, Stored, tensor_of
+from twa.ranks.sharding import is_sharded
 
 Checkpoint = str | os.PathLike | Mapping
 # Where training scripts put the model's `state_dict` among other things.
@@ -92,7 +91,7 @@ def weights_of(checkpoint: Checkpoint, name: str) -> State:
                 f"{name}: is not a state_dict (names to tensors) and holds none as {places}: "
                 f"{key!r} is a {type(value).__name__}"
             )
-        if isinstance(value, DTensor):
+        if is_sharded(value):
             state[key] = _whole(value, checkpoint, name)
         elif isinstance(value, Tensor) and (
             value.layout != torch.strided or value.is_meta or value.is_quantized
@@ -101,9 +100,10 @@ def weights_of(checkpoint: Checkpoint, name: str) -> State:
     return state
 
 
-def _whole(value: DTensor, checkpoint: Checkpoint, name: str) -> Tensor:
+def _whole(value: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
     """`value`, or the plain tensor that it is in a file; shards of other ranks are not there."""
-    if isinstance(checkpoint, Mapping) and dist.is_initialized():
+    dist = torch.distributed
+    if isinstance(checkpoint, Mapping) and dist.is_available() and dist.is_initialized():
         return value
     sizes = zip(value.placements, value.device_mesh.mesh.shape, strict=True)
     if not any(size > 1 and not placement.is_replicate() for placement, size in sizes):

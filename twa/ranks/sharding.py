@@ -1,24 +1,27 @@
-"""Sharded parameters: which rows of each this rank holds, and sums over all ranks.
+"""Sharded parameters: which rows of each this rank has, and sums over all ranks.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`) makes a parameter a `DTensor` that is divided along its
-first dimension, one shard a rank. The functions here take ordinary tensors too, and treat them as
-one shard.
+first dimension, one shard a rank. The functions here also take ordinary tensors, as one shard.
+`torch.distributed` is imported only where a tensor is sharded: some builds of torch lack it.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a `DTensor`."""
+    return hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of `tensor`, a view."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
 
 
 def first_row(tensor: Tensor) -> int:
@@ -27,7 +30,7 @@ def first_row(tensor: Tensor) -> int:
     Raises:
         ValueError: it is not sharded along its first dimension.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return 0
     index = _sharded_by(tensor)
     mesh = tensor.device_mesh
@@ -36,8 +39,8 @@ def first_row(tensor: Tensor) -> int:
 
 
 def part(whole: Tensor, like: Tensor) -> Tensor:
-    """The rows of `whole` that this rank holds of `like`, a view; `whole` may be sharded itself."""
-    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+    """The rows of `whole` that this rank has of `like`, a view; `whole` may be sharded itself."""
+    if not is_sharded(like) or is_sharded(whole):
         return local(whole)
     first = first_row(like)
     return whole[first : first + len(local(like))]
@@ -45,8 +48,10 @@ def part(whole: Tensor, like: Tensor) -> Tensor:
 
 def shard(whole: Tensor, like: Tensor) -> Tensor:
     """`whole`, or this rank's part of it, sharded as `like` is."""
-    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+    if not is_sharded(like) or is_sharded(whole):
         return whole
+    from torch.distributed.tensor import DTensor
+
     rows = whole if whole.shape != like.shape else part(whole, like)
     return DTensor.from_local(
         rows.to(like.device),
@@ -73,10 +78,11 @@ class Ranks:
     """
 
     def __init__(self, model: nn.Module):
-        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # without it, no module is sharded
+        self._modules = [m for m in model.modules() if fsdp and isinstance(m, fsdp.FSDPModule)]
         self.reshard()
         meshes = {
-            (p.device_mesh, _sharded_by(p)) if isinstance(p, DTensor) else None
+            (p.device_mesh, _sharded_by(p)) if is_sharded(p) else None
             for p in model.parameters()
             if p.requires_grad
         }
@@ -87,14 +93,13 @@ class Ranks:
             )
         mesh = meshes.pop() if meshes else None
         self._group = mesh and mesh[0].get_group(mesh[1])
-        self.first = mesh is None or dist.get_rank(self._group) == 0
-        self.count = 1 if mesh is None else dist.get_world_size(self._group)
+        self.first = mesh is None or self._group.rank() == 0
+        self.count = 1 if mesh is None else self._group.size()
 
     def reshard(self) -> None:
         """Frees the gathered parameters that a forward pass without a backward pass leaves.
 
-        As long as they exist, the model computes with them, and ignores what is written to the
-        shards.
+        While they exist, the model computes with them and ignores what is written to the shards.
         """
         for module in self._modules:
             module.reshard()
@@ -102,7 +107,7 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums `tensor` over the ranks, in place, and returns it."""
         if self._group is not None:
-            dist.all_reduce(tensor, group=self._group)
+            torch.distributed.all_reduce(tensor, group=self._group)
         return tensor
 
     def share(self, free: int | None, device: torch.device, replicas: int) -> int | None:
@@ -113,8 +118,10 @@ class Ranks:
         return free // int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
-def _sharded_by(tensor: DTensor) -> int:
+def _sharded_by(tensor: Tensor) -> int:
     """The dimension of the mesh along which `tensor` is sharded."""
+    from torch.distributed.tensor import Shard
+
     sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if len(sharded) != 1 or tensor.placements[sharded[0]] != Shard(0):
         raise ValueError(

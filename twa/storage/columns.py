@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import Tensor, nn
 
 from twa.files.fit import Fit
@@ -58,24 +59,31 @@ class Blocks:
 class Columns:
     """The layout of the columns.
 
-    Each trainable parameter of `model` once, in the order of `state_dict`, flattened in logical
-    row-major order whatever its memory format.
+    The columns are the trainable parameters of `model`, each once, in the order of `state_dict` and
+    flattened in row-major order whatever their memory format. At granularity "channel" a weight
+    whose output channels are in its second dimension is transposed first.
 
     Attributes:
         ranks: the ranks among which the columns are divided.
-        names, parameters: the trainable parameters in order, and their names in a `state_dict`
-            without the prefixes of wrappers.
-        widths: the number of columns that each parameter has on this rank.
+        names: the names of the trainable parameters in a `state_dict`, without the prefixes of
+            wrappers.
+        parameters: the trainable parameters, in the same order.
+        widths: the number of columns that each parameter has on this rank, two for a complex
+            number.
+        dtype: float64 if a parameter is (or complex128), else float32.
         total: the number of columns on this rank.
         layout: names and shapes of the parameters, for comparisons.
-        fit: what the model takes of a checkpoint.
+        fit: reads from a checkpoint what the model takes.
+        blocks: the blocks at `granularity` that have columns on this rank. Adjacent blocks of equal
+            width are one item, except shared ones, so that these are the same items on every rank.
+        count: the number of blocks of the whole model.
 
     Raises:
-        ValueError: the model has no trainable parameters, or one that is complex or that its
-            `state_dict` does not hold.
+        ValueError: the model has no trainable parameters, or one that is not in its
+            `state_dict`; or the output channels of a sharded weight are not its rows.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, granularity: str = "model"):
         self.ranks = Ranks(model)
         self.fit = Fit(model)
         # Matched by identity: some wrappers (activation checkpointing) change the names.
@@ -84,19 +92,40 @@ class Columns:
         if missing:
             raise ValueError(f"the model's state_dict does not hold {', '.join(missing.values())}")
         self.names, self.parameters = list(trained), list(trained.values())
-        self.widths = [local(p).numel() for p in self.parameters]
+        self._groups = _transposed(model) if granularity == "channel" else {}
+        self.widths = [self.arranged(local(p), p).numel() for p in self.parameters]
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in self.parameters)
+        self.dtype = torch.float64 if wide else torch.float32
         self.total = sum(self.widths)
         if not sum(p.numel() for p in self.parameters):
             raise ValueError("the model has no trainable parameters")
         self.layout = str([(*self.names, *(tuple(p.shape) for p in self.parameters))])
         for name, parameter in trained.items():
-            if parameter.is_complex():
-                raise ValueError(f"{name} is complex: coefficients are real numbers")
+            if id(parameter) in self._groups and self.ranks.count > 1:
+                raise ValueError(
+                    f"{name}: its output channels are spread over the ranks; use granularity "
+                    '"layer" or "model", or do not shard the model'
+                )
+        self.blocks, self.count = self._blocks(granularity)
+
+    def batches(self, columns: int) -> Iterator[Blocks]:
+        """The blocks, some at a time: at most this many columns, or one block that is wider."""
+        return (batch for group in self.blocks for batch in group.split(columns))
+
+    def arranged(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+        """A view of `tensor`, shaped as `parameter`, in whose row-major order the columns are.
+
+        Its last dimension is that of real and imaginary parts where `parameter` is complex.
+        """
+        if parameter.is_complex():
+            tensor = torch.view_as_real(tensor.to(parameter.dtype).resolve_conj())
+        groups = self._groups.get(id(parameter))
+        return tensor if groups is None else tensor.unflatten(0, (groups, -1)).transpose(1, 2)
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
-        """Views of `flat` [D] in the shapes of the parameters, or of their shards."""
+        """Views of `flat` [D], one for each parameter or its shard, shaped as `arranged`."""
         for columns, parameter in zip(flat.split(self.widths), self.parameters, strict=True):
-            yield columns.view(local(parameter).shape)
+            yield columns.view(self.arranged(local(parameter), parameter).shape)
 
     def read(self, state: Mapping[str, Tensor | Stored], start: int, row: Tensor) -> None:
         """Copies the columns of `state`, which `fit` took, from `start` on until `row` is full."""
@@ -104,7 +133,7 @@ class Columns:
         for key, parameter, width in zip(self.names, self.parameters, self.widths, strict=True):
             low, high = max(begin, start), min(begin + width, start + len(row))
             if high > low:
-                value = part(tensor_of(state[key]), parameter)
+                value = self.arranged(part(tensor_of(state[key]), parameter), parameter)
                 columns = row[low - start : high - start]
                 if len(columns) == width:
                     columns.view(value.shape).copy_(value)
@@ -112,12 +141,7 @@ class Columns:
                     columns.copy_(value.flatten()[low - begin : high - begin])
             begin += width
 
-    def blocks(self, granularity: str) -> tuple[list[Blocks], int]:
-        """The blocks at `granularity` that have columns on this rank, and the model's number.
-
-        Adjacent blocks of equal width are merged into one item, except shared ones, so that these
-        are the same items on every rank.
-        """
+    def _blocks(self, granularity: str) -> tuple[list[Blocks], int]:
         blocks: list[Blocks] = []
         count = start = 0
         for number, parameters in self._parts(granularity):
@@ -125,10 +149,11 @@ class Columns:
                 continue
             if number > 1:  # The channels of a weight, each whole on one rank.
                 (weight,) = parameters
-                first, held = count + first_row(weight), len(local(weight))
-                new = Blocks(first, start, held, weight.numel() // number)
+                rows = number if self.ranks.count == 1 else len(local(weight))
+                width = weight.numel() // number * (1 + weight.is_complex())
+                new = Blocks(count + first_row(weight), start, rows, width)
             else:
-                width = sum(local(p).numel() for p in parameters)
+                width = sum(self.arranged(local(p), p).numel() for p in parameters)
                 new = Blocks(count, start, 1, width, shared=self.ranks.count > 1)
             count += number
             if not new.count:
@@ -152,7 +177,12 @@ class Columns:
                     if vectors:
                         yield 1, list(parameters)
                     else:
-                        yield from ((len(p), [p]) for p in parameters)
+                        yield from ((self._channels(p), [p]) for p in parameters)
+
+    def _channels(self, weight: nn.Parameter) -> int:
+        """The number of output channels of a weight."""
+        groups = self._groups.get(id(weight))
+        return len(weight) if groups is None else groups * weight.shape[1]
 
     def _layers(self) -> list[list[nn.Parameter]]:
         """The parameters in groups, by the module that owns them.
@@ -172,3 +202,17 @@ class Columns:
                 layers.append(parameters)
             leading = leading and small
         return layers
+
+
+def _transposed(model: nn.Module) -> dict[int, int]:
+    """The groups of the weights whose second dimension is their output channels, by id.
+
+    These are the transposed convolutions of torch, and `Conv1D` of transformers (GPT-2).
+    """
+    groups = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            groups[id(module.weight)] = module.groups
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            groups[id(module.weight)] = 1
+    return groups

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -32,6 +35,7 @@ class Plan:
         n: checkpoints of the window.
         extract, components, bits: as of `Subspace`.
         device: that of the model.
+        dtype: of the checkpoints in memory, and of their mean.
     """
 
     n: int
@@ -39,6 +43,7 @@ class Plan:
     components: int | None = None
     bits: int = 32
     device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
 
     @property
     def height(self) -> int:
@@ -55,7 +60,8 @@ class Plan:
     @property
     def in_place(self) -> bool:
         """Whether the basis overwrites the rows that were read."""
-        return self.bits == 32 and self.height >= self.n - 1 and self.build_device == self.device
+        same = self.bits == 32 == 8 * self.dtype.itemsize and self.build_device == self.device
+        return same and self.height >= self.n - 1
 
     def chunk(self, blocks: list[Blocks]) -> int:
         """The number of columns worked on at a time: tiles, and any block but a single one."""
@@ -66,9 +72,11 @@ class Plan:
         return max([TILE, chunk // TILE * TILE, *narrow])
 
     def width(self, total: int, chunk: int = 1) -> int:
-        """The number of columns, of `total`, that are in memory at a time."""
-        if self.in_place:
-            return total
+        """The number of columns, of `total`, that are in memory while the basis is built."""
+        return total if self.in_place else self.part(total, chunk)
+
+    def part(self, total: int, chunk: int = 1) -> int:
+        """The number of columns, of `total`, that are in memory where few are enough."""
         return min(total, max(chunk, math.ceil(total / PARTS), SMALL // self.n))
 
     def basis_bytes(self, total: int) -> int:
@@ -77,12 +85,12 @@ class Plan:
         Many small blocks have a few more scales, of which there is one for each tile in a row.
         """
         scales = 0 if self.bits == 32 else 4 * math.ceil(total / TILE)
-        mean = 4 * total if self.extract == "PCA" else 0
+        mean = self.dtype.itemsize * total if self.extract == "PCA" else 0
         return self.height * (total * self.bits // 8 + scales) + mean
 
     def build_bytes(self, total: int) -> int:
         """What building it takes: the basis, and the columns that are in memory beside it."""
-        beside = 0 if self.in_place else 4 * self.n * self.width(total)
+        beside = 0 if self.in_place else self.dtype.itemsize * self.n * self.width(total)
         return self.basis_bytes(total) + beside
 
     def check(self, total: int, free: float | None, shards: int) -> None:
@@ -124,4 +132,35 @@ def free_memory(device: torch.device) -> int | None:
     if hasattr(backend, "mem_get_info"):
         cached = backend.memory_reserved(device) - backend.memory_allocated(device)
         return backend.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available if device.type == "cpu" else None
+    if device.type != "cpu":
+        return None
+    return min([psutil.virtual_memory().available, *left_by_control_groups()])
+
+
+def left_by_control_groups(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[int]:
+    """What each memory limit of this process's control groups leaves free, in bytes.
+
+    Containers and batch systems on Linux limit memory so, in version 1 or 2 of the interface. The
+    page cache counts as free, as the kernel drops it when memory is needed.
+
+    Args:
+        root: where the groups are mounted.
+        own: the file that names this process's groups.
+    """
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, prefix = (root / "memory", "total_") if controllers else (root, "")
+        names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # A limit of an outer group counts as well.
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
+                numbers = dict(n.split() for n in (folder / "memory.stat").read_text().splitlines())
+                cache = sum(int(numbers[f"{prefix}{kind}active_file"]) for kind in ("", "in"))
+                yield max(0, limit - used + cache)
+            if folder == top:
+                break

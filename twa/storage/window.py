@@ -12,6 +12,7 @@ from twa.files.checkpoints import Checkpoint, CheckpointError, name_of
 from twa.files.reading import mapped
 from twa.ranks.replicas import hash_of
 from twa.storage.columns import Blocks, Columns
+from twa.storage.memory import Plan
 
 
 class Window:
@@ -20,13 +21,12 @@ class Window:
     Args:
         columns: the layout of the D columns.
         checkpoints: n paths or `state_dict`s.
+        plan: says how many columns are worked on at a time, and on which device.
         width: the number of columns in memory.
-        chunk: the number of columns that are worked on at a time.
-        device: the device of the rows; it has float64.
         hashed: whether to hash what is read.
 
     Attributes:
-        rows: the columns in memory, float32 [n, width].
+        rows: the columns in memory, [n, width] of the plan's dtype.
         names: the names of the checkpoints in messages.
         hashes: of what was read of each checkpoint, int64 [n].
     """
@@ -35,11 +35,11 @@ class Window:
         self,
         columns: Columns,
         checkpoints: Sequence[Checkpoint],
+        plan: Plan,
         width: int,
-        chunk: int,
-        device: torch.device,
-        hashed: bool,
+        hashed: bool = False,
     ):
+        chunk, device = plan.chunk(columns.blocks), plan.build_device
         self.names = [name_of(checkpoint, i) for i, checkpoint in enumerate(checkpoints)]
         # All of them have to fit before the first is read. Opening a file again takes longer than
         # anything else here, so what takes no memory is kept for its first reading.
@@ -47,7 +47,7 @@ class Window:
         for checkpoint, name in zip(checkpoints, self.names, strict=True):
             state = columns.fit(checkpoint, name)
             self._opened.append(state if all(map(mapped, state.values())) else None)
-        self.rows = torch.empty(len(checkpoints), width, dtype=torch.float32, device=device)
+        self.rows = torch.empty(len(checkpoints), width, dtype=plan.dtype, device=device)
         # For all chunks of differences: allocating each takes longer than computing it.
         self._buffer = torch.empty(len(checkpoints) * chunk, dtype=torch.float64, device=device)
         self._columns, self._checkpoints, self._chunk = columns, checkpoints, chunk
