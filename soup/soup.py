@@ -47,7 +47,7 @@ from training.loop import (
     skipped_images,
 )
 from training.optimizers import SCHEDULES
-from twa.files.checkpoints import Checkpoint, average, load_into
+from twa.files.checkpoints import Checkpoint, average, load_into, without_copies
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on
@@ -80,7 +80,7 @@ def parse_arguments():
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
-    """The files that match, each once, by the numbers in their names."""
+    """The files that match, by the numbers in their names; of those that are the same, one."""
     found: set[str] = set()
     for pattern in patterns:
         matches = glob.glob(pattern)
@@ -91,7 +91,7 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
     def by_number(path: str) -> list:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
-    return [Path(path) for path in sorted(found, key=by_number)]
+    return without_copies([Path(path) for path in sorted(found, key=by_number)])
 
 
 def refuse_other_split(paths: Sequence[Path], args) -> None:

@@ -94,7 +94,7 @@ class Layout:
         if asked != "auto":
             return asked, "as asked for"
         weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        args, n = self._args, len(windows.listed(self._args))
+        args, n = self._args, len(windows.window_paths(self._args))
         plan = Plan(n, args.extract, args.components, args.bits, device)
         # And weights, gradient, start point and a vector to work in; activations come on top.
         needed = plan.build_bytes(weights) + 4 * 4 * weights

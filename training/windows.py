@@ -1,6 +1,8 @@
 """A window of checkpoints, and the averages of it that TWA is compared with."""
 
 import argparse
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +10,9 @@ from torch import nn
 
 from training import flags, ranks
 from twa import best_start
-from twa.files.checkpoints import Checkpoint, average, last_means
+from twa.files.checkpoints import Checkpoint, average, last_means, without_copies
 from twa.files.formats import verify
+from twa.files.windows import numbered
 from utils import UserError
 
 
@@ -43,68 +46,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def paths_of(args: argparse.Namespace) -> list[Path]:
-    """The checkpoints of the window, whole, in order.
+    """The checkpoints of the window in order, each once, once known to be undamaged.
 
-    Each file is read once for that, by one of the ranks: shards are then read by those that own
-    them.
+    Each file is read once for that, by one of the ranks; the others then read only their shards.
 
     Raises:
-        UserError: as of `listed`.
+        UserError: as `window_paths`.
         CheckpointError: one of them is damaged.
     """
-    window = listed(args)
+    window = window_paths(args)
     start_point = [_start_point(args)] if args.train_start not in (None, -1) else []
     for path in [*window, *start_point][ranks.rank() :: ranks.world()]:
         verify(path)
-    return window
+    with warnings.catch_warnings():
+        if ranks.rank():  # the first one says it
+            warnings.simplefilter("ignore")
+        return without_copies(window)
 
 
-def listed(args: argparse.Namespace) -> list[Path]:
+def window_paths(args: argparse.Namespace) -> list[Path]:
     """The checkpoints of the window, in order; they are not opened.
 
-    They are `N.pt`, or where there are none the folders `checkpoint-N` that transformers' `Trainer`
-    leaves, of which the window takes those that there are.
+    Of files called by a number alone none may be missing; of others, such as the folders
+    `checkpoint-N` of transformers, the window takes those that exist.
 
     Raises:
         UserError: the window is empty, or one of its checkpoints is missing.
+        CheckpointError: as `numbered`.
     """
-    save_dir, start, end = Path(args.save_dir), args.params_start, args.params_end
+    start, end = args.params_start, args.params_end
     if start >= end:
         raise UserError(
             f"--params_start {start} --params_end {end}: the window [{start}, {end}) is empty"
         )
-    files, folders = _files(save_dir), _folders_of_transformers(save_dir)
-    if folders and not files:
-        window = [folders[number] for number in sorted(folders) if start <= number < end]
-        if not window:
-            holds = f"it holds checkpoint-{min(folders)} to checkpoint-{max(folders)}"
-            raise UserError(f"{save_dir}: no checkpoint-N with N in [{start}, {end}); {holds}")
-        return window
-    missing = next((i for i in range(start, end) if i not in files), None)
-    if missing is not None:
-        holds = f"it holds {min(files)} to {max(files)}" if files else "it holds no checkpoints"
-        raise UserError(f"{save_dir}: {missing}.pt is missing from [{start}, {end}); {holds}")
-    return [save_dir / f"{i}.pt" for i in range(start, end)]
+    found = numbered(Path(args.save_dir))
+    holds = f"it holds {min(found)} to {max(found)}" if found else "it holds no checkpoints"
+    missing = next((number for number in range(start, end) if number not in found), None)
+    any_path = _path(args, found, start)
+    if missing is not None and any_path.stem.isdecimal() and any_path.suffix:
+        name = _path(args, found, missing).name
+        raise UserError(f"{args.save_dir}: {name} is missing from [{start}, {end}); {holds}")
+    window = [path for number, path in found.items() if start <= number < end]
+    if not window:
+        name = re.sub(r"\d+", "N", any_path.name)
+        raise UserError(f"{args.save_dir}: no {name} with N in [{start}, {end}); {holds}")
+    return window
+
+
+def _path(args: argparse.Namespace, found: dict[int, Path], number: int) -> Path:
+    """The checkpoint of this `number`, or where it would be, called as those that were `found`."""
+    example = next(iter(found.values()), Path(args.save_dir, "0.pt"))
+    return found.get(number) or example.with_name(
+        re.sub(r"\d+", str(number), example.name, count=1)
+    )
 
 
 def _start_point(args: argparse.Namespace) -> Path:
-    """The checkpoint of `--train_start`: a file, or a folder where the window takes folders."""
-    save_dir, number = Path(args.save_dir), args.train_start
-    folders = {} if _files(save_dir) else _folders_of_transformers(save_dir)
-    return save_dir / (f"checkpoint-{number}" if folders else f"{number}.pt")
-
-
-def _files(save_dir: Path) -> set[int]:
-    """The numbers N of the files `N.pt`."""
-    return {int(path.stem) for path in save_dir.glob("*.pt") if path.stem.isdecimal()}
-
-
-def _folders_of_transformers(save_dir: Path) -> dict[int, Path]:
-    """The folders `checkpoint-N`, by N."""
-    numbers = {
-        path.name.removeprefix("checkpoint-"): path for path in save_dir.glob("checkpoint-*")
-    }
-    return {int(number): path for number, path in numbers.items() if number.isdecimal()}
+    """The checkpoint of `--train_start`."""
+    return _path(args, numbered(Path(args.save_dir)), args.train_start)
 
 
 def averages_of(window: list[Path], model: nn.Module) -> dict[str, dict]:

@@ -170,7 +170,7 @@ def _kind(path: Path, file: io.BufferedReader) -> str:
     elif text.startswith(b"<"):
         words = "is a page of HTML or XML, not the file itself: download it again"
     elif not start:
-        words = "is empty"
+        words = "cannot be read: it is empty"
     elif not words and text.isascii() and b"".join(text.split()).decode().isprintable():
         words = f"is text, not a checkpoint ({one_line(ValueError(text.decode()))[:40]})"
     raise CheckpointError(f"{path}: {words or 'is no checkpoint of torch or safetensors'}")
