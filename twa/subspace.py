@@ -217,7 +217,10 @@ class Subspace:
         products = functools.partial(window.products, batch)
         dtype, kept = torch.float64, torch.ones(1, len(window.rows), dtype=torch.bool)
         if self._extract == "PCA":
-            transform, units = extraction.principal_directions(products, self._plan.height)
+            rounding = torch.finfo(window.rows.dtype).eps / torch.finfo(torch.float32).eps
+            transform, units = extraction.principal_directions(
+                products, self._plan.height, extraction.DEPENDENT * rounding
+            )
             if self.unit == "block":
                 units = extraction.root_mean_squares(units)
         else:

@@ -211,7 +211,10 @@ def _load_file(path: Path, shards: bool = True):
 def _weight_map(index: Path) -> dict[str, str]:
     """The names of the shards by those of the tensors, from an index of Hugging Face."""
     with opened(index) as file:
-        weight_map = dict(json.load(file)["weight_map"])
+        content = json.load(file)
+    if "weight_map" not in content:
+        raise CheckpointError(f"{index}: is JSON, not a checkpoint or an index (no weight_map)")
+    weight_map = dict(content["weight_map"])
     for name in weight_map.values():
         beside(index, name)
     return weight_map
