@@ -802,11 +802,9 @@ def flip_everywhere(kind: str, folder: Path, count: int) -> None:
     logging.disable()  # what torch logs about meshes without ranks
 
     def hook(event: str, arguments: tuple) -> None:
-        if event == "compile" and arguments[1] == "<unknown>":
-            return  # a line of a traceback, which is parsed and not run
         writes = event == "open" and arguments[1] not in ("r", "rb", None)
         if reading and (writes or event.startswith(CODE)):
-            os.write(2, f"{event} {arguments[:1]}".encode())
+            os.write(2, f"{event} {arguments[:2]}".encode())
             os._exit(3)
 
     load_into(model, path)

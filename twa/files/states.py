@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twa.files.formats import load
-from twa.files.reading import CheckpointError, Stored, tensor_of
+from twa.files.reading import CheckpointError, Stored, refusing, tensor_of
 from twa.ranks.sharding import is_sharded
 
 Checkpoint = str | os.PathLike | Mapping
@@ -92,18 +92,18 @@ def weights_of(checkpoint: Checkpoint, name: str) -> State:
                 f"{key!r} is a {type(value).__name__}"
             )
         if is_sharded(value):
-            state[key] = _whole(value, checkpoint, name)
-        elif isinstance(value, Tensor) and (
+            value = state[key] = _whole(name, value, isinstance(checkpoint, Mapping))
+        if isinstance(value, Tensor) and (
             value.layout != torch.strided or value.is_meta or value.is_quantized
         ):
             raise CheckpointError(f"{name}: {key} is no ordinary tensor with values")
     return state
 
 
-def _whole(value: Tensor, checkpoint: Checkpoint, name: str) -> Tensor:
-    """`value`, or the plain tensor that it is in a file; shards of other ranks are not there."""
-    dist = torch.distributed
-    if isinstance(checkpoint, Mapping) and dist.is_available() and dist.is_initialized():
+@refusing
+def _whole(name: str, value: Tensor, in_memory: bool) -> Tensor:
+    """A `DTensor`, or the tensor that it is in a file, where other ranks' shards are not there."""
+    if in_memory and torch.distributed.is_initialized():
         return value
     sizes = zip(value.placements, value.device_mesh.mesh.shape, strict=True)
     if not any(size > 1 and not placement.is_replicate() for placement, size in sizes):
