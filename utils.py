@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twa.files.formats import one_line
+from twa.files.reading import one_line
 
 
 class UserError(Exception):

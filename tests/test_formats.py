@@ -2,8 +2,10 @@
 
 import codecs
 import contextlib
+import copy
 import importlib
 import json
+import logging
 import os
 import pickle
 import random
@@ -25,7 +27,7 @@ from test_checkpoints import Trap, refusal
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-import twa.files.checkpoints
+import twa.files.states
 from twa import TWA, Subspace, best_start
 from twa.files.checkpoints import (
     CheckpointError,
@@ -104,7 +106,7 @@ CONTAINERS: dict[str, Callable[[dict], dict]] = {
     "model, epoch": lambda s: {"model": s, "epoch": 3, "optimizer": {"state": {}}},
     "model_state_dict": lambda s: {"epoch": 1, "model_state_dict": s},
     "module, as DeepSpeed": lambda s: {"module": s, "global_steps": 7},
-    "one in another": lambda s: {"state_dict": {"model": s}, "args": {"lr": 1}},
+    "a container in a container": lambda s: {"state_dict": {"model": s}, "args": {"lr": 1}},
     "the tutorial of DCP": lambda s: {"app": {"model": s, "optim": {"state": {}}}},
     "torchtitan": lambda s: s | {"optimizer": {"state.fc.weight.exp_avg": torch.ones(2)}},
     "Lightning": in_lightning,
@@ -114,7 +116,14 @@ CONTAINERS: dict[str, Callable[[dict], dict]] = {
     "DDP in compile": lambda s: prefixed("_orig_mod.module.", s),
     "compile in DDP": lambda s: prefixed("module._orig_mod.", s),
     "compile in DDP in Lightning": lambda s: {"state_dict": prefixed("model.module._orig_mod.", s)},
-    "attribute model": lambda s: prefixed("model.", s),
+    "an attribute called model": lambda s: prefixed("model.", s),
+    "a part of it in DDP": lambda s: {
+        key.replace("body.", "body.module."): value for key, value in s.items()
+    },
+    "a part of it in DDP, in DDP": lambda s: {
+        "module." + key.replace("body.", "body.module."): value for key, value in s.items()
+    },
+    "Lightning's and Fabric's strategies": lambda s: prefixed("_forward_module.", s),
     "a compiled submodule": lambda s: {
         key.replace("body.", "body._orig_mod."): value for key, value in s.items()
     },
@@ -167,6 +176,15 @@ def test_a_compiled_submodule_of_the_model():
     assert torch.equal(model.state_dict()["body._orig_mod.0.weight"], state_of(1)["body.0.weight"])
 
 
+@pytest.mark.parametrize("content", ["plain", "DDP", "a part of it in DDP"])
+def test_a_submodule_of_the_model_in_ddp(content):
+    model, state = net(), state_of(1)
+    model.body = Wrapped(model.body, "module")
+    load_into(model, state if content == "plain" else CONTAINERS[content](state))
+    assert torch.equal(model.body.module[0].weight, state["body.0.weight"])
+    assert torch.equal(model.head.weight, state["head.weight"])
+
+
 def test_submodules_that_are_called_like_wrappers_are_told_apart_by_what_fits():
     """`weight` and `module.weight` of one shape: the same names with another prefix."""
     model = Wrapped(nn.Linear(2, 2, bias=False), "module")
@@ -205,10 +223,12 @@ def test_buffers_and_frozen_parameters_that_are_missing_keep_the_models_values()
 
 def test_what_only_some_checkpoints_hold_is_not_in_their_mean():
     window = [state_of(1), state_of(2), state_of(3)]
-    del window[1]["body.1.running_mean"]
+    del window[1]["frozen.weight"], window[1]["body.1.running_mean"]
     means = dict(zip((1, 2, 3), last_means(window, (1, 2, 3), net()), strict=True))
-    held = {count: "body.1.running_mean" in mean for count, mean in means.items()}
-    assert held == {1: True, 2: False, 3: False}
+    there = {count: "frozen.weight" in mean for count, mean in means.items()}
+    assert there == {1: True, 2: False, 3: False}
+    for mean in means.values():  # a buffer, which is the last one's
+        assert torch.equal(mean["body.1.running_mean"], window[2]["body.1.running_mean"])
 
 
 def test_a_model_without_trainable_parameters_needs_all_its_parameters():
@@ -253,9 +273,8 @@ def test_another_architecture_is_refused_before_a_tensor_is_read(tmp_path, monke
     good, bad = state_of(1), net(2, width=5).state_dict()
     window = [WRITERS[source](tmp_path / name, s) for name, s in (("a", good), ("b", bad))]
     monkeypatch.setattr("twa.storage.columns.tensor_of", lambda value: pytest.fail("read a tensor"))
-    monkeypatch.setattr(
-        "twa.files.checkpoints.tensor_of", lambda value: pytest.fail("read a tensor")
-    )
+    for module in ("checkpoints", "fit", "states", "loaders"):
+        monkeypatch.setattr(f"twa.files.{module}.tensor_of", lambda value: pytest.fail("read one"))
     name = "checkpoints[1]" if source == "memory" else str(tmp_path / "b")
     for fails in (
         lambda: Subspace(net(), window),
@@ -308,7 +327,7 @@ def test_frozen_parameters_on_meta_are_checked_and_not_loaded():
 
 
 @pytest.mark.parametrize(
-    ("source", "times"), [("pt", 1), ("safetensors", 1), ("DCP", 1), ("old", 2)]
+    ("source", "times"), [("pt", 1), ("safetensors", 1), ("DCP", 1), ("torch < 1.6", 2)]
 )
 def test_a_checkpoint_is_opened_once_unless_it_would_take_memory(
     tmp_path, monkeypatch, source, times
@@ -316,13 +335,13 @@ def test_a_checkpoint_is_opened_once_unless_it_would_take_memory(
     """Those of torch < 1.6 cannot be mapped."""
     window = [WRITERS[source](tmp_path / str(seed), state_of(seed)) for seed in (1, 2, 3)]
     opened = Counter()
-    load = twa.files.checkpoints.load
+    load = twa.files.states.load
 
     def counting(path):
         opened[path] += 1
         return load(path)
 
-    monkeypatch.setattr("twa.files.checkpoints.load", counting)
+    monkeypatch.setattr("twa.files.states.load", counting)
     Subspace(net(), window)
     assert opened == dict.fromkeys(window, times)
 
@@ -381,7 +400,7 @@ def in_folder(write: Callable, name: str) -> Callable:
 WRITERS: dict[str, Callable[[Path, dict], Path]] = {
     "memory": lambda path, state: state,
     "pt": write_pt,
-    "old": write_old,
+    "torch < 1.6": write_old,
     "safetensors": write_safetensors,
     "index": write_shards,
     "folder of shards": lambda p, s: write_shards(p, s).parent,
@@ -706,33 +725,91 @@ def test_a_model_with_an_extra_state_is_trained_and_its_state_is_finite(tmp_path
 # --- memory and damage at random ---
 
 
+def write_deepspeed(path: Path, state: dict) -> Path:
+    (path / "step5").mkdir(parents=True)
+    (path / "latest").write_text("step5")
+    torch.save({"module": state, "dp_world_size": 2}, path / "step5/mp_rank_00_model_states.pt")
+    return path
+
+
+def write_rank_of_one(path: Path, state: dict) -> Path:
+    """As FSDP2 leaves it on a single rank: `DTensor`s, which are whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = {k: DTensor.from_local(v, mesh, [Shard(0)]) for k, v in state.items() if v.dim()}
+        torch.save(state | sharded, path)
+    finally:
+        torch.distributed.destroy_process_group()
+    return path
+
+
+def write_by_content(path: Path, state: dict) -> Path:
+    save_file(state, path.with_suffix(".ckpt"))
+    return path.with_suffix(".ckpt")
+
+
+def write_renamed(path: Path, state: dict) -> Path:
+    """What only the model's own loader reads: `Loading` calls it otherwise."""
+    return write_pt(path, {key.replace("head.weight", "head.kernel"): state[key] for key in state})
+
+
+class Loading(nn.Linear):
+    def _load_from_state_dict(self, state, prefix, *args):
+        if f"{prefix}kernel" in state:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def model_for(kind: str) -> nn.Module:
+    model = net(0)
+    if kind == "through the model's loader":
+        model.head = Loading(4, 7, bias=False)
+    return model
+
+
 FORMATS = {
-    **{k: WRITERS[k] for k in ("pt", "old", "safetensors", "folder of shards", "folder of bins")},
+    **{
+        k: WRITERS[k]
+        for k in ("pt", "torch < 1.6", "safetensors", "folder of shards", "folder of bins")
+    },
     "DCP": write_dcp,
     "adapter": in_folder(lambda p, s: write_safetensors(p, prefixed(PREFIX, s)), "adapter_model"),
+    "DeepSpeed": write_deepspeed,
+    "one rank of FSDP2": write_rank_of_one,
+    "safetensors by its content": write_by_content,
+    "through the model's loader": write_renamed,
 }
 # The formats with checksums over every value. (A DCP `.metadata` has none, over the names.)
-CHECKED = {"pt", "folder of bins"}
+CHECKED = {"pt", "folder of bins", "DeepSpeed", "one rank of FSDP2", "through the model's loader"}
 # What Python's audit hooks call the things that no file may make it do.
 CODE = ("exec", "compile", "import", "pickle.find_class", "subprocess.", "os.sys", "os.posix_spawn")
 
 
 def flip_everywhere(kind: str, folder: Path, count: int) -> None:
     """Flips `count` random bits in the files of a checkpoint, one at a time; prints what came."""
-    state, before, model = state_of(1), state_of(0), net(0)
-    path = FORMATS[kind](folder, state)
+    model = model_for(kind)
+    before = copy.deepcopy(model.state_dict())
+    path = FORMATS[kind](folder, state_of(1))
     files = sorted(path.rglob("*")) or [path]
-    files = [file for file in files if file.name not in ("config.json", "optimizer.pt")]
+    files = [f for f in files if f.is_file() and f.name not in ("config.json", "optimizer.pt")]
     draw, seen, reading = random.Random(0), Counter(), False
     warnings.simplefilter("ignore")  # about keys whose names changed
+    logging.disable()  # what torch logs about meshes without ranks
 
     def hook(event: str, arguments: tuple) -> None:
         writes = event == "open" and arguments[1] not in ("r", "rb", None)
         if reading and (writes or event.startswith(CODE)):
-            os.write(2, f"{event} {arguments[:1]}".encode())
+            os.write(2, f"{event} {arguments[:2]}".encode())
             os._exit(3)
 
     load_into(model, path)
+    state = copy.deepcopy(model.state_dict())
+    assert not torch.equal(state["head.weight"], before["head.weight"])
     verify(path)
     for codec in ("cp437", "raw_unicode_escape", "latin_1", "ascii"):
         codecs.lookup(codec)  # Imported now: zip archives and pickles may name them.

@@ -114,7 +114,7 @@ def test_sgd_is_sgd_on_the_weights_with_the_projected_gradient(smooth):
     arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-3}
     trained, plain = copy.deepcopy(model), copy.deepcopy(model).double()
     optimizer = TWA(trained, checkpoints, SGD, extract="Schmidt", **arguments)
-    plain.load_state_dict(average(checkpoints))
+    plain.load_state_dict(average(checkpoints, model))
     basis = gram_schmidt(rows_of(model, checkpoints))
     weights = nn.Parameter(rows_of(model, checkpoints).mean(0))
     reference = SGD([weights], **arguments)
@@ -153,7 +153,7 @@ def test_alone_it_is_adamw_on_coefficients_in_the_spread_of_the_window(smooth):
     model, checkpoints = digits_run(smooth)
     trained, plain = copy.deepcopy(model), copy.deepcopy(model).double()
     optimizer = TWA(trained, checkpoints)
-    plain.load_state_dict(average(checkpoints))
+    plain.load_state_dict(average(checkpoints, model))
     rows = rows_of(model, checkpoints)
     directions, spread = principal_directions(rows)
     start, z = rows.mean(0), torch.zeros(len(spread)).double()
@@ -180,7 +180,7 @@ def test_the_gradient_is_the_derivative_of_the_loss_along_the_spread(granularity
     loss_of(model, batch).backward()
     optimizer.step()
     gradient, basis = optimizer.coefficients.grad, optimizer.subspace
-    plain, start = Small().double(), average(small_run())
+    plain, start = Small().double(), average(small_run(), Small())
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     picked = torch.arange(0, len(gradient), max(1, len(gradient) // 7))
     for i in picked.tolist():
@@ -213,7 +213,7 @@ def test_a_unit_of_every_coefficient_is_the_standard_deviation_of_the_checkpoint
 @pytest.mark.parametrize("factor", [0.1, 10])
 def test_where_the_window_is_wider_the_same_coefficients_go_further(factor):
     """The gradient is scaled too: what one step of SGD changes grows by the square."""
-    start = average(small_run())
+    start = average(small_run(), Small())
     way = {}
     for scale in (1, factor):
         model, checkpoints = Small(), []
@@ -377,7 +377,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 # --- the start point ---
 
 STARTS = {
-    "the mean": lambda: (None, average(small_run())),
+    "the mean": lambda: (None, average(small_run(), Small())),
     "a checkpoint of the window": lambda: (small_run()[1], small_run()[1]),
     "a checkpoint outside the span": lambda: (outsider := state_of(Small()), outsider),
 }
@@ -635,7 +635,9 @@ def closure_for(model: nn.Module, optimizer: TWA, batch: tuple[Tensor, Tensor]):
 def test_lbfgs_with_a_closure_lowers_the_loss():
     model = Small().eval()
     arguments = {"lr": 1.0, "max_iter": 10, "line_search_fn": "strong_wolfe"}
-    optimizer = TWA(model, small_run(), LBFGS, radius=math.inf, **arguments)
+    # Without a model, the mean is also that of batch norm's statistics, which suit it in eval mode.
+    mean = average(small_run())
+    optimizer = TWA(model, small_run(), LBFGS, start=mean, radius=math.inf, **arguments)
     batch = digits_batches()[0]
     start = loss_of(model, batch).item()
     losses = [optimizer.step(closure_for(model, optimizer, batch)).item() for _ in range(3)]
@@ -836,9 +838,6 @@ def test_parameters_that_cannot_be_trained_are_refused_by_name():
 
     model = nn.Sequential(nn.Linear(3, 3), Shy(3, 2))
     with pytest.raises(ValueError, match=r"does not hold 1\.bias"):
-        TWA(model, [copy.deepcopy(model.state_dict())] * 2, SGD, lr=0.1)
-    model = nn.Linear(3, 3, dtype=torch.complex64)
-    with pytest.raises(ValueError, match="weight is complex"):
         TWA(model, [copy.deepcopy(model.state_dict())] * 2, SGD, lr=0.1)
     window = [nn.Linear(3, 3).state_dict() for _ in range(2)]
     with pytest.raises(ValueError, match="on meta"):
@@ -1172,7 +1171,7 @@ def test_a_state_from_before_the_first_step_leaves_the_start_point():
     model = Small()
     optimizer = TWA(model, small_run())
     optimizer.load_state_dict(optimizer.state_dict())
-    assert_equal(model.state_dict(), average(small_run()))
+    assert_equal(model.state_dict(), average(small_run(), Small()))
 
 
 def test_a_model_that_was_moved_since_is_refused():
@@ -1248,7 +1247,7 @@ def test_the_snippets_of_the_readme_run():
         "loss": lambda: total_loss(model),
         "steps": len(digits_batches()),
     }
-    model.load_state_dict(average(small_run()))
+    model.load_state_dict(average(small_run(), Small()))
     start = total_loss(model)
     exec(snippet, names)
     assert isinstance(names["optimizer"], torch.optim.Optimizer)

@@ -81,7 +81,7 @@ def test_the_optimizer_follows_the_reference_for_30_steps(
     trained, plain = copy.deepcopy(model), copy.deepcopy(model).double()
     basis = {"extract": extract, "granularity": granularity}
     optimizer = TWA(trained, checkpoints, base, **basis, unit=unit, **arguments)
-    plain.load_state_dict(average(checkpoints))
+    plain.load_state_dict(average(checkpoints, model))
     W = rows_of(model, checkpoints)
     blocks = blocks_of(model, granularity)
     reference = Reference(W, W.mean(0), blocks, base, extract=extract, unit=unit, **arguments)

@@ -159,14 +159,15 @@ def test_more_checkpoints_than_weights_leaves_as_many_directions_as_weights():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_duplicates_and_combinations_are_dropped_and_named(bits, tmp_path):
+def test_multiples_and_combinations_are_dropped_and_named(bits, tmp_path):
     model = make_model()
     first, second, third = walk(model, 3)
     between = {
         k: (first[k] + second[k]) / 2 if v.is_floating_point() else v for k, v in first.items()
     }
+    twice, thrice = ({k: n * v for k, v in state.items()} for n, state in ((2, first), (3, third)))
     window = []
-    for i, state in enumerate([first, first, second, between, third, third]):
+    for i, state in enumerate([first, twice, second, between, third, thrice]):
         window.append(tmp_path / f"{i}.pt")
         torch.save(state, window[-1])
     with pytest.warns(UserWarning, match=r"3 of 6 checkpoints"):

@@ -107,7 +107,7 @@ def described(optimizer: TWA) -> str:
 
 
 def averaging_weights(optimizer: TWA, paths: Sequence[Path]) -> dict[str, float]:
-    """α of every checkpoint of the window by its path, the mean over the blocks if there are many."""
+    """α of every checkpoint of the window by its path; of many blocks, their mean."""
     alpha = optimizer.averaging_weights()
     alpha = alpha.mean(0) if alpha.dim() == 2 else alpha
     return dict(zip(map(str, paths), alpha.tolist(), strict=True))

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from twa.files.formats import CheckpointError
+from twa.files.reading import CheckpointError
 from utils import UserError
 
 

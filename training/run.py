@@ -21,7 +21,8 @@ from training.loop import Trainer
 from training.signals import Signals, Stopped, ignore
 from training.tasks import Task
 from twa.files.checkpoints import check_finite, load_into
-from twa.files.formats import CheckpointError, load, one_line, verify
+from twa.files.formats import load, verify
+from twa.files.reading import CheckpointError, one_line
 from utils import UserError, make_directory
 
 try:
@@ -339,9 +340,9 @@ class Run:
         return self.done == self._first_epoch and self._trainer.progress.iteration == 0
 
     def start(self, *lines: str | None) -> None:
-        """Opens the log with `lines`, those that are not None, and saves the state if no step is done yet.
+        """Opens the log, and saves the state if no step is done yet.
 
-        A script with `--overwrite` removes the checkpoints of an earlier run.
+        `lines` go into the log, except those that are None. A script with `--overwrite` removes the checkpoints of an earlier run.
 
         Raises:
             UserError: there are some, or the log of others, and `--overwrite` is not given.

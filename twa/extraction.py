@@ -66,7 +66,9 @@ def gram_schmidt(products: Products, single: bool) -> tuple[Tensor, Tensor, torc
     return transform, kept, torch.float64
 
 
-def principal_directions(products: Products, components: int) -> tuple[Tensor, Tensor]:
+def principal_directions(
+    products: Products, components: int, dependent: float = DEPENDENT
+) -> tuple[Tensor, Tensor]:
     """The leading principal directions of the window, centred on its mean, and its spread there.
 
     Directions along which the checkpoints spread by no more than rounding are dropped. The sign of
@@ -74,6 +76,7 @@ def principal_directions(products: Products, components: int) -> tuple[Tensor, T
 
     Args:
         components: the number of directions to keep, at most n; a block may have fewer.
+        dependent: the spread that is rounding, relative to the norm of a checkpoint.
 
     Returns:
         T with `P = T X`, float64 [blocks, components, n], with zero rows where a block has fewer
@@ -86,7 +89,7 @@ def principal_directions(products: Products, components: int) -> tuple[Tensor, T
     centring = (identity - 1 / n).flip(1).cumsum(1).flip(1)  # From X to W less its mean,
     centring[:, 0] = 0  # which does not depend on w_1.
     values, vectors = torch.linalg.eigh(centring @ gram @ centring.mT)
-    floor = DEPENDENT**2 * torch.maximum(_norms(gram).amax(dim=1).square(), values[:, -1])
+    floor = dependent**2 * torch.maximum(_norms(gram).amax(dim=1).square(), values[:, -1])
     floor = floor.clamp(min=n * NO_SPREAD**2)
     values, vectors = values.flip(1)[:, :components], vectors.flip(2)[:, :, :components]
     values = values.where(values > floor[:, None], 0)

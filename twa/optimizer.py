@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from twa.files.checkpoints import Checkpoint, average, listed, load_into
+from twa.files.checkpoints import Checkpoint, average, check_window, load_into
 from twa.ranks.replicas import Replicas
 from twa.ranks.sharding import is_sharded, local
 from twa.subspace import Subspace
@@ -135,7 +135,7 @@ class TWA(torch.optim.Optimizer):
         defaults = base([nn.Parameter(torch.zeros(1))], **base_arguments).defaults
         if not radius > 0:
             raise ValueError(f"radius must be larger than 0, not {radius!r}")
-        self._model, self._checkpoints = model, listed(model, checkpoints)
+        self._model, self._checkpoints = model, check_window(model, checkpoints)
         start = getattr(start, "state_dict", start) if isinstance(start, tuple) else start
         if not (start is None or start is model or isinstance(start, Checkpoint)):
             raise TypeError(
@@ -183,7 +183,8 @@ class TWA(torch.optim.Optimizer):
                     "gradients between machines itself"
                 )
         self._overwritten = self._load_start()
-        self._start = self.subspace.flatten(self.subspace.parameters)
+        exact = self.subspace.empty(self.subspace.dtype)
+        self._start = self.subspace.flatten(self.subspace.parameters, out=exact)
         self._fingerprint = self.subspace.fingerprint(self._start)
         self._replicas.check({"start point": self._fingerprint.item()})
         coordinates = self.subspace.coordinates(self._start)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from twa.files.checkpoints import Checkpoint, average, last_means, listed, load_into
+from twa.files.checkpoints import Checkpoint, average, check_window, last_means, load_into
 from twa.optimizer import RATE, TWA, is_adam
 from twa.subspace import GRANULARITIES, UNITS
 
@@ -67,7 +67,7 @@ def best_start(
         CheckpointError: as `twa.files.checkpoints.average`.
         ValueError: there are no checkpoints, or one is the model's own `state_dict`, not copied.
     """
-    checkpoints = listed(model, checkpoints)
+    checkpoints = check_window(model, checkpoints)
     losses: dict[float, float] = {}
 
     def candidates() -> Iterator[tuple[float, dict[str, Tensor]]]:
@@ -184,7 +184,7 @@ class Recipe:
             allowed = ", ".join(("auto", *GRANULARITIES))
             raise ValueError(f"granularity must be one of {allowed}, not {granularity!r}")
         rate_of(steps, samples)  # refuses negative numbers before anything is read
-        self._model, self._checkpoints, self._loss = model, listed(model, checkpoints), loss
+        self._model, self._checkpoints, self._loss = model, check_window(model, checkpoints), loss
         self._steps, self._samples, self.granularity = steps, samples, granularity
         self.start, self.start_losses, self.end_losses = start, {}, {}
         self._optimizer: TWA | None = None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from twa import extraction
-from twa.files.checkpoints import Checkpoint, listed
+from twa.files.checkpoints import Checkpoint, check_window
 from twa.ranks.replicas import Replicas
 from twa.ranks.sharding import first_row, local
 from twa.storage.columns import Blocks, Columns
@@ -79,7 +79,8 @@ class Subspace:
         parameters: the model's trainable parameters, in the order of the columns.
         scale: u, float32 [len(self)]; None for "Schmidt".
         unit: as given.
-        mean: the mean of the checkpoints, float32 [D]; None for "Schmidt".
+        mean: the mean of the checkpoints, [D], float64 if a parameter is, else float32; None for
+            "Schmidt".
         dropped: the checkpoints (path, or `checkpoints[3]`) that "Schmidt" dropped because in every
             block they depend linearly on the ones before them.
 
@@ -89,8 +90,8 @@ class Subspace:
         MemoryError: the basis does not fit into the free memory.
         ValueError: an argument is out of its range; there are no checkpoints, or for "PCA" no two
             that differ; the model is on `meta`, has no trainable parameters, or some that are
-            complex or not in its `state_dict`; or the parameters, arguments or checkpoints of a
-            rank of `process_group` differ from the first rank's.
+            not in its `state_dict`; or the parameters, arguments or checkpoints of a rank of
+            `process_group` differ from the first rank's.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Subspace:
         unit: str = "direction",
         process_group: dist.ProcessGroup | None = None,
     ):
-        self._checkpoints = listed(model, checkpoints)
+        self._checkpoints = check_window(model, checkpoints)
         n = len(self._checkpoints)
         _check_arguments(n, extract, components, bits, granularity, unit)
         self._extract, self._granularity, self.unit = extract, granularity, unit
@@ -116,7 +117,7 @@ class Subspace:
             raise ValueError("the model is on meta: give it a device first, by model.to_empty")
         basis = (extract, components, bits, granularity, unit)
         self._replicas.check({"model": columns.layout, "number of checkpoints": n, "basis": basis})
-        self._plan = Plan(n, extract, components, bits, device)
+        self._plan = Plan(n, extract, components, bits, device, columns.dtype)
         free = self._shards.share(free_memory(device), device, self._replicas.count)
         self._plan.check(columns.total, free, self._shards.count)
         self._build()
@@ -129,7 +130,7 @@ class Subspace:
         self._matrix = self._allocate(window)
         self.mean = None
         if self._extract == "PCA":  # In place, the matrix leaves the window's last row free.
-            self.mean = window.rows[-1] if plan.in_place else self.empty()
+            self.mean = window.rows[-1] if plan.in_place else self.empty(plan.dtype)
         units = torch.zeros(columns.count, plan.height, dtype=torch.float32, device="cpu")
         used = torch.zeros(plan.n, dtype=torch.float32, device="cpu")
         for batch in window.batches():
@@ -178,11 +179,15 @@ class Subspace:
         products = functools.partial(window.products, batch)
         dtype, kept = torch.float64, torch.ones(1, len(window.rows), dtype=torch.bool)
         if self._extract == "PCA":
-            transform, units = extraction.principal_directions(products, self._plan.height)
+            rounding = torch.finfo(window.rows.dtype).eps / torch.finfo(torch.float32).eps
+            transform, units = extraction.principal_directions(
+                products, self._plan.height, extraction.DEPENDENT * rounding
+            )
             if self.unit == "block":
                 units = extraction.root_mean_squares(units)
         else:
-            single = window.rows.device.type == "cpu"  # On a CPU float32 is faster.
+            # On a CPU float32 is faster.
+            single = window.rows.device.type == "cpu" and window.rows.dtype == torch.float32
             transform, kept, dtype = extraction.gram_schmidt(products, single)
             kept = self._replicas.broadcast(kept)
             units = (transform != 0).any(dim=2).double()
@@ -194,8 +199,9 @@ class Subspace:
             transform = torch.cat([transform, extraction.mean_row(transform)], dim=1)
         for start, differences in window.differences(batch, dtype):
             rows = transform.to(dtype) @ differences
-            rows = rows.transpose(0, 1).flatten(1).float().to(self.parameters[0].device)
-            self._matrix.fill(start, rows[: self._plan.height])
+            rows = rows.transpose(0, 1).flatten(1).to(self._plan.dtype)
+            rows = rows.to(self.parameters[0].device)
+            self._matrix.fill(start, rows[: self._plan.height].float())
             if self.mean is not None:
                 self.mean[start : start + rows.shape[1]] = rows[-1]
 
@@ -222,6 +228,11 @@ class Subspace:
     def shards(self) -> int:
         """The number of ranks that the model is sharded among; 1 if it is not sharded."""
         return self._shards.count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 if a parameter is float64 or complex128, else float32."""
+        return self._plan.dtype
 
     @property
     def nbytes(self) -> int:
@@ -270,9 +281,9 @@ class Subspace:
     def coordinates(self, weights: Tensor) -> Tensor:
         """The coefficients of the point of the subspace that is nearest to `weights`.
 
-        Takes float32 [D], in the order of the columns, and returns float32 [len(self)].
+        Takes float32 or float64 [D], in the order of the columns, and returns float32 [len(self)].
         """
-        weights = weights if self.mean is None else weights - self.mean
+        weights = (weights if self.mean is None else weights - self.mean).float()
         square = 1 if self.scale is None else self.scale.square()
         coefficients = self.project(weights) / square
         # Projecting the remainder corrects the rounding of sums as long as the model.
@@ -314,17 +325,16 @@ class Subspace:
             weights += 1 / weights.shape[1]
         return weights[0] if self._granularity == "model" else weights
 
-    def empty(self) -> Tensor:
-        """An uninitialised vector for the columns, float32 [D]."""
-        device = self.parameters[0].device
-        return torch.empty(self._columns.total, dtype=torch.float32, device=device)
+    def empty(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised vector for the columns, [D]."""
+        return torch.empty(self._columns.total, dtype=dtype, device=self.parameters[0].device)
 
     @torch.no_grad()
     def flatten(self, tensors: Iterable[Tensor | None], out: Tensor | None = None) -> Tensor:
         """`tensors`, one for each parameter, as one vector in the order of the columns.
 
-        They have the shapes of `self.parameters` and any dtype; None stands for zeros. The result
-        is float32 [D], written to `out` if that is given.
+        They have the shapes of `self.parameters` and any dtype; None stands for zeros. A complex
+        number takes two columns. The result is float32 [D], or written to `out` if that is given.
         """
         out = self.empty() if out is None else out
         parts = self._columns.split(out)
@@ -338,7 +348,7 @@ class Subspace:
 
     @torch.no_grad()
     def assign(self, start: Tensor, moved: Tensor) -> None:
-        """Writes the sum of `start` and `moved`, float32 [D], to the model's parameters."""
+        """Writes the sum of `start` and `moved`, [D], to the model's parameters."""
         self._shards.reshard()
         parts = (self._columns.split(flat) for flat in (start, moved))
         for parameter, *terms in zip(self.parameters, *parts, strict=True):
@@ -350,7 +360,7 @@ class Subspace:
 
     @torch.no_grad()
     def fingerprint(self, flat: Tensor) -> Tensor:
-        """A hash of the parameters' names and shapes and of the bits of `flat` [D].
+        """A hash of the parameters' names and shapes and of the float32 bits of `flat` [D].
 
         It depends neither on the number of ranks nor on the device. Int64 scalar on the CPU.
         """
@@ -358,7 +368,8 @@ class Subspace:
         widths = self._columns.widths
         for parameter, columns in zip(self.parameters, flat.split(widths), strict=True):
             first = first_row(parameter) * math.prod(parameter.shape[1:])
-            for part in columns.view(torch.int32).split(CHUNK["cpu"]):
+            first *= 1 + parameter.is_complex()
+            for part in columns.float().view(torch.int32).split(CHUNK["cpu"]):
                 places = torch.arange(first, first + len(part), device=flat.device)
                 total += (part * (places * 0x9E3779B1 + 1)).sum()  # modulo 2^64
                 first += len(part)

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import torch
 from torch import Tensor, nn
 
-from twa.files.checkpoints import Fit
-from twa.files.formats import Stored, tensor_of
+from twa.files.fit import Fit
+from twa.files.reading import Stored, tensor_of
 from twa.ranks.sharding import Shards, first_row, local, part
 
 
@@ -59,7 +60,9 @@ class Columns:
         shards: the ranks that the model is sharded among.
         names: the parameters' names in a `state_dict`, without the prefixes of wrappers.
         parameters: the trainable parameters, in the same order.
-        widths: the number of columns of each parameter on this rank; `total` is their sum.
+        widths: the number of columns of each parameter on this rank, two for a complex number;
+            `total` is their sum.
+        dtype: float64 if a parameter is float64 or complex128, else float32.
         layout: the parameters' names and shapes, to compare.
         fit: finds in a checkpoint what the model needs.
         blocks: the blocks that have columns on this rank. Adjacent ones of equal width are one
@@ -67,8 +70,8 @@ class Columns:
         count: the number of blocks of the whole model.
 
     Raises:
-        ValueError: the model has no trainable parameters; one is complex or not in the model's
-            `state_dict`; or a sharded weight has its output channels in its second dimension.
+        ValueError: the model has no trainable parameters; one is not in the model's `state_dict`;
+            or a sharded weight has its output channels in its second dimension.
     """
 
     def __init__(self, model: nn.Module, granularity: str = "model"):
@@ -80,15 +83,15 @@ class Columns:
         if missing:
             raise ValueError(f"the model's state_dict does not hold {', '.join(missing.values())}")
         self.names, self.parameters = list(trained), list(trained.values())
-        self.widths = [local(p).numel() for p in self.parameters]
+        self._groups = _transposed(model) if granularity == "channel" else {}
+        self.widths = [self.arranged(local(p), p).numel() for p in self.parameters]
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in self.parameters)
+        self.dtype = torch.float64 if wide else torch.float32
         self.total = sum(self.widths)
         if not sum(p.numel() for p in self.parameters):
             raise ValueError("the model has no trainable parameters")
         self.layout = str([(*self.names, *(tuple(p.shape) for p in self.parameters))])
-        self._groups = _transposed(model) if granularity == "channel" else {}
         for name, parameter in trained.items():
-            if parameter.is_complex():
-                raise ValueError(f"{name} is complex: coefficients are real numbers")
             if id(parameter) in self._groups and self.shards.count > 1:
                 raise ValueError(
                     f"{name}: its output channels are spread over the ranks; use granularity "
@@ -97,7 +100,12 @@ class Columns:
         self.blocks, self.count = self._blocks(granularity)
 
     def arranged(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """A view of `tensor`, shaped as `parameter`, with its elements in the columns' order."""
+        """A view of `tensor`, shaped as `parameter`, with its elements in the columns' order.
+
+        If `parameter` is complex, its last dimension is that of real and imaginary parts.
+        """
+        if parameter.is_complex():
+            tensor = torch.view_as_real(tensor.to(parameter.dtype).resolve_conj())
         groups = self._groups.get(id(parameter))
         return tensor if groups is None else tensor.unflatten(0, (groups, -1)).transpose(1, 2)
 
@@ -129,9 +137,10 @@ class Columns:
             if number > 1:  # the channels of a weight, each of which is on one rank
                 (weight,) = parameters
                 rows = number if self.shards.count == 1 else len(local(weight))
-                new = Blocks(count + first_row(weight), start, rows, weight.numel() // number)
+                width = weight.numel() // number * (1 + weight.is_complex())
+                new = Blocks(count + first_row(weight), start, rows, width)
             else:
-                width = sum(local(p).numel() for p in parameters)
+                width = sum(self.arranged(local(p), p).numel() for p in parameters)
                 new = Blocks(count, start, 1, width, shared=self.shards.count > 1)
             count, start, last = count + number, new.stop, blocks[-1] if blocks else None
             separate = last is None or last.shared or new.shared

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from twa.files.formats import one_line
+from twa.files.reading import one_line
 from twa.storage.columns import Blocks
 from twa.storage.matrix import TILE, Matrix, runs_of_tiles
 

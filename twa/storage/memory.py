@@ -35,6 +35,7 @@ class Plan:
         n: the number of checkpoints.
         extract, components, bits: as for `Subspace`.
         device: the model's device.
+        dtype: of the checkpoints in memory, and of their mean.
     """
 
     n: int
@@ -42,6 +43,7 @@ class Plan:
     components: int | None = None
     bits: int = 32
     device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
 
     @property
     def height(self) -> int:
@@ -58,7 +60,8 @@ class Plan:
     @property
     def in_place(self) -> bool:
         """Whether the basis overwrites the checkpoints that were read."""
-        return self.bits == 32 and self.height >= self.n - 1 and self.build_device == self.device
+        same = self.bits == 32 == 8 * self.dtype.itemsize and self.build_device == self.device
+        return same and self.height >= self.n - 1
 
     def chunk(self, blocks: list[Blocks]) -> int:
         """The number of columns in a chunk: whole tiles, and the widest of adjacent blocks."""
@@ -78,12 +81,12 @@ class Plan:
         It counts one scale for every `TILE` elements; many small blocks have a few more.
         """
         scales = 0 if self.bits == 32 else 4 * math.ceil(total / TILE)
-        mean = 4 * total if self.extract == "PCA" else 0
+        mean = self.dtype.itemsize * total if self.extract == "PCA" else 0
         return self.height * (total * self.bits // 8 + scales) + mean
 
     def build_bytes(self, total: int) -> int:
         """The bytes that building it takes: the basis, and the columns that are read beside it."""
-        read = 0 if self.in_place else 4 * self.n * self.part(total)
+        read = 0 if self.in_place else self.dtype.itemsize * self.n * self.part(total)
         return self.basis_bytes(total) + read
 
     def check(self, total: int, free: float | None, shards: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from twa.files.checkpoints import Checkpoint, CheckpointError, name_of
-from twa.files.formats import mapped
+from twa.files.reading import mapped
 from twa.storage.columns import Blocks, Columns
 from twa.storage.memory import Plan
 
@@ -25,7 +25,7 @@ class Window:
         hashed: whether to hash what is read.
 
     Attributes:
-        rows: the columns in memory, float32 [n, width].
+        rows: the columns in memory, [n, width] of the plan's dtype.
         names: the checkpoints' names in messages.
         hashes: a hash of what was read of each checkpoint, int64 [n].
     """
@@ -43,7 +43,7 @@ class Window:
             state = columns.fit(checkpoint, name)
             self._opened.append(state if all(map(mapped, state.values())) else None)
         width = columns.total if whole else plan.part(columns.total, self._chunk)
-        self.rows = torch.empty(n, width, dtype=torch.float32, device=device)
+        self.rows = torch.empty(n, width, dtype=plan.dtype, device=device)
         self._start = self._stop = 0  # the columns in memory
         # All chunks share this: allocating one takes longer than computing it.
         self._buffer = torch.empty(n * self._chunk, dtype=torch.float64, device=device)

@@ -1,0 +1,122 @@
+"""Windows of checkpoints: which files of a folder they are, by number, and which are the same."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from twa.files.formats import parts_of
+from twa.files.reading import CheckpointError, opened, tensor_of
+from twa.files.states import Checkpoint, weights_of
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+# What stands before the numbers in the names of checkpoints.
+WORDS = {
+    *("epoch", "ep", "step", "steps", "global", "iter", "iteration", "iterations"),
+    *("checkpoint", "ckpt", "model", "weights", "snapshot"),
+}
+# Of files without checksums, so many short parts are compared before all of two files is.
+SAMPLES, LENGTH = 64, 64
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder` by the numbers in their names, in rising order.
+
+    They are files or folders called by a number, with zeros before it or not (`7.pt`, `007.pth`),
+    and after the words that people put there (`epoch-7.pt`, `step_0700.safetensors`,
+    `checkpoint-500`). Of several numbers the first counts that differs between all of them
+    (`epoch=7-step=700.ckpt`: the epoch, or the step if there are several an epoch).
+
+    Raises:
+        CheckpointError: they are of several kinds, or two of them have the same number.
+    """
+    kinds: dict[tuple, dict[tuple[int, ...], Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        suffix = "/" if path.is_dir() else path.suffix
+        parts = re.findall(r"\d+|[a-z]+", path.name.lower() if suffix == "/" else path.stem.lower())
+        words = tuple(part for part in parts if not part.isdecimal())
+        numbers = tuple(int(part) for part in parts if part.isdecimal())
+        if numbers and WORDS.issuperset(words) and suffix in (*SUFFIXES, "/"):
+            same = kinds.setdefault((words, suffix, len(numbers)), {}).setdefault(numbers, path)
+            if same != path:
+                raise CheckpointError(f"{path}: has the same number as {same.name}; move one away")
+    if len(kinds) > 1:
+        first, second = [min(kind.values()).name for kind in kinds.values()][:2]
+        raise CheckpointError(
+            f"{folder}: holds checkpoints of several kinds, such as {first} and {second}; "
+            "move one kind into a folder of its own"
+        )
+    for found in kinds.values():
+        for place in itertools.count():
+            by_number = {numbers[place]: path for numbers, path in found.items()}
+            if len(by_number) == len(found):
+                return dict(sorted(by_number.items()))
+            if place + 1 == len(next(iter(found))):
+                raise CheckpointError(f"{folder}: none of the numbers in the names orders them")
+    return {}
+
+
+def copies(checkpoints: Sequence[Checkpoint]) -> dict[int, int]:
+    """The indices of checkpoints that are the same as another one, and the index of that.
+
+    Compared are paths: links to one file, and files whose tensors are equal to the bit. Of those,
+    the first with a number in its name is not in the result, or the first.
+    """
+    groups: dict[tuple, list[list[int]]] = {}
+    for index, path in enumerate(checkpoints):
+        mark = _mark(path) if isinstance(path, str | os.PathLike) else None
+        for group in groups.setdefault(mark, []) if mark else ():
+            if _same(checkpoints[group[0]], path):
+                group.append(index)
+                break
+        else:
+            groups.setdefault(mark, []).append([index])
+    result = {}
+    for group in (group for mark in groups for group in groups[mark] if mark):
+        kept = min(group, key=lambda i: (not re.search(r"\d", Path(checkpoints[i]).name), i))
+        result |= {index: kept for index in group if index != kept}
+    return dict(sorted(result.items()))
+
+
+def _mark(path: Path) -> tuple | None:
+    """What copies of a checkpoint have in common, and others seldom; None if it is unreadable."""
+    try:
+        return tuple(_mark_of_file(file) for file in parts_of(Path(path)))
+    except (CheckpointError, OSError, zipfile.BadZipFile):
+        return None
+
+
+def _mark_of_file(path: Path) -> tuple:
+    with opened(path) as file:
+        if file.read(4) == b"PK\3\4" and path.suffix != ".distcp":
+            with zipfile.ZipFile(file) as archive:
+                members = [m for m in archive.infolist() if "/data/" in m.filename]
+            if any(member.CRC for member in members):
+                return tuple((member.CRC, member.file_size) for member in members)
+        size = file.seek(0, os.SEEK_END)
+        parts = []
+        for number in range(SAMPLES):
+            file.seek(size * number // SAMPLES)
+            parts.append(file.read(LENGTH))
+        return size, b"".join(parts)
+
+
+def _same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether both are one file, or hold the same tensors to the bit."""
+    if os.path.samefile(one, other):
+        return True
+    try:
+        states = [weights_of(path, str(path)) for path in (one, other)]
+    except CheckpointError:  # whose reader says so
+        return False
+    return states[0].keys() == states[1].keys() and all(
+        value.dtype == states[1][key].dtype
+        and torch.equal(tensor_of(value), tensor_of(states[1][key]))
+        for key, value in states[0].items()
+    )
