@@ -186,6 +186,7 @@ class Run:
         self._other: dict | None = None  # an earlier run's, which may have to be kept
         self._early = False  # whether the file holds nothing but results of this run
         self._results: dict[str, dict] = {}
+        self._trainer: Trainer | None = None
         self._parts: dict[str, object] = {}
         self._signals: Signals | None = None  # while it trains
 
@@ -201,6 +202,7 @@ class Run:
     def __exit__(self, _, error: BaseException | None, __) -> None:
         if self._early and isinstance(error, Exception) and ranks.first():
             self._path.unlink(missing_ok=True)  # what mends the error may change the results
+        self._trainer = None  # Its loaders refer to the run: the cycle would keep basis and model.
         self._unlock()
 
     def _read(self) -> None:
