@@ -51,12 +51,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
-from training import data, entry, flags, ranks
+from training import data, entry, ranks, settings
 from training.files import save
-from training.flags import number
 from training.logs import write_json
 from training.loop import autocast, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
+from training.settings import number
 from twa import TWA, best_start, rate_of
 from twa.files.checkpoints import load_into
 from utils import UserError
@@ -89,7 +89,7 @@ WIRES = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = flags.Parser(__doc__.partition("\n")[0])
+    parser = settings.Parser(__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--archs", nargs="+", default=ARCHITECTURES, help="architectures")
     add("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS), help="ways to train")

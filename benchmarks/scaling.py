@@ -28,7 +28,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from subspace import checkpoints, peak_memory, write_checkpoints
 
-from training import flags, ranks
+from training import ranks, settings
 from training.parallel import RIDERS, sent
 from twa import TWA
 from twa.storage.memory import Plan
@@ -37,7 +37,7 @@ BATCH = 32
 
 
 def main():
-    parser = flags.Parser(__doc__.partition("\n")[0])
+    parser = settings.Parser(__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="to measure")
     parser.add_argument("--checkpoints", type=int, default=40, help="how many, n")
     parser.add_argument("--weights", type=int, default=4_000_000, help="of the model, about")

@@ -30,7 +30,7 @@ from study import ROOT, ema, fit, weighted
 from torch import Tensor, nn
 
 import utils
-from training import entry, flags, logs, text
+from training import entry, logs, settings, text
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import build, evaluate, sample_loss
 from twa import TWA, best_start, rate_of
@@ -312,7 +312,7 @@ PARTS = {
 
 
 def main():
-    parser = flags.Parser("the study of language models")
+    parser = settings.Parser("the study of language models")
     parser.add_argument("what", choices=("measure", "report"))
     parser.add_argument("--text", choices=TEXTS, default="python", help="what the run learns")
     parser.add_argument("--seed", type=int, default=1, help="of the run and of all that follows")
