@@ -42,8 +42,9 @@ from study import (
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 
-from training import entry, settings
+from training import entry
 from training.loop import autocast
+from training.settings import Parser
 from twa import TWA, Subspace
 from twa.files.checkpoints import Checkpoint, load_into
 from twa.subspace import UNITS
@@ -57,7 +58,7 @@ LAYER = {"granularity": "layer"}
 
 
 def main():
-    parser = settings.Parser("the studies behind RESULTS.md")
+    parser = Parser("the studies behind RESULTS.md")
     parser.add_argument("part", choices=(*PARTS, "report"))
     parser.add_argument("--data", choices=DATA, default="FashionMNIST-12k", help="training set")
     arch_help = "architecture: a name of this project's, or module:function"

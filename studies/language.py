@@ -30,9 +30,10 @@ from study import ROOT, ema, fit, weighted
 from torch import Tensor, nn
 
 import utils
-from training import entry, logs, settings, text
+from training import entry, logs, text
 from training.coefficients import LateMean, averaging_weights, keep_best
 from training.loop import build, evaluate, sample_loss
+from training.settings import Parser
 from twa import TWA, best_start, rate_of
 from twa.files.checkpoints import Checkpoint, average, load_into
 from twa.files.formats import load
@@ -312,7 +313,7 @@ PARTS = {
 
 
 def main():
-    parser = settings.Parser("the study of language models")
+    parser = Parser("the study of language models")
     parser.add_argument("what", choices=("measure", "report"))
     parser.add_argument("--text", choices=TEXTS, default="python", help="what the run learns")
     parser.add_argument("--seed", type=int, default=1, help="of the run and of all that follows")
