@@ -3,7 +3,7 @@
     python train_twa.py --datasets CIFAR100 --arch VGG16BN --params_start 0 --params_end 101 \\
         --epochs 10 --save-dir results/checkpoints --log-dir results
 
-Reads `N.pt` from --save-dir and what is known of the run that left them from --log-dir. Writes
+Reads `N.pt` from --save-dir and the log of the run that left them from --log-dir. Writes
 `twa.pt`, an ordinary state_dict, `twa.json` (the results) and `twa.png` to --out. Start and end are
 chosen by the loss on training images; test data choose nothing. The paper's method, with its end
 as it comes: --opt SGD --extract Schmidt --schedule step --lr 2 --train_start -1.

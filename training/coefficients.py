@@ -163,8 +163,8 @@ def keep_best(optimizer: TWA, late: LateMean, loss: Callable[[], float]) -> dict
 
 def comparison(losses: dict[str, float]) -> str:
     """What `keep_best` or `best_start` compared, for the log; the best one first."""
-    told = [f"{name} {losses[name]:.4f}" for name in sorted(losses, key=losses.get)]
-    return f"loss on a sample of training data: {', '.join(told)}"
+    shown = [f"{name} {losses[name]:.4f}" for name in sorted(losses, key=losses.get)]
+    return f"loss on a sample of training data: {', '.join(shown)}"
 
 
 def described(optimizer: TWA) -> str:
