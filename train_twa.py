@@ -122,7 +122,7 @@ def train_twa(args, run):
     run.start(
         f"{args.arch} on {args.datasets}: TWA over checkpoints {window.first} to {window.last} "
         f"from {name}: {coefficients.described(optimizer)} in {seconds:.1f} s",
-        *(layout.line(), coefficients.comparison("start", named)),
+        *(layout.line, coefficients.comparison("start", named)),
         *(f"note: {note}" for note in sgd.notes(args)),
     )
     run.train()

@@ -67,7 +67,7 @@ def build(name: str, example: torch.Tensor, shape: tuple[int, ...]) -> nn.Module
             f"{name}: gives logits of shape {list(logits.shape)} for {given} of shape "
             f"{list(example.shape)}, and the data set needs {list(shape)}"
         )
-    for key, ours in removed.items():  # what is sent to worker processes is looked up by its name
+    for key, ours in removed.items():  # pickling for worker processes looks classes up by name
         sys.modules.setdefault(key, ours)
     return model
 

@@ -86,7 +86,7 @@ def settings_of_runs(args) -> list[dict]:
 
 
 def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
-    """The `state_dict` that every run starts from, and what tells it from another."""
+    """The `state_dict` that every run starts from, and what identifies it."""
     if args.pretrained:
         models.imagenet.load_pretrained(model, args.arch)
         origin = "torchvision"
@@ -184,8 +184,8 @@ def fine_tune(args):
         }
         write_lines(records.values(), runs)
         if scores:
-            told = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
-            print(f"{path.name}: validation {describe(scores)} ({told})")
+            chosen = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
+            print(f"{path.name}: validation {describe(scores)} ({chosen})")
     print(f"written: {save_dir}")
 
 

@@ -99,28 +99,22 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
     return without_copies([Path(path) for path in sorted(found, key=by_number)])
 
 
-def refuse_other_split(paths: Sequence[Path], args) -> None:
-    """Refuses models of `finetune.py` that were trained on what is held out here."""
-    here = flags.held_out(args)
-    for folder in sorted({path.parent for path in paths}):
-        for record in read_lines(folder / "runs.jsonl", "file", "settings"):
-            path, there = folder / record["file"], record["settings"]["held_out"]
-            if path in paths and there != here:
-                raise UserError(
-                    f"{path}: was fine-tuned with {there} held out, and here it is {here}; "
-                    "give the same --val-ratio and --randomseed"
-                )
-
-
-def refuse_own_soups(paths: Sequence[Path]) -> None:
-    """Refuses soups among the models that an earlier call made them of, as a glob finds them."""
-    names = set(map(str, paths))
+def refuse_unfit(paths: Sequence[Path], args) -> None:
+    """Refuses models trained on what is held out here, and soups that a glob takes for models."""
+    here, names = flags.held_out(args), set(map(str, paths))
     for folder in sorted({path.parent for path in paths}):
         for record in read_lines(folder / RESULTS, "name", "settings", *PARTS):
             soup = folder / file_of(record["name"])
             if soup in paths and not names.isdisjoint(record.get("models", ())):
                 raise UserError(
                     f"{soup}: is a soup of the other models; give --checkpoints that leave it out"
+                )
+        for record in logs.read_lines(folder / "runs.jsonl", "file", "settings"):
+            path, there = folder / record["file"], record["settings"]["held_out"]
+            if path in paths and there != here:
+                raise UserError(
+                    f"{path}: was fine-tuned with {there} held out, and here it is {here}; "
+                    "give the same --val-ratio and --randomseed"
                 )
 
 
@@ -317,8 +311,7 @@ def main():
 def make_soups(args):
     utils.set_seed(args.randomseed)
     log_dir, paths = Path(args.log_dir), files_of(args.checkpoints)
-    refuse_own_soups(paths)
-    refuse_other_split(paths, args)
+    refuse_unfit(paths, args)
     evaluator = Evaluator(args)
     for path in paths:
         verify(path)
@@ -337,19 +330,21 @@ def make_soups(args):
     best = names[accuracies.index(max(accuracies))]
 
     def best_single_model() -> dict:
-        scores = {part: solutions.records[best][part] for part in PARTS}
-        return scores | {"models": [best], "seconds": 0.0}
+        return {
+            **{part: solutions.records[best][part] for part in PARTS},
+            **{"models": [best], "seconds": 0.0},
+        }
 
     def ensemble() -> dict:
         scores, seconds = evaluator.evaluate_ensemble(paths), time.perf_counter() - started
         return scores | {"models": names, "seconds": seconds}
 
-    def validation_accuracy(ingredients: Sequence[Path]) -> float:
+    def accuracy_of(ingredients: Sequence[Path]) -> float:
         evaluator.load(average(ingredients))
         return evaluator.evaluate("validation")["accuracy"]
 
     def greedy() -> dict:
-        ingredients = greedy_soup(paths, accuracies, validation_accuracy)
+        ingredients = greedy_soup(paths, accuracies, accuracy_of)
         return {"weights": average(ingredients), "models": [str(path) for path in ingredients]}
 
     solutions.make("best single model", settings, best_single_model)

@@ -29,7 +29,12 @@ from utils import UserError
 
 @dataclass(kw_only=True)
 class Settings(
-    *(flags.Model, flags.DataSet, flags.Batch, flags.TrainingSet, flags.Workers, flags.Overwrite),
+    flags.Model,
+    flags.DataSet,
+    flags.Batch,
+    flags.TrainingSet,
+    flags.Workers,
+    flags.Overwrite,
     flags.Run,
 ):
     """SGD with stochastic weight averaging"""

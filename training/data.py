@@ -1,4 +1,4 @@
-"""Data sets that lie on the device as one tensor, and the loader that augments them in batches."""
+"""Data sets of small images: one tensor on the device, and the loader that augments batches."""
 
 import contextlib
 import gzip
@@ -297,9 +297,9 @@ def generator(name: str) -> torch.Generator:
 
 @contextlib.contextmanager
 def seeded(name: str) -> Iterator[None]:
-    """Context in which draws from torch's generator of the CPU depend on `name` alone.
+    """Context in which draws from torch's CPU generator depend on `name` alone.
 
-    At its end the generator has the state of before again.
+    The generator's earlier state is restored at the end.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_seed_of(name))
@@ -307,7 +307,7 @@ def seeded(name: str) -> Iterator[None]:
 
 
 def _seed_of(name: str) -> int:
-    # Hashed, so that seeds 1 and 2 share no epoch, to the 32 bits that the CPU's generator takes.
+    # The hash keeps seeds 1 and 2 from sharing an epoch; the CPU's generator takes 32 bits.
     return random.Random(name).getrandbits(32)
 
 
@@ -369,7 +369,7 @@ def _torchvision(
     """The training and the test set, downloaded if they are not in `folder`.
 
     Raises:
-        UserError: they cannot be downloaded either; it tells the `remedy`.
+        UserError: they cannot be downloaded either; the error names the `remedy`.
     """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets no limit of its own

@@ -344,7 +344,8 @@ class Run:
     def start(self, *lines: str | None) -> None:
         """Opens the log, and saves the state if no step is done yet.
 
-        `lines` go into the log, except those that are None. A script with `--overwrite` removes the checkpoints of an earlier run.
+        `lines` go into the log, except those that are None. A script with `--overwrite` removes the
+        checkpoints of an earlier run.
 
         Raises:
             UserError: there are some, or the log of others, and `--overwrite` is not given.

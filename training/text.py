@@ -57,7 +57,7 @@ class Vocabulary:
 
     Attributes:
         size: how many tokens there are.
-        name: tells vocabularies apart: "bytes", or the hash of the tokenizer's file.
+        name: "bytes", or the hash of the tokenizer's file, which identifies the vocabulary.
         tokenizer: of the package `tokenizers`; None for bytes.
     """
 
@@ -95,7 +95,7 @@ class Vocabulary:
         return np.min_scalar_type(self.size - 1).type
 
     def encode(self, content: bytes, path: Path) -> np.ndarray:
-        """The tokens of a file's content; a `UserError` if a tokenizer meets what is not UTF-8."""
+        """The tokens of a content; a `UserError` if a tokenizer is given and it is not UTF-8."""
         if self.tokenizer is None:
             return np.frombuffer(content, np.uint8)
         try:
