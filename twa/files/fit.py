@@ -169,14 +169,16 @@ class Fit:
 
         def place_of(path: str) -> str | None:
             name = uninserted(path + "_")
-            return own_view(name.removeprefix(root)) if name.startswith(root) else None
+            seen = own_view(name.removeprefix(root)) if name.startswith(root) else None
+            return None if seen is None else seen.removesuffix("_")
 
         seen = {name: keys[key] for name, key in _seen(keys, view).items()}
+        versions = ((view(f"{p}._" if p else "_"), v) for p, v in state.versions.items())
         found = loaders.by_modules(
             self._model,
             {name: state[key] for name, key in seen.items()},
             {name for name, key in seen.items() if key in spare},
-            {view(f"{path}._" if path else "_"): v for path, v in state.versions.items()},
+            {path.removesuffix("_"): version for path, version in versions if path},
             place_of,
             {self.keys[name] for name in odd},
         )

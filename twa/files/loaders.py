@@ -13,7 +13,7 @@ import logging
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -27,68 +27,51 @@ def by_modules(
     spare: Collection[str],
     versions: Mapping[str, dict],
     place_of: Callable[[str], str | None],
-    wanted: Collection[str],
+    wanted: Set[str],
 ) -> dict[str, Tensor]:
     """What the modules would load by their own `load_state_dict`, by the keys of `model`.
 
-    The modules that own tensors in question are asked first, and then what they are parts of.
+    Modules are asked that load otherwise than by names and shapes, parts before the whole.
 
     Args:
         given: the tensors of the checkpoint, by their names within wrappers.
         spare: the names in it that the model does not have.
         versions: of the modules that saved them, as torch keeps them in `_metadata`.
-        place_of: maps the path of a module, which ends in a dot, to where its tensors are in
-            `given` and its version in `versions`, both with a `_` for what follows; None if it
-            contains what is given.
+        place_of: the prefix in `given` of what belongs to the module whose keys have a prefix; None
+            if more than what is given belongs to it.
         wanted: the keys of the tensors in question.
     """
-    named = model.named_modules(remove_duplicate=False)
-    modules = {f"{path}." if path else "": m for path, m in named if _has_own_loader(m)}
-    left, found = set(wanted), {}
-    paths = {_parent(key) for key in wanted}
-    while paths:
-        for path in paths & modules.keys():
-            place = place_of(path)
-            if place is None or not any(name.startswith(place[:-1]) for name in spare):
-                continue
-            start = len(place) - 1
-
-            def load(target: nn.Module, place=place[:-1], start=start) -> None:
-                state = OrderedDict(
-                    (name[start:], tensor_of(value))
-                    for name, value in given.items()
-                    if name.startswith(place)
-                )
-                state._metadata = OrderedDict(
-                    (name[start:-1].rstrip("."), version)
-                    for name, version in versions.items()
-                    if name and name.startswith(place)
-                )
-                target.load_state_dict(state, strict=False, assign=True)
-
-            inside = {key.removeprefix(path) for key in left if key.startswith(path)}
-            new = {path + k: v for k, v in _loaded(modules[path], inside, load).items()}
-            if not left.isdisjoint(new):
-                found |= new
-                left -= new.keys()
-        paths = {_parent(p) for p in paths if p and any(key.startswith(p) for key in left)}
+    found: dict[str, Tensor] = {}
+    for path, module in reversed([*model.named_modules(remove_duplicate=False)]):
+        start = f"{path}." if path else ""
+        inside = {key.removeprefix(start) for key in wanted - found.keys() if key.startswith(start)}
+        place = place_of(start) if inside and _has_own_loader(module) else None
+        if place is None or not any(name.startswith(place) for name in spare):
+            continue
+        state = OrderedDict(
+            (name.removeprefix(place), tensor_of(value))
+            for name, value in given.items()
+            if name.startswith(place)
+        )
+        state._metadata = OrderedDict(
+            (name.removeprefix(place).removesuffix("."), version)
+            for name, version in versions.items()
+            if name.startswith(place)
+        )
+        new = _loaded(module, inside, lambda m, s=state: m.load_state_dict(s, False, assign=True))
+        if not inside.isdisjoint(new):
+            found |= {start + key: value for key, value in new.items()}
     return found
 
 
 def _has_own_loader(module: nn.Module) -> bool:
-    """Whether `module` or one within it loads otherwise than by names and shapes."""
-    return any(
-        part._load_state_dict_pre_hooks
-        or part._load_state_dict_post_hooks
-        or type(part).load_state_dict is not nn.Module.load_state_dict
-        or not part._load_from_state_dict.__module__.startswith("torch.nn.modules.")
-        for part in module.modules()
+    """Whether `module` loads otherwise than by names and shapes."""
+    return bool(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or type(module).load_state_dict is not nn.Module.load_state_dict
+        or not module._load_from_state_dict.__module__.startswith("torch.nn.modules.")
     )
-
-
-def _parent(path: str) -> str:
-    """The path of the module that contains `path`, with its dot; "" for the model."""
-    return path[: path.rstrip(".").rfind(".") + 1]
 
 
 def by_peft(

@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +21,8 @@ WORDS = {
     *("epoch", "ep", "step", "steps", "global", "iter", "iteration", "iterations"),
     *("checkpoint", "ckpt", "model", "weights", "snapshot"),
 }
-# Of files without checksums, so many short parts are compared before all of two files is.
-SAMPLES, LENGTH = 64, 64
+# Of files without checksums, so many parts of so many bytes are compared before all is.
+SAMPLES = 64
 
 
 def numbered(folder: Path) -> dict[int, Path]:
@@ -65,58 +65,46 @@ def numbered(folder: Path) -> dict[int, Path]:
 def copies(checkpoints: Sequence[Checkpoint]) -> dict[int, int]:
     """The indices of checkpoints that are the same as another one, and the index of that.
 
-    Compared are paths: links to one file, and files whose tensors are equal to the bit. Of those,
-    the first with a number in its name is not in the result, or the first.
+    It compares paths, and finds links to one file and files whose tensors are equal to the bit. Of
+    equal ones the first with a number in its name is not in the result, or else the first.
     """
-    groups: dict[tuple, list[list[int]]] = {}
-    for index, path in enumerate(checkpoints):
-        mark = _mark(path) if isinstance(path, str | os.PathLike) else None
-        for group in groups.setdefault(mark, []) if mark else ():
-            if _same(checkpoints[group[0]], path):
-                group.append(index)
-                break
-        else:
-            groups.setdefault(mark, []).append([index])
+    paths = {i: Path(c) for i, c in enumerate(checkpoints) if not isinstance(c, Mapping)}
+    firsts: dict[tuple, list[int]] = {}
     result = {}
-    for group in (group for mark in groups for group in groups[mark] if mark):
-        kept = min(group, key=lambda i: (not re.search(r"\d", Path(checkpoints[i]).name), i))
-        result |= {index: kept for index in group if index != kept}
+    for index in sorted(paths, key=lambda i: (not re.search(r"\d", paths[i].name), i)):
+        try:
+            others = firsts.setdefault(tuple(map(_mark, parts_of(paths[index]))), [])
+            same = next((i for i in others if _same(paths[i], paths[index])), None)
+        except (CheckpointError, OSError, zipfile.BadZipFile):
+            continue  # Its reader will say what is wrong.
+        if same is None:
+            others.append(index)
+        else:
+            result[index] = same
     return dict(sorted(result.items()))
 
 
-def _mark(path: Path) -> tuple | None:
-    """What copies of a checkpoint have in common, and others seldom; None if it is unreadable."""
-    try:
-        return tuple(_mark_of_file(file) for file in parts_of(Path(path)))
-    except (CheckpointError, OSError, zipfile.BadZipFile):
-        return None
-
-
-def _mark_of_file(path: Path) -> tuple:
+def _mark(path: Path) -> tuple:
+    """What the copies of a file have in common, and other files seldom."""
     with opened(path) as file:
         if file.read(4) == b"PK\3\4" and path.suffix != ".distcp":
             with zipfile.ZipFile(file) as archive:
                 members = [m for m in archive.infolist() if "/data/" in m.filename]
             if any(member.CRC for member in members):
                 return tuple((member.CRC, member.file_size) for member in members)
-        size = file.seek(0, os.SEEK_END)
-        parts = []
+        size, parts = file.seek(0, os.SEEK_END), []
         for number in range(SAMPLES):
             file.seek(size * number // SAMPLES)
-            parts.append(file.read(LENGTH))
-        return size, b"".join(parts)
+            parts.append(file.read(SAMPLES))
+        return size, *parts
 
 
-def _same(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether both are one file, or hold the same tensors to the bit."""
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are one file, or contain the same tensors to the bit."""
     if os.path.samefile(one, other):
         return True
-    try:
-        states = [weights_of(path, str(path)) for path in (one, other)]
-    except CheckpointError:  # whose reader says so
-        return False
-    return states[0].keys() == states[1].keys() and all(
-        value.dtype == states[1][key].dtype
-        and torch.equal(tensor_of(value), tensor_of(states[1][key]))
-        for key, value in states[0].items()
+    a, b = (weights_of(path, str(path)) for path in (one, other))
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and torch.equal(tensor_of(a[key]), tensor_of(b[key]))
+        for key in a
     )
