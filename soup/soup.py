@@ -109,7 +109,7 @@ def refuse_unfit(paths: Sequence[Path], args) -> None:
                 raise UserError(
                     f"{soup}: is a soup of the other models; give --checkpoints that leave it out"
                 )
-        for record in logs.read_lines(folder / "runs.jsonl", "file", "settings"):
+        for record in read_lines(folder / "runs.jsonl", "file", "settings"):
             path, there = folder / record["file"], record["settings"]["held_out"]
             if path in paths and there != here:
                 raise UserError(
