@@ -6,28 +6,34 @@
 Writes `0.pt` (the initialisation), `1.pt`, `2.pt`, … and `state.pt` (to resume) to --save-dir.
 """
 
+from dataclasses import dataclass
+
 import models
 import utils
-from training import data, entry, flags, sgd
-from training.locks import lock
-from training.loop import set_up
+from training import data, flags, sgd, tasks
+from training.run import Run, run_script
+from training.settings import flag
 
 
-def parse_arguments():
-    parser = flags.Parser("SGD training that leaves the checkpoints for TWA")
-    flags.add_data_set_arguments(parser, models.ARCHITECTURES, data.DATASETS, default="VGG16BN")
-    flags.add_training_arguments(parser)
-    step_help = "at half and at three quarters of the epochs"
-    sgd.add_arguments(parser, epochs=200, saves_per_epoch=1, step_help=step_help)
-    return parser.parse_args()
+@dataclass(kw_only=True)
+class Settings(flags.Model, flags.DataSet, sgd.SGDSettings, flags.HeadStage):
+    """SGD training that leaves the checkpoints for TWA"""
+
+    arch: str = flag("VGG16BN", choices=models.ARCHITECTURES)
+    datasets: str = flag("CIFAR10", choices=tuple(data.DATASETS))
+    epochs: int = 200
+    schedule: str = flag(
+        "step", f"{flags.SCHEDULE}; step divides the rate by 10 after 1/2 and 3/4 of the epochs"
+    )
 
 
 def main():
-    args = parse_arguments()
-    with lock(args.save_dir, writes=not args.evaluate):
+    args = Settings.parse()
+    with Run(args, args.save_dir, "--save-dir", log_dir=args.log_dir) as run:
         utils.set_seed(args.randomseed)
-        sgd.run(args, *set_up(args))
+        task = tasks.of(args)
+        sgd.train(run, task, task.build())
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

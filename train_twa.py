@@ -3,195 +3,161 @@
     python train_twa.py --datasets CIFAR100 --arch VGG16BN --params_start 0 --params_end 101 \\
         --epochs 10 --save-dir results/checkpoints --log-dir results
 
-Reads `N.pt` from --save-dir and what is known of the run that left them from --log-dir. Writes
-`twa.pt`, an ordinary state_dict, `twa.json` (the results) and `twa.png` to --out. Start and end are
-chosen by the loss on training images; test data choose nothing. The paper's method, with its end
-as it comes: --opt SGD --extract Schmidt --schedule step --lr 2 --train_start -1.
+Reads `N.pt` from --save-dir, and from --log-dir what the run that saved them has recorded. Writes
+`twa.pt`, an ordinary state_dict, `twa.json` (the results) and `twa.png` to --out. The loss on
+training data chooses start and final iterate; test data choose nothing. The paper's method, which
+keeps the last iterate: --opt SGD --extract Schmidt --schedule step --lr 2 --train_start -1.
 
-Under `torchrun` each rank holds model and basis, or a shard of them (--parallel), and all else is
-the same.
+Under `torchrun` each rank has model and basis, or a shard of them (--parallel).
 """
 
-import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
 import utils
-from training import (
-    coefficients,
-    data,
-    entry,
-    flags,
-    image_folders,
-    parallel,
-    ranks,
-    report,
-    text,
-    windows,
-)
-from training.flags import number
-from training.locks import lock
-from training.logs import write_json
-from training.loop import Trainer, evaluate, reestimate_bn, sample_loss, set_up, skipped_images
-from training.optimizers import SCHEDULES, step_of_the_paper
-from training.runs import Run
+from training import coefficients, data, flags, parallel, ranks, report, tasks, text, windows
+from training.loop import Trainer
+from training.run import Run, run_script
+from training.settings import flag, free
+from twa import best_start
 from twa.files.checkpoints import load_into
+from twa.recipe import average_of
+from utils import UserError
+
+ARCHITECTURES = dict.fromkeys(  # each once
+    (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS, *models.LANGUAGE_MODELS)
+)
 
 
-def parse_arguments():
-    parser = flags.Parser("trains the averaging coefficients over a window of checkpoints")
-    images = (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS)
-    architectures = dict.fromkeys((*images, *models.LANGUAGE_MODELS))
-    datasets = (*data.DATASETS, image_folders.NAME, text.NAME)
-    flags.add_data_set_arguments(parser, architectures, datasets, default="VGG16BN")
-    flags.add_training_arguments(parser)
-    add = parser.add_argument
-    add("--out", metavar="DIR", help="where everything is written; left out, --log-dir")
-    epochs_help = "epochs over the training set, or over its held-out part with --split"
-    add("--epochs", type=number(int, 0), help=f"{epochs_help}; left out, 100, of text 1")
-    windows.add_arguments(parser)
-    coefficients.add_arguments(parser, schedule="linear")
-    flags.add_recipe_arguments(parser)
-    add("--accumulate", "-acc", type=number(int, 1), default=1, help="batches per projected step")
-    parallel.add_arguments(parser)
-    flags.add_launch_arguments(parser)
-    flags.add_image_arguments(parser, None)
-    text.add_arguments(parser)
-    steps_help = "steps of an epoch of text; left out, as many as the text has batches"
-    add("--steps", dest="epoch_steps", type=number(int, 1), help=steps_help)
-    parser.set_defaults(print_freq=200)  # as in the paper's release
-    args = parser.parse_args()
-    image_folders.check_arguments(args, parser)
-    if args.epochs is None:
-        args.epochs = 1 if args.datasets == text.NAME else 100
-    text.check_arguments(args, parser)
-    # The folder of the checkpoints may be others' as well: nothing is written there.
-    if Path(args.out or args.log_dir).resolve() == Path(args.save_dir).resolve():
-        if args.out:
-            parser.error(f"--out {args.out}: is --save-dir, the folder of the checkpoints")
-        args.out = str(Path(args.save_dir) / "twa")
-    args.out = args.out or args.log_dir
-    return coefficients.check_arguments(args)
+@dataclass(kw_only=True)
+class Settings(
+    flags.Model,
+    flags.DataSet,
+    windows.WindowSettings,
+    coefficients.Coefficients,
+    flags.Recipe,
+    flags.HeadStage,
+    flags.ImageFolder,
+    text.TextSettings,
+    parallel.Parallel,
+    flags.Launch,
+):
+    """trains the averaging coefficients over a window of checkpoints"""
+
+    arch: str = flag("VGG16BN", choices=ARCHITECTURES)
+    datasets: str = flag("CIFAR10", choices=(*data.DATASETS, flags.IMAGE_FOLDER, flags.TEXT))
+    out: str | None = free(None, "output folder (default: --log-dir)", metavar="DIR")
+    epochs: int | None = flag(
+        None,
+        "epochs over the training set, or over its held-out part with --split (default: 100, for "
+        "text 1)",
+        low=0,
+    )
+    epoch_steps: int | None = flag(
+        None, "steps per epoch of text (default: as many as the text has batches)", "--steps", low=1
+    )
+    accumulate: int = flag(1, "batches per projected step", "--accumulate", "-acc", low=1)
+    print_freq: int = 200  # as in the paper's release
+
+    def check(self):
+        if self.epochs is None:
+            self.epochs = 1 if self.datasets == flags.TEXT else 100
+        # The folder of the checkpoints may be others' as well: nothing is written there.
+        if Path(self.out or self.log_dir).resolve() == Path(self.save_dir).resolve():
+            if self.out:
+                raise UserError(f"--out {self.out}: is --save-dir, the folder of the checkpoints")
+            self.out = str(Path(self.save_dir) / "twa")
+        self.out = self.out or self.log_dir
 
 
 def main():
-    args = parse_arguments()
-    flags.check_launch(args)
-    flags.check_recipe(args)
-    with lock(args.out, writes=not args.evaluate):
-        train_twa(args)
+    args = Settings.parse()
+    with Run(args, args.out, "--out", prefix="twa_") as run:
+        train_twa(args, run)
 
 
-def train_twa(args):
+def train_twa(args, run):
     utils.set_seed(args.randomseed)
-    out = Path(args.out)
-    layout = parallel.Layout(args)
-    model, train, test = set_up(args, on_held_out=True, shard=layout.shard)
-    on_imagenet, on_text = (args.datasets == name for name in (image_folders.NAME, text.NAME))
-    unit, quality = ("steps", "loss") if on_text else ("epochs", "accuracy")
+    layout, task = parallel.Layout(args), tasks.of(args, on_held_out=True)
+    model = task.build(layout.shard)
+    run.set_task(task, model)
+    sgd = report.SGDRun.read(Path(args.log_dir), task.unit)
+    task.check_run(sgd.arguments)
+    window = windows.Window(args)
+    window.verify()
+    spent = sgd.spent(window.last)
 
-    def measure() -> dict[str, float]:
-        """Batch norm's statistics belong to the data: every solution has its own."""
-        reestimate_bn(model, train, args.amp, image_folders.BN_IMAGES if on_imagenet else None)
-        return test.measures(evaluate(model, test, args.amp, on_imagenet))
+    def measured(weights) -> dict[str, float]:
+        load_into(model, weights)
+        return task.measure(model)
 
-    sgd = report.SGDRun.read(Path(args.log_dir), unit)
-    if on_text:
-        text.check_run(sgd.arguments, args)
-    window = windows.paths_of(args)
-    averages = windows.averages_of(window, model)
-    spent = sgd.spent(args.params_end - 1)
-    solutions = {}
-    for name, checkpoint in averages.items():
-        load_into(model, checkpoint)
-        solutions[name] = measure() | spent
+    def measured_averages() -> dict[str, dict[str, float]]:
+        return {name: measured(weights) for name, weights in window.averages(model).items()}
+
+    averages = run.once("averages", measured_averages, window.paths)
+    solutions = {name: metrics | spent for name, metrics in averages.items()}
     if args.evaluate:
-        skipped = skipped_images(train, test)
-        if ranks.rank() == 0:
-            print("\n".join(filter(None, [report.table(solutions), skipped])))
+        ranks.print_once(report.table(solutions), task.skipped())
         return
-    full = sgd.measured_end(model, Path(args.save_dir), measure)
-
-    def loss(last: bool = False) -> float:
-        return sample_loss(model, train, args.amp, last)
+    full, last = sgd.end, sgd.last_checkpoint(Path(args.save_dir))
+    if last:
+        full |= run.once("end of the run", lambda: measured(last), [last])
+    start, losses, seconds = find_start(run, task, model, window)
+    name, named = window.start_name(start), window.named(losses)
+    if name not in solutions:
+        weights = start if isinstance(start, Path) else average_of(start, window.paths, model)
+        solutions[name] = run.once(name, lambda: measured(weights), window.files) | spent
 
     started = time.perf_counter()
-    start, checkpoint, compared = windows.start_of(window, args, model, loss)
-    steps = args.epochs * math.ceil(len(train) / args.accumulate)
-    samples = math.inf if on_text else len(train.split)
-    how = {"start": checkpoint, "process_group": layout.group, "steps": steps, "samples": samples}
-    optimizer = coefficients.optimizer_of(args, model, window, **how)
-    build_seconds = time.perf_counter() - started
-    if start not in solutions:  # the model is there now
-        solutions[start] = measure() | spent
-    factor = step_of_the_paper(args.epochs) if args.schedule == "step" else SCHEDULES[args.schedule]
-    trainer = Trainer.of(args, model, train, test, optimizer, factor, top5=on_imagenet, name="TWA ")
-    late = coefficients.LateMean(optimizer, steps)
-    run = Run(
-        *(args, trainer),
-        state=out / "twa_state.pt",
-        log_dir=out,
-        flag="--out",
-        prefix="twa_",
-        late=late,
-    )
-    run.keep_other_results()
+    steps = args.epochs * -(-len(task.train) // args.accumulate)
+    how = {"steps": steps, "samples": task.samples, "start": start}
+    recipe = coefficients.recipe_of(args, model, window.paths, lambda: task.loss(model), **how)
+    optimizer = coefficients.optimizer_of(args, recipe, process_group=layout.group)
+    seconds += time.perf_counter() - started
+    loaders, factor = (task.train, task.test), coefficients.factor_of(args)
+    trainer = Trainer.of(args, model, *loaders, optimizer, factor, top5=task.top5, name="TWA ")
+    run.restore(trainer, recipe=recipe)
     run.start(
-        f"{args.arch} on {args.datasets}: TWA over checkpoints {args.params_start} to "
-        f"{args.params_end - 1} from {start}: {coefficients.described(optimizer)} in "
-        f"{build_seconds:.1f} s"
+        f"{args.arch} on {args.datasets}: TWA over checkpoints {window.first} to {window.last} "
+        f"from {name}: {coefficients.described(optimizer)} in {seconds:.1f} s",
+        *(layout.line, coefficients.comparison("start", named)),
+        *(f"note: {note}" for note in sgd.notes(args)),
     )
-    if ranks.world() > 1:
-        run.log.line(layout.line(optimizer))
-    if compared:
-        run.log.line(f"start: {coefficients.comparison(compared)}")
-    for note in sgd.notes(args):
-        run.log.line(f"note: {note}")
     run.train()
 
-    end, started = {}, time.perf_counter()
-    if args.extract == "PCA":
-        end = coefficients.keep_best(optimizer, late, lambda: loss(last=True))
-        run.log.line(f"end: {coefficients.comparison(end)}")
-    seconds = build_seconds + sum(m["seconds"] for m in run.log.epochs)
-    seconds += time.perf_counter() - started
-    tested = measure()
-    ranks.save_model(model, out / "twa.pt")
-    share = args.val_ratio / 100 if args.split and not on_text else 1
-    further = {unit: args.epochs * (trainer.steps_an_epoch if on_text else share)}
-    solutions["TWA"] = tested | report.more(spent, **further, seconds=seconds)
-    alpha = coefficients.averaging_weights(optimizer)
-    skipped = skipped_images(train, test)
-    if ranks.rank() > 0:
-        return
-    averaging_weights = {path.name: a for path, a in zip(window, alpha, strict=True)}
+    started, build_seconds = time.perf_counter(), seconds
+    end = recipe.finish(lambda: task.loss(model, last=True))
+    run.log.line(coefficients.comparison("end", end))
+    seconds += sum(m["seconds"] for m in run.log.epochs) + time.perf_counter() - started
+    cost = task.cost(args.epochs, steps) | {"seconds": seconds}
+    solutions["TWA"] = task.measure(model) | report.more(spent, **cost)
+    ranks.save_model(model, run.folder / "twa.pt")
     results = {
         "results": solutions,
-        "averaging_weights": averaging_weights,
-        "epochs": args.epochs,
-        "seconds": seconds,
-        "build_seconds": build_seconds,
-        "lr": optimizer.defaults["lr"],
-        "start": start,
-        "sample_losses": {"start": compared, "end": end},
-        "sgd": full,
+        "averaging_weights": coefficients.averaging_weights(optimizer, window.paths),
+        **{"epochs": args.epochs, "seconds": seconds, "build_seconds": build_seconds},
+        **{"lr": optimizer.defaults["lr"], "start": name, "granularity": recipe.granularity},
+        **{"sample_losses": {"start": named, "end": end}, "sgd": full},
     }
-    write_json(results, out / "twa.json")
-    report.figure(
-        out / "twa.png",
-        f"{args.arch} on {args.datasets}",
-        curves=sgd.curves,
-        points={name: (s[unit], s[quality]) for name, s in solutions.items()},
-        averaging_weights=averaging_weights,
-        loss=on_text,
-    )
-    if full and spent[unit] is not None and full[unit] > spent[unit]:
-        solutions[f"{'AdamW' if on_text else 'SGD'} to its end"] = full
-    written = ", ".join(str(out / f"twa.{kind}") for kind in ("pt", "json", "png"))
-    for line in filter(None, (report.table(solutions), skipped, f"written: {written}")):
-        run.log.line(line)
+    run.log.line(report.write_results(run.folder, results, sgd, task))
+    run.log.line(task.skipped())
+
+
+def find_start(run, task, model, window) -> tuple[float | Path, dict[float, float], float]:
+    """The start point; the losses by which it was chosen, and the seconds that this took."""
+
+    def search() -> dict:
+        started = time.perf_counter()
+        losses = best_start(model, window.paths, lambda: task.loss(model)).losses
+        return {"losses": losses, "seconds": time.perf_counter() - started}
+
+    if window.start is not None:
+        return window.start, {}, 0.0
+    found = run.once("start", search, window.paths)
+    return min(found["losses"], key=found["losses"].get), found["losses"], found["seconds"]
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

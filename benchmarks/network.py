@@ -3,10 +3,10 @@
     python benchmarks/network.py
 
 Needs root, `ip` and `tc` (Debian's iproute2), and FashionMNIST (its dataset-fashion-mnist). Two
-hosts are laid as network namespaces, one core each, and joined by a wire of limited rate. On it,
-two ranks (of the hybrid, four) train on from the same head, each way from the same start point.
+hosts are simulated as network namespaces, one core each, and joined by a wire of limited rate. On
+it, two ranks (of the hybrid, four) train on from the same head, each way from the same start point.
 
-What is measured, each cell once, so that the same command goes on where it was stopped:
+Each cell is measured once, so that the same command resumes where it was stopped:
 
 - on each wire, some steps of each way: the seconds that one takes, the bytes that a rank sends,
   counted by the kernel, and the seconds before the first step;
@@ -14,9 +14,8 @@ What is measured, each cell once, so that the same command goes on where it was 
   steps. They do not depend on the wire, as in all of these ways the ranks wait for each other. So
   accuracy against seconds is this curve, its steps times the seconds of a step.
 
-Local SGD's step is timed without the averaging, and the averaging alone, of which a step gets its
-share. FSDP2 and the hybrid take the same steps as replicated TWA (the tests hold them to that), and
-have its curve. Writes `network.json` to --out, and the table and the figure made of it.
+Local SGD's averaging is timed alone, and a step gets its share. FSDP2 and the hybrid take the same
+steps as replicated TWA, as the tests show. Writes `network.json` to --out, its table and figure.
 """
 
 import argparse
@@ -32,7 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -51,64 +50,49 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
-from training import data, entry, flags, ranks
+from studies.common import CPU, ROOT, Bench, run_script, sgd
+from training import data, entry, ranks
 from training.files import save
-from training.flags import number
 from training.logs import write_json
-from training.loop import autocast, evaluate, reestimate_bn, sample_loss
+from training.loop import autocast, evaluate, reestimate_bn
 from training.optimizers import SCHEDULES, schedule_of
-from twa import TWA, best_start, rate_of
+from twa import TWA, rate_of
 from twa.files.checkpoints import load_into
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("PreResNet20", "studies.architectures:vgg")
 BATCH = 128  # images a step, of all ranks together
 SAVES = 5  # checkpoints an epoch of the head
 WARM_UP = 4  # steps that are not timed; PowerSGD compresses from the third on
-
-
-@dataclass(frozen=True)
-class Wire:
-    """What joins the hosts: bits a second, and seconds that a packet takes; None and 0: no limit.
-
-    The delay is half of what `ping` shows.
-    """
-
-    rate: float | None = None
-    delay: float = 0.0
-
-
+# What joins the hosts: bits a second, and seconds that a packet takes (half of what `ping` shows).
 WIRES = {
-    "no limit": Wire(),
-    "1 Gbit/s": Wire(1e9),
-    "100 Mbit/s": Wire(1e8),
-    "10 Mbit/s": Wire(1e7),
-    "100 Mbit/s, 50 ms": Wire(1e8, 0.025),
+    "no limit": (None, 0.0),
+    "1 Gbit/s": (1e9, 0.0),
+    "100 Mbit/s": (1e8, 0.0),
+    "10 Mbit/s": (1e7, 0.0),
+    "100 Mbit/s, 50 ms": (1e8, 0.025),
 }
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = flags.Parser(__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--archs", nargs="+", default=ARCHITECTURES, help="architectures")
+    add("--archs", nargs="+", default=("PreResNet20", "studies.architectures:vgg"))
     add("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS), help="ways to train")
     add("--wires", nargs="+", default=tuple(WIRES), choices=tuple(WIRES), help="between the hosts")
-    add("--images", type=number(int, 1), default=60_000, help="training images")
-    add("--test-images", type=number(int, 1), default=10_000, help="test images")
-    add("--head", type=number(int, 1), default=6, help="epochs of the head")
-    add("--epochs", type=number(float, 0), default=2.0, help="epochs of each way")
-    add("--every", type=number(int, 1), default=100, help="steps between two tests")
-    add("--steps-only", action="store_true", help="measure steps, and train nothing to its end")
-    add("--seconds", type=number(float, 0), default=15.0, help="to time a cell for, about")
-    add("--data-dir", default="./datasets", help="where FashionMNIST lies or is unpacked to")
-    add("--work", default="./results/network", help="where the heads are kept")
+    add("--images", type=int, default=60_000, help="training images")
+    add("--test-images", type=int, default=10_000, help="test images")
+    add("--head", type=int, default=6, help="epochs of the head")
+    add("--epochs", type=float, default=2.0, help="epochs of each way")
+    add("--every", type=int, default=100, help="steps between two tests")
+    add("--seconds", type=float, default=15.0, help="to time a cell for, about")
+    add("--data-dir", default="./datasets", type=Path, help="where FashionMNIST is unpacked")
+    add("--work", default="./results/network", type=Path, help="where the heads are kept")
     add("--out", default=ROOT / "benchmarks", type=Path, help="where the results are written")
     add("--cell", nargs=3, help=argparse.SUPPRESS)  # of a rank: architecture, way, wire
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     args = parse_arguments()
     if args.cell:
         measure(args, *args.cell)
@@ -124,36 +108,34 @@ def main():
         prepare(args, arch)
         cells = results.setdefault(arch, {})
         for way in args.ways:
-            curve = [CURVE] if WAYS[way].curve and not args.steps_only else []
-            for wire in [*curve, *args.wires]:
+            for wire in [*([CURVE] if WAYS[way].curve else []), *args.wires]:
                 cell = cells.setdefault(way, {})
                 if wire not in cell:
                     cell[wire] = launch(arch, way, wire)
                     write_json(results, path)
-                    told = {k: v for k, v in cell[wire].items() if k != CURVE}
-                    print(f"{arch}: {way}: {wire}: {told}", flush=True)
+                    print(f"{arch}: {way}: {wire}", flush=True)
     write_report(results, args.out)
 
 
 def prepare(args: argparse.Namespace, arch: str) -> None:
-    """Trains the head of an architecture, unless it stands, and finds its best mean."""
+    """Trains the head of an architecture, unless it exists, and finds its best mean."""
     folder = head_of(args, arch)
     if (folder / "start.pt").exists():
         return
-    command = [sys.executable, ROOT / "train_sgd_cifar.py", "--datasets", "FashionMNIST", "--amp"]
-    command += ["--model-factory" if ":" in arch else "--arch", arch, "--batch-size", BATCH]
-    command += ["--epochs", args.head, "--saves-per-epoch", SAVES, "--schedule", "constant"]
-    command += ["--images", args.images, "--data-dir", args.data_dir, "-p", 1000]
-    command += ["--save-dir", folder, "--log-dir", folder, "--resume"]
-    subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
+    run_script(
+        *("train_sgd_cifar.py", "--datasets", "FashionMNIST", "--amp", "--batch-size", BATCH),
+        *("--model-factory" if ":" in arch else "--arch", arch, "--epochs", args.head),
+        *("--saves-per-epoch", SAVES, "--schedule", "constant", "--images", args.images),
+        *("--data-dir", args.data_dir.resolve(), "-p", 1000, "--resume"),
+        *("--save-dir", folder, "--log-dir", folder),
+    )
     train, _ = loaders(args)
-    model = models.build(arch, 10, 1, 28)
-    start, _ = best_start(model, window_of(args, arch), lambda: sample_loss(model, train, True))
+    start, _, _ = Bench(arch, train, 1).start(*window_of(args, arch))
     save(start, folder / "start.pt")
 
 
 def head_of(args: argparse.Namespace, arch: str) -> Path:
-    return Path(args.work).resolve() / f"{arch.rpartition(':')[2]}.{args.images}.{args.head}"
+    return args.work.resolve() / f"{arch.rpartition(':')[2]}.{args.images}.{args.head}"
 
 
 def window_of(args: argparse.Namespace, arch: str) -> list[Path]:
@@ -162,7 +144,7 @@ def window_of(args: argparse.Namespace, arch: str) -> list[Path]:
 
 def loaders(args: argparse.Namespace) -> tuple[data.Loader, data.Loader]:
     """This rank's shares of the training and the test images."""
-    train, test = data.load("FashionMNIST", args.data_dir, torch.device("cpu"))
+    train, test = data.load("FashionMNIST", args.data_dir, CPU)
     among = {"rank": ranks.rank(), "world": ranks.world(), "channels_last": True}
     return (
         data.Loader(train.part(slice(args.images)), BATCH, train=True, **among),
@@ -174,28 +156,22 @@ def loaders(args: argparse.Namespace) -> tuple[data.Loader, data.Loader]:
 
 
 def check_system() -> None:
-    """Raises a `UserError` where hosts cannot be laid."""
-    missing = [name for name in ("ip", "tc") if not shutil.which(name)]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} not found: install Debian's iproute2")
+    """Raises a `UserError` where hosts cannot be made."""
+    if not (shutil.which("ip") and shutil.which("tc")):
+        raise UserError("`ip` or `tc` not found: install Debian's iproute2")
     if os.geteuid() != 0:
         raise UserError("network namespaces need root: start it as root")
 
 
 def ip(*words: object) -> str:
-    return subprocess.run(
-        ["ip", *map(str, words)], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-
-
-def inside(host: str, *words: object) -> list[str]:
-    """The command that runs `words` on a host."""
-    return ["ip", "netns", "exec", host, *map(str, words)]
+    command = ["ip", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @contextlib.contextmanager
-def hosts(wire: Wire) -> Iterator[list[str]]:
-    """Two hosts, 10.0.0.1 and 10.0.0.2, whose interfaces `wire` are joined; gone at the end."""
+def hosts(wire: str) -> Iterator[list[str]]:
+    """Two hosts, 10.0.0.1 and 10.0.0.2, whose interfaces `wire` are joined; removed at the end."""
+    rate, delay = WIRES.get(wire, (None, 0.0))
     for name in ip("netns", "list").split():  # of a process that was killed
         owner = name.removeprefix("twa-").partition("-")[0]
         if name.startswith("twa-") and not Path(f"/proc/{owner}").exists():
@@ -206,34 +182,33 @@ def hosts(wire: Wire) -> Iterator[list[str]]:
             ip("netns", "add", name)
             stack.callback(ip, "netns", "delete", name)
             ip("-n", name, "link", "set", "lo", "up")
-        if wire.delay:
-            stack.enter_context(delayed(names, wire.delay))
+        if delay:
+            stack.enter_context(delayed(names, delay))
         else:
             peer = ("peer", "name", "wire", "netns", names[1])
             ip("link", "add", "wire", "netns", names[0], "type", "veth", *peer)
         for host, name in enumerate(names, start=1):
             ip("-n", name, "address", "add", f"10.0.0.{host}/24", "dev", "wire")
             ip("-n", name, "link", "set", "wire", "up")
-            if wire.rate:
+            if rate:
                 # What may pass at once: as much as the wire carries in a tick of the kernel.
-                burst = max(3200, round(wire.rate / 8 / 250))
-                limit = ("rate", f"{wire.rate:.0f}bit", "burst", burst, "latency", "100ms")
-                command = inside(name, "tc", "qdisc", "add", "dev", "wire", "root", "tbf", *limit)
-                subprocess.run(command, check=True)
+                burst = max(3200, round(rate / 8 / 250))
+                limit = f"dev wire root tbf rate {rate:.0f}bit burst {burst} latency 100ms"
+                ip("netns", "exec", name, "tc", "qdisc", "add", *limit.split())
         yield names
 
 
 @contextlib.contextmanager
 def delayed(names: list[str], seconds: float) -> Iterator[None]:
-    """Joins the hosts by threads that hold each packet back: many kernels have no `netem`."""
+    """Joins the hosts by threads that delay each packet: many kernels have no `netem`."""
     ends = []
     for host, name in enumerate(names):
-        end = os.open("/dev/net/tun", os.O_RDWR)
+        ends.append(os.open("/dev/net/tun", os.O_RDWR))
         no_header, tun = 0x1000, 0x0001  # IFF_NO_PI, IFF_TUN; below, TUNSETIFF
-        fcntl.ioctl(end, 0x400454CA, struct.pack("16sH14x", b"twa%d" % host, no_header | tun))
+        request = struct.pack("16sH14x", b"twa%d" % host, no_header | tun)
+        fcntl.ioctl(ends[host], 0x400454CA, request)
         ip("link", "set", f"twa{host}", "netns", name)
         ip("-n", name, "link", "set", f"twa{host}", "name", "wire", "mtu", 9000)
-        ends.append(end)
 
     def take(end: int, packets: queue.SimpleQueue) -> None:
         with contextlib.suppress(OSError):  # the host is gone
@@ -262,33 +237,30 @@ def delayed(names: list[str], seconds: float) -> Iterator[None]:
 
 def launch(arch: str, way: str, wire: str) -> dict:
     """Runs `measure` on every rank of the way; returns what the first one measured."""
-    each, count = WAYS[way].ranks, WAYS[way].hosts
+    each, world = WAYS[way].ranks, WAYS[way].ranks * WAYS[way].hosts
+    shared = {
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": "wire",
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(each),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # Else it warns again and again of hosts without names.
+    }
     with contextlib.ExitStack() as stack:
-        names = stack.enter_context(hosts(WIRES.get(wire, Wire())))
-        processes = []
-        for rank in range(count * each):
-            environment = os.environ | {
-                "MASTER_ADDR": "10.0.0.1",
-                "MASTER_PORT": "29500",
-                "GLOO_SOCKET_IFNAME": "wire",
-                "RANK": str(rank),
-                "WORLD_SIZE": str(count * each),
-                "LOCAL_RANK": str(rank % each),
-                "LOCAL_WORLD_SIZE": str(each),
-                "OMP_NUM_THREADS": "1",
-                "TORCH_CPP_LOG_LEVEL": "ERROR",  # Hosts without names are told of, again and again.
-            }
-            own = [sys.executable, *sys.argv, "--cell", arch, way, wire]
+        names, processes = stack.enter_context(hosts(wire)), []
+        for rank in range(world):
+            inside = ["ip", "netns", "exec", names[rank // each]]
             process = subprocess.Popen(
-                inside(names[rank // each], *own),
-                env=environment,
+                [*inside, sys.executable, *sys.argv, "--cell", arch, way, wire],
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % each)},
                 stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
                 text=True,
             )
             stack.callback(process.wait)
             stack.callback(process.kill)
             processes.append(process)
-        while (codes := [process.poll() for process in processes]) != [0] * len(processes):
+        while (codes := [process.poll() for process in processes]) != [0] * world:
             if any(codes):
                 raise UserError(f"{arch}, {way}, {wire}: a rank failed, see above")
             time.sleep(0.1)
@@ -300,19 +272,12 @@ def launch(arch: str, way: str, wire: str) -> dict:
 
 @dataclass
 class Trained:
-    """A model in training, as a way made it.
+    """A model in training, as a way made it."""
 
-    Attributes:
-        model: what is tested.
-        optimizer: its groups' rates are scheduled.
-        forward: what is called in place of the model; None: the model itself.
-        average: what local SGD does after every `period` steps.
-    """
-
-    model: nn.Module
+    model: nn.Module  # what is tested
     optimizer: torch.optim.Optimizer
-    forward: nn.Module | None = None
-    average: Callable[[], None] = lambda: None
+    forward: nn.Module | None = None  # what is called in place of the model
+    average: Callable[[], None] = lambda: None  # what local SGD does after every `period` steps
     period: int = 1
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -329,9 +294,7 @@ def measure(args: argparse.Namespace, arch: str, way: str, wire: str) -> None:
     host = int(os.environ["RANK"]) // WAYS[way].ranks
     os.sched_setaffinity(0, {cores[host % len(cores)]})
     utils.set_seed(1)
-    device = torch.device("cpu")
-    ranks.start(device)
-    train, test = loaders(args)
+    ranks.start(CPU)
     model = models.build(arch, 10, 1, 28)
     start = head_of(args, arch) / "start.pt"
     load_into(model, start)
@@ -342,22 +305,17 @@ def measure(args: argparse.Namespace, arch: str, way: str, wire: str) -> None:
     if isinstance(trained.optimizer, TWA):
         results["coefficients"] = len(trained.optimizer.subspace)
     if wire == CURVE:
-        results[CURVE] = curve(args, trained, train, test, args.epochs * WAYS[way].times)
+        results[CURVE] = curve(args, trained, WAYS[way].times)
     else:
-        results |= cost_of_step(args, trained, train)
+        results |= cost_of_step(args, trained)
     if ranks.rank() == 0:
         print(json.dumps(results))
 
 
-def curve(
-    args: argparse.Namespace,
-    trained: Trained,
-    train: data.Loader,
-    test: data.Loader,
-    epochs: float,
-) -> list[dict]:
+def curve(args: argparse.Namespace, trained: Trained, times: int) -> list[dict]:
     """Trains to the end; the tests on the way."""
-    steps = max(1, round(epochs * len(train)))
+    train, test = loaders(args)
+    steps = max(1, round(args.epochs * times * len(train)))
     if isinstance(trained.optimizer, TWA):  # as train_twa.py has it
         rate = rate_of(steps, args.images, trained.optimizer.subspace.unit)
         trained.optimizer.param_groups[0]["lr"] = rate
@@ -377,16 +335,11 @@ def curve(
     return tests
 
 
-def cost_of_step(args: argparse.Namespace, trained: Trained, train: data.Loader) -> dict:
+def cost_of_step(args: argparse.Namespace, trained: Trained) -> dict:
     """The seconds that a step takes, and the bytes that a rank sends in it."""
-    batches = train.endless()
+    batches, results = loaders(args)[0].endless(), {"seconds": 0.0, "bytes": 0.0}
     trained.model.train()
-    results = {"seconds": 0.0, "bytes": 0.0}
-
-    def step() -> None:
-        trained.step(*next(batches))
-
-    parts = [(step, 1)]
+    parts = [(lambda: trained.step(*next(batches)), 1)]
     if trained.period > 1:
         parts.append((trained.average, trained.period))
     for action, share in parts:
@@ -412,12 +365,7 @@ def sent() -> float:
     return int(counter.read_text()) / int(os.environ["LOCAL_WORLD_SIZE"])
 
 
-# --- the ways ---
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    """On all weights, at half the rate of the head, as the rivals in docs/RESULTS.md."""
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+# --- the ways: each takes a model at the start point, the window, and the file of the start ---
 
 
 def ddp(model: nn.Module, window: list[Path], start: Path) -> Trained:
@@ -442,7 +390,7 @@ def local_sgd(model: nn.Module, window: list[Path], start: Path, period: int) ->
 
 def sharded(model: nn.Module, window: list[Path], start: Path) -> Trained:
     """TWA on a model that FSDP2 shards among all ranks."""
-    model = ranks.shard(model, torch.device("cpu"))
+    model = ranks.shard(model, CPU)
     return Trained(model, TWA(model, window, start=start))
 
 
@@ -455,26 +403,19 @@ def replicated(model: nn.Module, window: list[Path], start: Path, **arguments) -
 def hybrid(model: nn.Module, window: list[Path], start: Path) -> Trained:
     """TWA on a model that is sharded within a host and replicated between hosts."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    model = ranks.shard(model, torch.device("cpu"), mesh=mesh["shard"])
+    model = ranks.shard(model, CPU, mesh=mesh["shard"])
     group = mesh.get_group("replicate")
     return Trained(model, TWA(model, window, start=start, process_group=group))
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train.
+    """A way to train."""
 
-    Attributes:
-        make: makes a `Trained` of the model at the start point, the window and the start's file.
-        curve: whether its accuracy is measured.
-        times: how many times the epochs of the others.
-        ranks, hosts: how many ranks on how many hosts.
-    """
-
-    make: Callable[..., Trained] = field(repr=False)
-    curve: bool = True
-    times: int = 1
-    ranks: int = 1
+    make: Callable[..., Trained]
+    curve: bool = True  # whether its accuracy is measured
+    times: int = 1  # how many times the epochs of the others
+    ranks: int = 1  # on each host
     hosts: int = 2
 
 

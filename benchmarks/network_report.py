@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib.figure import Figure
 
+from studies.tables import markdown
 from training.parallel import size
 
 CURVE = "curve"  # in place of a wire's name: the cell of a whole training
@@ -30,19 +31,9 @@ def write_report(results: dict, folder: Path) -> None:
             lines += ["", *goals_table(curves, wires), "", *crossings_table(curves, wires)]
     (folder / "network.md").write_text("\n".join(lines[1:]) + "\n")
     (folder / "figures").mkdir(exist_ok=True)
-    trained = {
-        arch: ways for arch, ways in archs.items() if any(CURVE in ways[way] for way in ways)
-    }
+    trained = {a: ways for a, ways in archs.items() if any(CURVE in way for way in ways.values())}
     if trained:
         draw(trained, folder / "figures/network.png")
-
-
-def row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def table(head: list[str], rows: list[list]) -> list[str]:
-    return [row(*head), row(*["---"] * len(head)), *(row(*cells) for cells in rows)]
 
 
 def seconds_table(ways: dict, wires: list[str]) -> list[str]:
@@ -50,14 +41,14 @@ def seconds_table(ways: dict, wires: list[str]) -> list[str]:
     rows = []
     for way, cells in ways.items():
         end = cells[CURVE][CURVE][-1] if CURVE in cells else None
-        told = [f"{end['accuracy']:.2f} %, {end['loss']:.4f}"] if end else [""]
+        scores = f"{end['accuracy']:.2f} %, {end['loss']:.4f}" if end else ""
         measured = [cells.get(wire) for wire in wires]
         sent = min((cell["bytes"] for cell in measured if cell), default=0)
         numbers = next((c["coefficients"] for c in measured if c and "coefficients" in c), "")
         steps = [f"{cell['seconds']:.3f}" if cell else "" for cell in measured]
-        rows.append([way, numbers, size(sent), *steps, *told])
+        rows.append([way, str(numbers), size(sent), *steps, scores])
     head = ["way", "coefficients", "sent a rank and step"]
-    return table([*head, *(f"s a step, {wire}" for wire in wires), "test accuracy, loss"], rows)
+    return markdown([*head, *(f"s a step, {wire}" for wire in wires), "test accuracy, loss"], rows)
 
 
 def points(cells: dict, wire: str) -> list[tuple[float, float, float]]:
@@ -74,17 +65,15 @@ def goals_table(curves: dict, wires: list[str]) -> list[str]:
     _, accuracy, loss = points(curves["SGD, DDP"], wires[0])[-1]
     rows = []
     for way, cells in curves.items():
-        told = []
+        row = [way]
         for wire in (wire for wire in wires if wire in cells):
-            way_points = points(cells, wire)
-            first = (
-                next((s for s, a, _ in way_points if a >= accuracy), None),
-                next((s for s, _, value in way_points if value <= loss), None),
-            )
-            told.append(", ".join("–" if s is None else f"{s:.0f}" for s in first))
-        rows.append([way, *told])
+            along = points(cells, wire)
+            accurate = (f"{s:.0f}" for s, value, _ in along if value >= accuracy)
+            low = (f"{s:.0f}" for s, _, value in along if value <= loss)
+            row.append(f"{next(accurate, '–')}, {next(low, '–')}")
+        rows.append(row)
     head = f"seconds to {accuracy:.2f} %, to {loss:.4f}"
-    return table([head, *wires], rows)
+    return markdown([head, *wires], rows)
 
 
 def crossings_table(curves: dict, wires: list[str]) -> list[str]:
@@ -95,7 +84,7 @@ def crossings_table(curves: dict, wires: list[str]) -> list[str]:
         for rival in RIVALS
         if rival in curves
     ]
-    return table(["has the loss at the end of", *mine], rows)
+    return markdown(["has the loss at the end of", *mine], rows)
 
 
 def crossing(rival: dict, mine: dict, wire: str) -> str:
@@ -123,15 +112,13 @@ def draw(archs: dict, path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(wires), 4.6 * len(archs)), layout="constrained")
     axes = figure.subplots(2 * len(archs), len(wires), squeeze=False, sharey="row", sharex="col")
     for i, (arch, ways) in enumerate(archs.items()):
-        shown = {way: cells for way, cells in ways.items() if CURVE in cells}
         for j, wire in enumerate(wires):
+            shown = {way: points(c, wire) for way, c in ways.items() if {CURVE, wire} <= c.keys()}
             for k, name in enumerate(("test accuracy (%)", "test loss")):
                 ax = axes[2 * i + k, j]
-                for way, cells in shown.items():
-                    if wire in cells:
-                        seconds, *values = zip(*points(cells, wire), strict=True)
-                        solid = "-" if way in TWAS else "--"
-                        ax.plot(seconds, values[k], solid, label=way, marker=".")
+                for way, along in shown.items():
+                    seconds, *values = zip(*along, strict=True)
+                    ax.plot(seconds, values[k], "-" if way in TWAS else "--", label=way, marker=".")
                 ax.set_xscale("log")
                 ax.grid(alpha=0.3)
                 if j == 0:
@@ -145,6 +132,5 @@ def draw(archs: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
-    folder = folder if folder.is_dir() else folder.parent
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
     write_report(json.loads((folder / "network.json").read_text()), folder)

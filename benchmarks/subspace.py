@@ -177,7 +177,7 @@ def exactness(folder: str, args) -> dict[str, float]:
 
 def stored(subspace: Subspace) -> Tensor:
     """The matrix of a basis of 32 bits."""
-    return subspace._storage.rows
+    return subspace._matrix.rows
 
 
 def orthogonality(basis: Tensor) -> float:

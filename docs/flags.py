@@ -7,11 +7,13 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training import settings
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-SCRIPTS = (  # those of the head stage first: a flag takes its place in the table from them
+SCRIPTS = (  # the head stage first: it orders the flags of the first table
     "train_sgd_cifar.py",
     "train_sgd_imagenet.py",
     "train_twa.py",
@@ -23,13 +25,13 @@ SCRIPTS = (  # those of the head stage first: a flag takes its place in the tabl
 INTRODUCTION = """\
 # Flags
 
-Written by `python docs/flags.py` from the parsers of the scripts, whose `--help` says the same. The
-command lines of the paper's README run unchanged.
+Written by `python docs/flags.py` from the settings of the scripts, whose `--help` says the same.
+The command lines of the paper's README run unchanged.
 
 **Data sets** (`--datasets`): `Digits`, `FashionMNIST`, `CIFAR10`, `CIFAR100`;
-[`ImageNet`](imagenet.md) or any other image folder; [`Text`](../lm/README.md). The first four are
-held on the device as one uint8 tensor and augmented in batches there, several tens of times faster
-than worker processes do it ([benchmarks](../benchmarks/README.md#the-loader)).
+[`ImageNet`](imagenet.md) or any other image folder; [`Text`](../lm/README.md). The first four
+lie on the device as one uint8 tensor and are augmented there in batches, several tens of times
+faster than by worker processes ([benchmarks](../benchmarks/README.md#the-loader)).
 
 **Architectures** (`--arch`): `VGG16`, `VGG16BN`, `VGG19`, `VGG19BN`, `PreResNet20/56/110/164`,
 `ResNet18/34/50`, `WideResNet16x8`, `WideResNet28x10`, `ViT` (patches of 4×4), and torchvision's
@@ -40,58 +42,40 @@ paper's network, the same as `ResNet18`; on image folders, torchvision's); of te
 beside it. Checkpoints of VGG, PreResNet and ResNet models made by the paper's release load as they
 are.
 
-Where a default is blank, the flag is off, or what it is then is said; *required* has none, and of
-those marked *one of these* one is required. In the first table a script is called by what tells it
-from the others: sgd_cifar, sgd_imagenet, twa, swa, finetune, soup, lm.
+A blank default means that the flag is off, or the description says what happens then. A flag marked
+*required* has no default, and one of those marked *one of these* is required. The first table
+abbreviates scripts: sgd_cifar, sgd_imagenet, twa, swa, finetune, soup, lm.
 """
 
 
-class Caught(BaseException):
-    """What `parse_args` raises in place of parsing."""
-
-
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """The parser that a script makes, caught where it would parse the command line."""
+    """The parser that follows from the settings of a script."""
     spec = importlib.util.spec_from_file_location(f"flags_of_{Path(script).stem}", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with patch.object(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=catch):
-        try:
-            module.parse_arguments()
-        except Caught as caught:
-            return caught.args[0]
-    raise AssertionError(f"{script}: parse_arguments() does not parse")
+    return settings.parser_of(module.Settings)
 
 
-def catch(parser: argparse.ArgumentParser, *_) -> None:
-    raise Caught(parser)
-
-
-def called(action: argparse.Action) -> str:
+def spelled(action: argparse.Action) -> str:
     """The names of a flag, with what it takes."""
-    names = ", ".join(action.option_strings) or action.metavar or action.dest
+    names = ", ".join(action.option_strings) or action.metavar
     if action.nargs == 0 or not action.option_strings:
         return f"`{names}`"
-    kind = {"int": "N", "float": "X", "percentage": "X"}.get(getattr(action.type, "__name__", ""))
     choices = "{" + ",".join(map(str, action.choices or ())) + "}"
-    value = action.metavar or (choices if action.choices else kind or action.dest.upper())
+    value = action.metavar or (choices if action.choices else action.dest.upper())
     several = {"?": f"[{value}]", "+": f"{value} …", "*": f"[{value} …]"}
     return f"`{names} {several.get(action.nargs, value)}`"
 
 
 def default_of(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     """The default, as one would type it."""
-    default = parser.get_default(action.dest)
-    if (
-        default in (None, argparse.SUPPRESS)
-        or default is False
-        or action.default is argparse.SUPPRESS
-    ):
+    if action.default is None or action.default is False:
         groups = (g for g in parser._mutually_exclusive_groups if action in g._group_actions)
         if any(group.required for group in groups):
             return "*one of these*"
         return "*required*" if action.required else ""
-    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    default = action.default
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def explained(action: argparse.Action) -> str:
@@ -100,13 +84,13 @@ def explained(action: argparse.Action) -> str:
 
 
 def tables() -> list[str]:
-    """A table for each script of what it alone has, after one of what several have."""
+    """A table of the flags that several scripts have, and one for each script of its others."""
     found: dict[tuple[str, str], dict[str, str]] = {}  # flag and text: defaults by script
     for script in SCRIPTS:
         parser = parser_of(script)
         for action in parser._actions:
             if action.dest != "help":
-                key = called(action), explained(action)
+                key = spelled(action), explained(action)
                 found.setdefault(key, {})[script] = default_of(action, parser)
     lines = []
     for title in ("Several scripts", *SCRIPTS):
@@ -127,13 +111,13 @@ def tables() -> list[str]:
 
 
 def different(defaults: dict[str, str]) -> str:
-    """The default that most scripts have, and the others with the scripts that have them."""
+    """The most frequent default, and the others with the scripts that have them."""
     scripts: dict[str, list[str]] = {}
     for script, value in defaults.items():
         scripts.setdefault(value, []).append(short(script))
     most, *others = sorted(scripts, key=lambda value: -len(scripts[value]))
-    told = [f"{value or 'none'} ({', '.join(scripts[value])})" for value in others]
-    return "; ".join([most or ("none" if told else ""), *told])
+    rest = [f"{value or 'none'} ({', '.join(scripts[value])})" for value in others]
+    return "; ".join([most or ("none" if rest else ""), *rest])
 
 
 def where(defaults: dict[str, str]) -> str:
@@ -147,7 +131,7 @@ def where(defaults: dict[str, str]) -> str:
 
 
 def short(script: str) -> str:
-    """What tells a script from the others: sgd_cifar, …, swa, finetune, soup, lm."""
+    """The abbreviation of a script: sgd_cifar, …, swa, finetune, soup, lm."""
     folder, _, name = script.removesuffix(".py").rpartition("/")
     return folder if name == "train" else name.removeprefix("train_")
 

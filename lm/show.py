@@ -11,27 +11,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import dataclass
+
 import torch
 
 import models
-from training import entry, flags, report, text
-from training.logs import read_json, write_json
+from training import report, settings, text
+from training.files import read_json, write_json
+from training.run import run_script
+from training.settings import REQUIRED, flag
 from twa.files.checkpoints import average, load_into
 from utils import UserError
 
 
-def parse_arguments():
-    parser = flags.Parser("shows what language models of one run are worth, and lets them write")
-    add = parser.add_argument
-    add("--dir", type=Path, required=True, help="of the run at a constant rate")
-    add("--decay-dir", type=Path, required=True, help="of its decay")
-    add("--out", type=Path, required=True, help="of TWA; the table and the figure go there")
-    add("--prompt", default="def ", help="what the models go on from")
-    add("--tokens", type=flags.number(int, 0), default=60, help="that each of them writes")
-    args = parser.parse_args()
-    if not args.prompt:
-        parser.error("--prompt: is empty; give something to go on from")
-    return args
+@dataclass(kw_only=True)
+class Settings(settings.Settings):
+    """compares the language models of one run, and lets each write a line"""
+
+    dir: Path = flag(REQUIRED, "folder of the run at a constant rate")
+    decay_dir: Path = flag(REQUIRED, "folder of its decay")
+    out: Path = flag(REQUIRED, "output folder of TWA, where the table and the figure go, too")
+    prompt: str = flag("def ", "text that the models continue")
+    tokens: int = flag(60, "number of tokens that each of them writes", low=0)
+
+    def check(self):
+        if not self.prompt:
+            raise UserError("--prompt: is empty; give a text to continue")
 
 
 @torch.no_grad()
@@ -46,7 +51,7 @@ def write(model: torch.nn.Module, tokens: list[int], count: int, context: int) -
 
 
 def main():
-    args = parse_arguments()
+    args = Settings.parse()
     run, decay = (report.SGDRun.read(path, "steps") for path in (args.dir, args.decay_dir))
     twa = read_json(args.out / "twa.json")
     for path, found in ((args.dir, run.end), (args.decay_dir, decay.end), (args.out, twa)):
@@ -91,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

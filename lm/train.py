@@ -15,78 +15,89 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import dataclass
+
 import models
 import utils
-from training import entry, flags, sgd, text
-from training.flags import number
-from training.locks import lock
-from training.loop import set_up
+from training import flags, sgd, tasks, text
 from training.optimizers import SCHEDULES
+from training.run import Run, run_script
+from training.settings import REQUIRED, derived, flag, free
 from twa.files.checkpoints import load_into
 from twa.files.formats import load
+from utils import UserError
 
 
-def parse_arguments():
-    parser = flags.Parser("trains a language model at a constant rate, or on a falling one")
-    add = parser.add_argument
-    add("--dir", dest="log_dir", required=True, help="where everything is written")
-    flags.add_model_arguments(parser, "--arch", "-a", choices=models.LANGUAGE_MODELS, default="gpt")
-    data_help = "a file or a folder of text; left out, the source of Python's standard library"
-    add("--data-dir", metavar="PATH", help=data_help)
-    text.add_arguments(parser)
-    flags.add_batch_arguments(parser, size=16)
-    add("--steps", dest="total_steps", type=number(int, 0), default=4000, help="steps in all")
-    add("--save-every", type=number(int, 1), default=50, help="steps between checkpoints")
-    test_help = "steps between tests, and between states to resume from"
-    add("--test-every", dest="epoch_steps", type=number(int, 1), help=f"{test_help}; left out, 400")
-    add("--lr", type=flags.scale, default=2e-3, help="learning rate of AdamW")
-    add("--weight-decay", "--wd", type=flags.scale, default=0.1, help="weight decay")
-    add("--clip-grad", type=number(float, 0), default=1.0, metavar="NORM", help=flags.CLIP_HELP)
-    add("--warmup", type=number(int, 0), default=100, help="steps of a linear rise of the rate")
-    add("--decay", default="linear", choices=("linear", "1-sqrt"), help="how the rate falls to 0")
-    add("--decay-steps", type=number(int, 0), default=0, help="over so many steps, the last ones")
-    initial_help = "begin with the weights of a checkpoint, or with those of a saved state and "
-    add("--initial", metavar="FILE", help=f"{initial_help} its moments of AdamW")
-    evaluate_help = "test the model, with --resume the saved one, and end"
-    add("--evaluate", "-e", action="store_true", help=evaluate_help)
-    add("--overwrite", action="store_true", help=flags.OVERWRITE_HELP)
-    flags.add_run_arguments(parser)
-    parser.set_defaults(datasets=text.NAME, split=True, val_ratio=None, images=None)
-    parser.set_defaults(optimizer="adamw", momentum=0.0, label_smoothing=0.0)
-    args = parser.parse_args()
-    args.save_dir = str(Path(args.log_dir) / "checkpoints")
-    return check_arguments(args, parser)
+@dataclass(kw_only=True)
+class Settings(flags.Model, text.TextSettings, flags.Batch, flags.Overwrite, flags.Run):
+    """trains a language model at a constant rate, or at a falling one"""
 
+    log_dir: str = free(REQUIRED, "output folder", "--dir")
+    arch: str = flag("gpt", choices=models.LANGUAGE_MODELS)
+    data_dir: str | None = free(
+        None, "file or folder of text (default: Python's standard library)", metavar="PATH"
+    )
+    batch_size: int = 16
+    total_steps: int = flag(4000, "total number of steps", "--steps", low=0)
+    save_every: int = flag(50, "steps between checkpoints", low=1)
+    epoch_steps: int | None = flag(
+        None, "steps between tests and resumable states (default: 400)", "--test-every", low=1
+    )
+    lr: float = flag(2e-3, "learning rate of AdamW", **flags.SCALE)
+    weight_decay: float = flag(0.1, "weight decay", "--weight-decay", "--wd", **flags.SCALE)
+    clip_grad: float = flag(1.0, "maximum gradient norm", low=0, metavar="NORM")
+    warmup: int = flag(100, "steps over which the rate rises linearly", low=0)
+    decay: str = flag("linear", "how the rate falls to 0", choices=("linear", "1-sqrt"))
+    decay_steps: int = flag(0, "last steps, over which the rate falls", low=0)
+    initial: str | None = free(
+        None,
+        "begin with a checkpoint's weights, or a saved state's weights and moments of AdamW",
+        metavar="FILE",
+    )
+    evaluate: bool = free(
+        False, "only test the model, with --resume the saved one", "--evaluate", "-e"
+    )
+    # What the engine calls otherwise: an epoch is what lies between two tests.
+    epochs: int = derived(free=False)
+    saves_per_epoch: int = derived(free=False)
+    warmup_epochs: float = derived(free=False)
+    datasets: str = derived(flags.TEXT, free=False)
+    optimizer: str = derived("adamw", free=False)
+    momentum: float = derived(0.0, free=False)
+    label_smoothing: float = derived(0.0, free=False)
+    save_dir: str | None = derived()
+    split: bool = derived(True)
+    val_ratio: float | None = derived()
+    images: int | None = derived()
 
-def check_arguments(args, parser):
-    """`args` with what the engine knows by other names: an epoch is what lies between two tests."""
-    steps, every = args.total_steps, args.epoch_steps or min(400, args.total_steps) or 1
-    if args.warmup + args.decay_steps > steps:
-        parser.error(
-            f"--warmup {args.warmup} and --decay-steps {args.decay_steps}: more than the {steps} "
-            "of --steps"
-        )
-    if steps % every or every % args.save_every:
-        parser.error(
-            f"--steps {steps}, --test-every {every}, --save-every {args.save_every}: each has to "
-            "be a multiple of the next"
-        )
-    args.epoch_steps, args.epochs = every, steps // every
-    args.saves_per_epoch = every // args.save_every
-    args.warmup_epochs = args.warmup / every
-    text.check_arguments(args, parser)
-    return args
+    def check(self):
+        steps, every = self.total_steps, self.epoch_steps or min(400, self.total_steps) or 1
+        if self.warmup + self.decay_steps > steps:
+            raise UserError(
+                f"--warmup {self.warmup} and --decay-steps {self.decay_steps}: more than the "
+                f"{steps} of --steps"
+            )
+        if steps % every or every % self.save_every:
+            raise UserError(
+                f"--steps {steps}, --test-every {every}, --save-every {self.save_every}: each has "
+                "to be a multiple of the next"
+            )
+        self.epoch_steps, self.epochs = every, steps // every
+        self.saves_per_epoch = every // self.save_every
+        self.warmup_epochs = self.warmup / every
+        self.save_dir = str(Path(self.log_dir) / "checkpoints")
 
 
 def main():
-    args = parse_arguments()
-    with lock(args.save_dir, writes=not args.evaluate):
-        train_language_model(args)
+    args = Settings.parse()
+    with Run(args, args.save_dir, "--dir", log_dir=args.log_dir) as run:
+        train_language_model(args, run)
 
 
-def train_language_model(args):
+def train_language_model(args, run):
     utils.set_seed(args.randomseed)
-    model, train, test = set_up(args)
+    task = tasks.of(args)
+    model = task.build()
     state = None
     if args.initial:
         load_into(model, args.initial)
@@ -100,8 +111,8 @@ def train_language_model(args):
     def factor(x: float) -> float:
         return 1.0 if x <= begins else SCHEDULES[args.decay]((x - begins) / (1 - begins))
 
-    sgd.run(args, model, train, test, factor, state=state, flag="--dir")
+    sgd.train(run, task, model, factor, state=state)
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -61,4 +61,5 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
         return _ANY_SIZE[name](num_classes, in_channels)
     if name in imagenet.NAMES:
         return imagenet.torchvision_model(name, num_classes)
-    raise UserError(f"unknown architecture {name!r}: choose from {', '.join(ARCHITECTURES)}")
+    known = ", ".join(ARCHITECTURES)
+    raise UserError(f"--arch {name}: does not take images of this data set; choose from {known}")

@@ -1,7 +1,7 @@
 """Models of the user's own: the function that `--model-factory MODULE:FUNCTION` names.
 
-It is imported from the current directory, PYTHONPATH, and then the repository's root. If the user
-has a module of the same name as one of ours, ours is removed from `sys.modules` for good: the
+It is imported from the current directory, PYTHONPATH, and then the repository's root. Where a
+module of the user's has the name of one of ours, ours is removed from `sys.modules` for good: the
 scripts have imported it by then, and what imports that name later (a forward pass, `torch.compile`)
 means the user's.
 """
@@ -13,7 +13,6 @@ import os
 import sys
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -28,16 +27,16 @@ _ROOT = Path(__file__).resolve().parents[1]
 def build(name: str, example: torch.Tensor, shape: tuple[int, ...]) -> nn.Module:
     """The model that `module:function` returns, called without arguments and tried once.
 
-    A model that returns an object with `logits`, as those of transformers do, returns these alone
-    from then on.
+    If the model returns an object with `logits`, as those of transformers do, it returns these
+    alone from then on.
 
     Args:
         example: a batch that it must take: images, float [B, C, H, W], or tokens, int64 [B, T].
-        shape: of the logits that it must give: [B, classes], or [B, T, vocabulary].
+        shape: of the logits that it must return: [B, classes], or [B, T, vocabulary].
 
     Raises:
-        UserError: the function is not there or fails, or returns something else than a model with
-            parameters to train that maps `example` to logits of this `shape`.
+        UserError: the function is missing or fails, or does not return a model with trainable
+            parameters that maps `example` to logits of this `shape`.
     """
     module, _, function = name.partition(":")
     name = f"--model-factory {name}"
@@ -68,7 +67,7 @@ def build(name: str, example: torch.Tensor, shape: tuple[int, ...]) -> nn.Module
             f"{name}: gives logits of shape {list(logits.shape)} for {given} of shape "
             f"{list(example.shape)}, and the data set needs {list(shape)}"
         )
-    for key, ours in removed.items():  # what is sent to worker processes is looked up by its name
+    for key, ours in removed.items():  # pickling for worker processes looks classes up by name
         sys.modules.setdefault(key, ours)
     return model
 
@@ -83,19 +82,23 @@ def _one_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _UsersFirst:
-    """A finder for `sys.meta_path`: searches the user's folders, then `sys.path`.
+    """A finder for `sys.meta_path` that looks into the user's folders before all else does.
 
-    `sys.path` itself stays as it is, because worker processes get a copy of it.
+    `sys.path` itself stays unchanged, because worker processes get a copy of it.
     """
 
     folders: tuple[str, ...]
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        return PathFinder.find_spec(name, [*self.folders, *sys.path]) if path is None else None
+        spec = PathFinder.find_spec(name, self.folders) if path is None else None
+        if spec and spec.loader is None:  # a folder without __init__.py: of checkpoints, perhaps
+            places = map(Path, spec.submodule_search_locations)
+            return spec if any(any(place.glob("*.py")) for place in places) else None
+        return spec
 
 
 def _prefer_the_users() -> dict[str, ModuleType]:
-    """Puts the user's modules before ours, of which it removes those with a name of theirs.
+    """Puts the user's modules before ours, and removes ours that have the name of one of theirs.
 
     Returns:
         The submodules that were removed.
@@ -105,25 +108,15 @@ def _prefer_the_users() -> dict[str, ModuleType]:
     finder = _UsersFirst(folders)
     if finder not in sys.meta_path:
         sys.meta_path.insert(sys.meta_path.index(PathFinder), finder)
-    removed = {}
-    for name, module in list(sys.modules.items()):
-        spec = PathFinder.find_spec(name, folders) if _is_ours(name, module) else None
-        if spec is None or os.path.realpath(spec.origin or "") == os.path.realpath(module.__file__):
-            continue
-        if spec.loader is None:  # a folder without __init__.py, which ours would come before
-            if not any(list(Path(path).glob("*.py")) for path in spec.submodule_search_locations):
-                continue  # checkpoints, perhaps
-            sys.modules[name] = module_from_spec(spec)
-        else:
-            del sys.modules[name]
-        for key in [key for key in sys.modules if key.startswith(f"{name}.")]:
-            removed[key] = sys.modules.pop(key)
-    return removed
 
+    def shadowed(name: str) -> bool:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is None or name == "__main__" or _ROOT not in Path(file).resolve().parents[:2]:
+            return False  # not a module or package of ours
+        spec = finder.find_spec(name)
+        return spec is not None and os.path.realpath(spec.origin or "") != os.path.realpath(file)
 
-def _is_ours(name: str, module: ModuleType) -> bool:
-    """Whether this is a module or package in the repository's root or in a folder there."""
-    file = getattr(module, "__file__", None)
-    if file is None or name == "__main__" or "." in name:
-        return False
-    return _ROOT in Path(file).resolve().parents[:2]
+    tops = {name for name in {key.partition(".")[0] for key in sys.modules} if shadowed(name)}
+    keys = [key for key in sys.modules if key.partition(".")[0] in tops]
+    removed = {key: sys.modules.pop(key) for key in keys}
+    return {key: module for key, module in removed.items() if "." in key}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model, list_models
 
-from models import clip
+from models import clip, factory
 from utils import UserError
 
 _SIZE = 224  # pixels, of the images that pretrained weights were trained on
@@ -31,17 +31,19 @@ CLASSIFIERS = tuple(list_models(torchvision.models, exclude=("googlenet", "incep
 
 
 def build(name: str, num_classes: int, image_size: int) -> nn.Module:
-    """A classifier, freshly initialised, by a name of `CLASSIFIERS` or of `clip.NAMES`.
+    """A freshly initialised classifier: of `CLASSIFIERS`, `clip.NAMES` or a `module:function`.
 
     It maps images, float [B, 3, image_size, image_size], to logits [B, num_classes].
 
     Raises:
         UserError: there is no classifier of this name, or it takes no images of this size.
     """
+    if ":" in name:
+        example = torch.zeros(2, 3, image_size, image_size)
+        return factory.build(name, example, (2, num_classes))
     if name not in (*CLASSIFIERS, *clip.NAMES):
-        raise UserError(
-            f"unknown architecture {name!r}: choose from torchvision's {', '.join(CLASSIFIERS)}"
-        )
+        known = ", ".join((*CLASSIFIERS, *clip.NAMES))
+        raise UserError(f"--arch {name}: does not take image folders; choose from {known}")
     size = {"image_size": image_size} if name.startswith("vit_") else {}
     try:
         if name in clip.NAMES:
@@ -60,7 +62,7 @@ def build(name: str, num_classes: int, image_size: int) -> nn.Module:
 
 
 def _to_imagenet(_, inputs: tuple[Tensor]) -> Tensor:
-    """Images of one or three channels and any size in the form that the network takes."""
+    """Images of one or three channels and any size, as the network takes them."""
     (images,) = inputs
     images = F.interpolate(images, size=(_SIZE, _SIZE), mode="bilinear", antialias=True)
     return images.expand(-1, 3, -1, -1)

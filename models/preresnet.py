@@ -6,52 +6,32 @@ from torch.nn import functional as F
 from models.initialisation import he_normal_
 
 
-class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and ReLU, plus a shortcut."""
+class _Block(nn.Module):
+    """Convolutions, each after batch norm and ReLU, plus a shortcut.
 
-    expansion = 1
+    They are two of 3x3, or in a bottleneck 1x1, 3x3 and 1x1.
+    """
 
-    def __init__(self, in_channels: int, planes: int, stride: int):
+    def __init__(self, in_channels: int, planes: int, stride: int, bottleneck: bool):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.downsample = _shortcut(in_channels, planes * self.expansion, stride)
+        shapes = [(in_channels, planes, 3, stride), (planes, planes, 3, 1)]
+        if bottleneck:
+            shapes = [(in_channels, planes, 1, 1), (planes, planes, 3, stride)]
+            shapes.append((planes, 4 * planes, 1, 1))
+        self.layers = range(1, len(shapes) + 1)
+        for i, (width, out_channels, size, step) in zip(self.layers, shapes, strict=True):
+            self.add_module(f"bn{i}", nn.BatchNorm2d(width))
+            conv = nn.Conv2d(width, out_channels, size, step, padding=size // 2, bias=False)
+            self.add_module(f"conv{i}", conv)
+        self.downsample = nn.Sequential()  # the identity where the shape does not change
+        if stride != 1 or in_channels != out_channels:
+            self.downsample.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x)))
-        out = self.conv2(F.relu(self.bn2(out)))
+        out = x
+        for i in self.layers:
+            out = getattr(self, f"conv{i}")(F.relu(getattr(self, f"bn{i}")(out)))
         return out + self.downsample(x)
-
-
-class _Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, each after batch norm and ReLU, plus a shortcut."""
-
-    expansion = 4
-
-    def __init__(self, in_channels: int, planes: int, stride: int):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
-        self.downsample = _shortcut(in_channels, planes * self.expansion, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x)))
-        out = self.conv2(F.relu(self.bn2(out)))
-        out = self.conv3(F.relu(self.bn3(out)))
-        return out + self.downsample(x)
-
-
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """The identity (empty) where the shape does not change, else a 1x1 convolution."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
 
 
 class PreResNet(nn.Module):
@@ -65,20 +45,20 @@ class PreResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_channels: int):
         super().__init__()
-        block, layers = (_Bottleneck, 9) if depth >= 44 else (_BasicBlock, 6)
-        blocks = (depth - 2) // layers
+        bottleneck = depth >= 44
+        blocks, expansion = ((depth - 2) // 9, 4) if bottleneck else ((depth - 2) // 6, 1)
 
         def stage(in_channels: int, planes: int, stride: int) -> nn.Sequential:
-            first = block(in_channels, planes, stride)
-            rest = (block(planes * block.expansion, planes, 1) for _ in range(blocks - 1))
+            first = _Block(in_channels, planes, stride, bottleneck)
+            rest = (_Block(planes * expansion, planes, 1, bottleneck) for _ in range(blocks - 1))
             return nn.Sequential(first, *rest)
 
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.layer1 = stage(16, 16, stride=1)
-        self.layer2 = stage(16 * block.expansion, 32, stride=2)
-        self.layer3 = stage(32 * block.expansion, 64, stride=2)
-        self.bn = nn.BatchNorm2d(64 * block.expansion)
-        self.fc = nn.Linear(64 * block.expansion, num_classes)
+        self.layer2 = stage(16 * expansion, 32, stride=2)
+        self.layer3 = stage(32 * expansion, 64, stride=2)
+        self.bn = nn.BatchNorm2d(64 * expansion)
+        self.fc = nn.Linear(64 * expansion, num_classes)
         he_normal_(self)
 
     def forward(self, x: Tensor) -> Tensor:

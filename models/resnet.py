@@ -14,25 +14,15 @@ class _Block(nn.Module):
 
     def __init__(self, in_channels: int, width: int, out_channels: int, stride: int):
         super().__init__()
-        if out_channels == width:
-            self.residual_function = nn.Sequential(
-                nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.Conv2d(width, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-            )
-        else:  # a bottleneck
-            self.residual_function = nn.Sequential(
-                nn.Conv2d(in_channels, width, 1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.Conv2d(width, width, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.Conv2d(width, out_channels, 1, bias=False),
-                nn.BatchNorm2d(out_channels),
-            )
+        shapes = [(in_channels, width, 3, stride), (width, width, 3, 1)]
+        if out_channels != width:  # a bottleneck
+            shapes = [(in_channels, width, 1, 1), (width, width, 3, stride)]
+            shapes.append((width, out_channels, 1, 1))
+        layers: list[nn.Module] = []
+        for given, made, size, step in shapes:
+            layers.append(nn.Conv2d(given, made, size, step, padding=size // 2, bias=False))
+            layers += [nn.BatchNorm2d(made), nn.ReLU()]
+        self.residual_function = nn.Sequential(*layers[:-1])
         self.shortcut = nn.Sequential()  # the identity where the shape does not change
         if stride != 1 or in_channels != out_channels:
             self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))

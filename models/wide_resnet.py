@@ -1,4 +1,7 @@
-"""WideResNet (Zagoruyko and Komodakis, 2016, arXiv:1605.07146) without dropout."""
+"""WideResNet (Zagoruyko and Komodakis, 2016, arXiv:1605.07146) without dropout.
+
+The numbers in the names of the modules skip the dropout layers of the paper's release.
+"""
 
 from collections import OrderedDict
 
@@ -6,24 +9,18 @@ from torch import Tensor, nn
 
 from models.initialisation import he_normal_
 
-# The numbers in the names of the modules leave out the dropout layers of the paper's release.
 
-
-class _DownsampleUnit(nn.Module):
+class _FirstUnit(nn.Module):
     """The first unit of a stage: both of its paths start from the activated input."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.norm_act = _sequential(
-            {"0_normalization": nn.BatchNorm2d(in_channels), "1_activation": nn.ReLU()}
-        )
-        self.block = _sequential(
-            {
-                "0_convolution": _conv3x3(in_channels, out_channels, stride),
-                "1_normalization": nn.BatchNorm2d(out_channels),
-                "2_activation": nn.ReLU(),
-                "4_convolution": _conv3x3(out_channels, out_channels),
-            }
+        self.norm_act = _named(("0_normalization", nn.BatchNorm2d(in_channels)), _relu(1))
+        self.block = _named(
+            ("0_convolution", _conv3x3(in_channels, out_channels, stride)),
+            ("1_normalization", nn.BatchNorm2d(out_channels)),
+            _relu(2),
+            ("4_convolution", _conv3x3(out_channels, out_channels)),
         )
         self.downsample = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
@@ -32,44 +29,34 @@ class _DownsampleUnit(nn.Module):
         return self.block(x) + self.downsample(x)
 
 
-class _BasicUnit(nn.Module):
+class _Unit(nn.Module):
     """Any other unit: the shape does not change, and the shortcut is the identity."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.block = _sequential(
-            {
-                "0_normalization": nn.BatchNorm2d(channels),
-                "1_activation": nn.ReLU(),
-                "2_convolution": _conv3x3(channels, channels),
-                "3_normalization": nn.BatchNorm2d(channels),
-                "4_activation": nn.ReLU(),
-                "6_convolution": _conv3x3(channels, channels),
-            }
+        self.block = _named(
+            ("0_normalization", nn.BatchNorm2d(channels)),
+            _relu(1),
+            ("2_convolution", _conv3x3(channels, channels)),
+            ("3_normalization", nn.BatchNorm2d(channels)),
+            _relu(4),
+            ("6_convolution", _conv3x3(channels, channels)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x)
 
 
-def _sequential(modules: dict[str, nn.Module]) -> nn.Sequential:
+def _named(*modules: tuple[str, nn.Module]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
+
+
+def _relu(number: int) -> tuple[str, nn.Module]:
+    return f"{number}_activation", nn.ReLU()
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-
-
-class _Stage(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, stride: int, units: int):
-        super().__init__()
-        self.block = nn.Sequential(
-            _DownsampleUnit(in_channels, out_channels, stride),
-            *(_BasicUnit(out_channels) for _ in range(units - 1)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
 
 
 class WideResNet(nn.Module):
@@ -87,19 +74,23 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, width: int, num_classes: int, in_channels: int):
         super().__init__()
-        units = (depth - 4) // 6
-        self.f = _sequential(
-            {
-                "0_convolution": _conv3x3(in_channels, 16),
-                "1_block": _Stage(16, 16 * width, 1, units),
-                "2_block": _Stage(16 * width, 32 * width, 2, units),
-                "3_block": _Stage(32 * width, 64 * width, 2, units),
-                "4_normalization": nn.BatchNorm2d(64 * width),
-                "5_activation": nn.ReLU(),
-                "6_pooling": nn.AdaptiveAvgPool2d(1),
-                "7_flattening": nn.Flatten(),
-                "8_classification": nn.Linear(64 * width, num_classes),
-            }
+
+        def stage(number: int, in_channels: int, stride: int) -> tuple[str, nn.Module]:
+            channels, others = 8 * width * 2**number, (depth - 4) // 6 - 1
+            units = [_FirstUnit(in_channels, channels, stride)]
+            units += [_Unit(channels) for _ in range(others)]
+            return f"{number}_block", _named(("block", nn.Sequential(*units)))
+
+        self.f = _named(
+            ("0_convolution", _conv3x3(in_channels, 16)),
+            stage(1, 16, 1),
+            stage(2, 16 * width, 2),
+            stage(3, 32 * width, 2),
+            ("4_normalization", nn.BatchNorm2d(64 * width)),
+            _relu(5),
+            ("6_pooling", nn.AdaptiveAvgPool2d(1)),
+            ("7_flattening", nn.Flatten()),
+            ("8_classification", nn.Linear(64 * width, num_classes)),
         )
         he_normal_(self)
 

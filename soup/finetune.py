@@ -17,7 +17,7 @@ import math
 import random
 import sys
 import time
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,47 +26,45 @@ import torch
 
 import models
 import utils
-from training import data, entry, flags, locks, logs, optimizers, ranks
-from training.files import load_verified, save
-from training.flags import number
-from training.loop import Diverged, Trainer, build, describe
-from training.optimizers import OPTIMIZERS, SCHEDULES
-from twa.files.checkpoints import CheckpointError
+from training import data, flags, optimizers, ranks, tasks
+from training.files import read_lines, save, write_json, write_lines
+from training.logs import provenance
+from training.loop import Diverged, Trainer, describe
+from training.optimizers import SCHEDULES
+from training.run import lock, run_script
+from training.settings import REQUIRED, flag
+from twa.files.checkpoints import CheckpointError, load_into
+from twa.files.formats import verify
 from utils import UserError
 
 
-def parse_arguments():
-    parser = flags.Parser("fine-tunes one base model many times, each time with other settings")
-    flags.add_soup_arguments(parser, models.ARCHITECTURES, data.DATASETS)
-    add = parser.add_argument
-    base = parser.add_mutually_exclusive_group(required=True)
-    base.add_argument("--base", metavar="FILE", help="state_dict that every run starts from")
-    pretrained_help = "start from torchvision's weights of --arch, with a new head"
-    base.add_argument("--pretrained", action="store_true", help=pretrained_help)
-    add("--save-dir", required=True, help="where models and runs.jsonl go")
-    add("--models", type=number(int, 1), metavar="N", help="draw N runs; left out, the whole grid")
-    add("--images", type=number(int, 1), help="of the training part to use; left out, all")
-    add("--optimizer", default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--schedule", default="cosine", choices=tuple(SCHEDULES), help=flags.SCHEDULE_HELP)
-    add("--warmup-epochs", type=number(float, 0), default=0.0, help=flags.WARMUP_HELP)
-    add("--clip-grad", type=number(float, 0), metavar="NORM", help=flags.CLIP_HELP)
+@dataclass(kw_only=True)
+class Settings(flags.Soup, flags.Training, flags.Recipe, flags.Augmentation):
+    """fine-tunes one base model many times, each time with other settings"""
 
-    grid = parser.add_argument_group("settings that vary, one value or more each")
-    add = partial(grid.add_argument, nargs="+")
-    lr_help = "rates; a draw is log-uniform between the lowest and the highest"
-    share, strength = number(float, 0, 1), number(int, 0, 30)
-    add("--lr", type=number(float, 1e-12), default=[0.01], help=lr_help)
-    add("--weight-decay", "--wd", type=number(float, 0), default=[1e-4], help="decays")
-    add("--epochs", type=number(int, 1), default=[5], help="lengths of the runs")
-    add("--label-smoothing", type=share, default=[0.0], help=flags.SMOOTHING_HELP)
-    add("--randaugment", type=strength, default=[0], help=flags.RANDAUGMENT_HELP)
-    args = parser.parse_args()
-    if args.warmup_epochs > min(args.epochs):
-        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than the least of --epochs")
-    if args.pretrained and args.arch not in models.imagenet.NAMES:
-        parser.error(f"--pretrained: only with --arch {', '.join(models.imagenet.NAMES)}")
-    return args
+    datasets: str = flag("CIFAR10", choices=tuple(data.DATASETS))
+    arch: str = flag("PreResNet20", choices=models.ARCHITECTURES)
+    base: str | None = flag(
+        REQUIRED, "state_dict that every run starts from", metavar="FILE", exclusive="base"
+    )
+    pretrained: bool = flag(
+        False, "start from torchvision's weights of --arch, with a new head", exclusive="base"
+    )
+    save_dir: str = flag(REQUIRED, "folder of the models and of runs.jsonl")
+    models: int | None = flag(None, "number of runs to draw (default: the whole grid)", low=1)
+    images: int | None = flag(None, "number of training images to use (default: all)", low=1)
+    schedule: str = flag("cosine", choices=tuple(SCHEDULES))
+    # What varies: one value or more each. A draw of the rate is log-uniform between the extremes.
+    lr: tuple[float, ...] = flag((0.01,), "learning rates", nargs="+", low=1e-12)
+    weight_decay: tuple[float, ...] = flag((1e-4,), "weight decays", nargs="+")
+    epochs: tuple[int, ...] = flag((5,), "numbers of epochs", nargs="+", low=1)
+    label_smoothing: tuple[float, ...] = flag((0.0,), nargs="+")
+    randaugment: tuple[int, ...] = flag((0,), nargs="+")
+
+    def check(self):
+        if self.pretrained and self.arch not in models.imagenet.NAMES:
+            known = ", ".join(models.imagenet.NAMES)
+            raise UserError(f"--pretrained: only with --arch {known}")
 
 
 VARIED = ("lr", "weight_decay", "epochs", "label_smoothing", "randaugment")
@@ -88,12 +86,13 @@ def settings_of_runs(args) -> list[dict]:
 
 
 def start_point(args, model: torch.nn.Module) -> tuple[dict, str]:
-    """The `state_dict` that every run starts from, and what tells it from another."""
+    """The `state_dict` that every run starts from, and what identifies it."""
     if args.pretrained:
         models.imagenet.load_pretrained(model, args.arch)
         origin = "torchvision"
     else:
-        load_verified(model, args.base)
+        verify(args.base)
+        load_into(model, args.base)
         origin = hashlib.sha256(Path(args.base).read_bytes()).hexdigest()[:16]
     return copy.deepcopy(model.state_dict()), origin
 
@@ -115,17 +114,18 @@ def is_finished(record: dict | None, settings: dict, path: Path, model: torch.nn
     if record["validation"] is None:
         return True
     try:
-        load_verified(model, path)
+        verify(path)
+        load_into(model, path)
     except CheckpointError:
         return False
     return True
 
 
-def train(model, training, validation, name: str, args) -> dict[str, float]:
+def train(task: tasks.Task, model, validation, name: str, args) -> dict[str, float]:
     """Fine-tunes `model` with the settings of one run; its loss and accuracy on `validation`."""
     utils.set_seed(args.seed)
-    augmented = {"randaugment": args.randaugment, "channels_last": args.amp}
-    loader = data.Loader(training, args.batch_size, train=True, seed=args.seed, **augmented)
+    varied = {"seed": args.seed, "randaugment": args.randaugment}
+    loader = task.loader(task.train_set, train=True, **varied)
     base, settings = optimizers.chosen(args.optimizer, args.lr, args.weight_decay, args.momentum)
     optimizer = base(model.parameters(), **settings)
     factor = SCHEDULES[args.schedule]
@@ -136,35 +136,32 @@ def train(model, training, validation, name: str, args) -> dict[str, float]:
 
 
 def main():
-    args = parse_arguments()
+    args = Settings.parse()
     ranks.refuse()
-    with locks.lock(args.save_dir):
+    with lock(args.save_dir):
         fine_tune(args)
 
 
 def fine_tune(args):
     utils.set_seed(args.randomseed)
-    device = utils.choose_device(args.device)
-    training, _ = data.load(args.datasets, args.data_dir, device)
-    training, held_out = training.hold_out(args.val_ratio, args.randomseed)
-    training = training.part(slice(args.images))
-    validation = data.Loader(held_out, 1000, train=False, channels_last=args.amp)
-    model = build(args.arch, training.spec, device, args.amp, args.compile)
+    task = tasks.of(args)
+    validation = task.loader(task.held_out, train=False)
+    model = task.build()
     start, origin = start_point(args, model)
 
     save_dir = Path(args.save_dir)
-    logs.write_json({"arguments": vars(args), **logs.provenance()}, save_dir / "run.json")
+    write_json({"arguments": vars(args), **provenance()}, save_dir / "run.json")
     same = ("batch_size", "optimizer", "momentum", "schedule", "amp", "warmup_epochs", "clip_grad")
     fixed = {
         "model": args.arch,
         "datasets": args.datasets,
         "held_out": flags.held_out(args),
         "base": origin,
-        "images": len(training),
+        "images": len(task.train_set),
         **{key: getattr(args, key) for key in same},
     }
     runs = save_dir / "runs.jsonl"
-    records = {record["file"]: record for record in logs.read_lines(runs, "file", "settings")}
+    records = {record["file"]: record for record in read_lines(runs, "file", "settings")}
     for varied in settings_of_runs(args):
         settings, path = varied | fixed, save_dir / f"{varied['seed']:03}.pt"
         if is_finished(records.get(path.name), settings, path, model):
@@ -174,10 +171,10 @@ def fine_tune(args):
         model.zero_grad()  # a run that diverged leaves its gradients
         try:
             run = argparse.Namespace(**vars(args) | varied)
-            scores = train(model, training, validation, path.name, run)
+            scores = train(task, model, validation, path.name, run)
             save(model.state_dict(), path)
         except Diverged as diverged:
-            print(f"{path.name} is left out: {diverged}")
+            print(f"{path.name} diverged, and soups do without it: {diverged}")
             scores = None
         records[path.name] = {
             "file": path.name,
@@ -185,12 +182,12 @@ def fine_tune(args):
             "validation": scores,
             "seconds": time.perf_counter() - started,
         }
-        logs.write_lines(records.values(), runs)
+        write_lines(records.values(), runs)
         if scores:
-            told = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
-            print(f"{path.name}: validation {describe(scores)} ({told})")
+            chosen = ", ".join(f"{key} {value:.4g}" for key, value in varied.items())
+            print(f"{path.name}: validation {describe(scores)} ({chosen})")
     print(f"written: {save_dir}")
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -31,56 +32,60 @@ from torch import Tensor
 
 import models
 import utils
-from training import coefficients, data, entry, flags, image_folders, locks, logs, ranks, report
-from training.files import load_verified, save
-from training.flags import number
-from training.loop import (
-    Trainer,
-    build,
-    data_of,
-    describe,
-    evaluate,
-    predict,
-    reestimate_bn,
-    sample_loss,
-    score,
-    skipped_images,
-)
+from training import coefficients, data, flags, ranks, report, tasks
+from training.files import read_lines, save, write_json, write_lines
+from training.logs import provenance
+from training.loop import Trainer, describe, evaluate, predict, sample_loss, score
 from training.optimizers import SCHEDULES
+from training.run import lock, run_script
+from training.settings import REQUIRED, derived, flag
 from twa.files.checkpoints import Checkpoint, average, load_into, without_copies
+from twa.files.formats import verify
+from twa.optimizer import RATE
+from twa.recipe import RATE_OF_SGD
+from twa.subspace import GRANULARITIES
 from utils import UserError
 
 PARTS = ("validation", "test")  # what every solution is evaluated on
 RESULTS = "results.jsonl"
+ARCHITECTURES = (*models.ARCHITECTURES, *models.imagenet.CLASSIFIERS, *models.clip.NAMES)
 
 
-def parse_arguments():
-    parser = flags.Parser("soups of fine-tuned models: uniform, greedy, TWA")
-    of_folders = (*models.imagenet.CLASSIFIERS, *models.clip.NAMES)
-    architectures = dict.fromkeys((*models.ARCHITECTURES, *of_folders))
-    flags.add_soup_arguments(parser, architectures, (*data.DATASETS, image_folders.NAME))
-    add = parser.add_argument
-    add("--workers", "-j", type=number(int, 0), default=4, help=flags.WORKERS_HELP)
-    flags.add_image_arguments(parser, None)
-    files_help = "state_dicts (.pt, .safetensors) of one architecture"
-    add("--checkpoints", nargs="+", required=True, metavar="GLOB", help=files_help)
-    add("--log-dir", required=True, help="where results, soups and the figure go")
-    bn_help = "training images on which batch norm is re-estimated before every measurement"
-    add("--bn-images", type=number(int, 1), default=10_000, help=bn_help)
-    add = parser.add_argument_group("TWA").add_argument
-    parts_help = "t: on the training part, v: on the held-out part; no value: none"
-    add("--twa", nargs="*", default=["t", "v"], choices=("t", "v"), help=parts_help)
-    add("--start", default="uniform", choices=("uniform", "greedy"), help="soup to start from")
-    epochs_help = "passes over as many images as are held out"
-    add("--epochs", type=number(int, 1), default=5, help=epochs_help)
-    coefficients.add_arguments(parser, schedule="linear", trajectory=False)
-    args = parser.parse_args()
-    image_folders.check_arguments(args, parser)
-    return coefficients.check_arguments(args)
+@dataclass(kw_only=True)
+class Settings(flags.Soup, flags.ImageFolder, coefficients.Coefficients):
+    """soups of fine-tuned models: uniform, greedy, TWA"""
+
+    datasets: str = flag("CIFAR10", choices=(*data.DATASETS, flags.IMAGE_FOLDER))
+    arch: str = flag("PreResNet20", choices=tuple(dict.fromkeys(ARCHITECTURES)))
+    checkpoints: tuple[str, ...] = flag(
+        REQUIRED, "state_dicts (.pt, .safetensors) of one architecture", nargs="+", metavar="GLOB"
+    )
+    log_dir: str = flag(REQUIRED, "folder of the results, the soups and the figure")
+    bn_images: int = flag(
+        10_000, "training images on which batch norm is re-estimated for every solution", low=1
+    )
+    twa: tuple[str, ...] = flag(
+        ("t", "v"),
+        "t: on the training part, v: on the held-out part; no value: none",
+        nargs="*",
+        choices=("t", "v"),
+    )
+    start: str = flag("uniform", "soup that TWA starts from", choices=("uniform", "greedy"))
+    epochs: int = flag(5, "passes over as many images as are held out", low=1)
+    # The models are no trajectory: granularity, unit and rate do not grow with the steps.
+    granularity: str = flag(
+        "model", "one set of coefficients per model, layer or channel", choices=GRANULARITIES
+    )
+    unit: str | None = flag(
+        None, "with PCA, the spread along a direction, or of its block (default: direction)"
+    )
+    lr: float | None = flag(None, "rate (default with PCA: 0.02; for SGD 0.1)")
+    images: int | None = derived()
+    randaugment: int = derived(0)
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
-    """The files that match, by the numbers in their names; of those that are the same, one."""
+    """The files that match, by the numbers in their names; of files that are the same, one."""
     found: set[str] = set()
     for pattern in patterns:
         matches = glob.glob(pattern)
@@ -94,28 +99,22 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
     return without_copies([Path(path) for path in sorted(found, key=by_number)])
 
 
-def refuse_other_split(paths: Sequence[Path], args) -> None:
-    """Refuses models of `finetune.py` that were trained on what is held out here."""
-    here = flags.held_out(args)
+def refuse_unfit(paths: Sequence[Path], args) -> None:
+    """Refuses models trained on what is held out here, and soups that a glob takes for models."""
+    here, names = flags.held_out(args), set(map(str, paths))
     for folder in sorted({path.parent for path in paths}):
-        for record in logs.read_lines(folder / "runs.jsonl", "file", "settings"):
+        for record in read_lines(folder / RESULTS, "name", "settings", *PARTS):
+            soup = folder / file_of(record["name"])
+            if soup in paths and not names.isdisjoint(record.get("models", ())):
+                raise UserError(
+                    f"{soup}: is a soup of the other models; give --checkpoints that leave it out"
+                )
+        for record in read_lines(folder / "runs.jsonl", "file", "settings"):
             path, there = folder / record["file"], record["settings"]["held_out"]
             if path in paths and there != here:
                 raise UserError(
                     f"{path}: was fine-tuned with {there} held out, and here it is {here}; "
                     "give the same --val-ratio and --randomseed"
-                )
-
-
-def refuse_own_soups(paths: Sequence[Path]) -> None:
-    """Refuses soups that an earlier call made of others of `paths`: a glob took them for models."""
-    names = set(map(str, paths))
-    for folder in sorted({path.parent for path in paths}):
-        for record in logs.read_lines(folder / RESULTS, "name", "settings", *PARTS):
-            soup = folder / file_of(record["name"])
-            if soup in paths and not names.isdisjoint(record.get("models", ())):
-                raise UserError(
-                    f"{soup}: is a soup of the other models; give --checkpoints that leave it out"
                 )
 
 
@@ -131,15 +130,14 @@ def settings_of(paths: Sequence[Path], args) -> dict:
 
 
 def twa_settings_of(args) -> dict:
-    """What TWA depends on besides: every flag of the coefficients that is not in its name."""
-    parser = flags.Parser("the coefficients alone")
-    coefficients.add_arguments(parser, schedule="linear")
-    keys = [*vars(parser.parse_args([])), "start", "epochs", "randomseed"]
-    return {key: getattr(args, key) for key in keys if key not in ("granularity", "bits")}
+    """What TWA depends on besides: the flags of the coefficients that its name does not give."""
+    names = [field.name for field in fields(coefficients.Coefficients)]
+    names = [name for name in names if name not in ("granularity", "bits")]
+    return {name: getattr(args, name) for name in (*names, "start", "epochs", "randomseed")}
 
 
 def name_of(kind: str, args) -> str:
-    """The name of a soup by TWA, "t" or "v": what its record and its file are called by."""
+    """The name of a soup by TWA, "t" or "v", in its record and its file."""
     name = f"TWA-{kind}"
     name += f" {args.granularity}" if args.granularity != "model" else ""
     name += f" {args.bits} bits" if args.bits != 32 else ""
@@ -147,63 +145,47 @@ def name_of(kind: str, args) -> str:
 
 
 def file_of(name: str) -> str:
-    """The file of the soup that is called so."""
+    """The file of the soup of this name."""
     return f"{name.replace(' ', '-')}.pt"
 
 
 def differing(record: dict, settings: dict) -> list[str]:
-    """The settings that a record has otherwise; a flag that it does not know was left out."""
+    """The settings that differ in a record; those that it lacks were at None."""
     return [key for key, value in settings.items() if record["settings"].get(key) != value]
 
 
 class Evaluator:
     """The model, which takes all weights in turn, and the data that they are evaluated on.
 
-    Batch norm is re-estimated alike for everything that is evaluated.
+    Batch norm is re-estimated alike before everything is evaluated.
 
     Attributes:
-        training, held_out: the two parts of the training set.
         loaders: by part: "validation", what is held out, and "test".
     """
 
     def __init__(self, args):
-        self.args = args
-        device = utils.choose_device(args.device)
-        training, test, loader, batch_size = data_of(args, device)
-        self._loader = partial(loader, channels_last=args.amp)
-        self.training, self.held_out = training.hold_out(args.val_ratio, args.randomseed)
-        self.model = build(args.arch, training.spec, device, args.amp, args.compile)
-        self.loaders = {
-            part: self._loader(split, batch_size, train=False)
-            for part, split in zip(PARTS, (self.held_out, test), strict=True)
-        }
-        self._train = self.training_loader(self.training)
+        self.task = tasks.of(args)
+        self.task.bn_images = args.bn_images
+        self.model = self.task.build()
+        validation = self.task.loader(self.task.held_out, train=False)
+        self.loaders = dict(zip(PARTS, (validation, self.task.test), strict=True))
         self._summed: list[Path] = []  # the models whose logits are in the sum of the ensemble
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # by part: of logits, and the labels
 
-    def training_loader(self, images: data.Split) -> data.Loader:
-        batch_size, seed = self.args.batch_size, self.args.randomseed
-        return self._loader(images, batch_size, train=True, seed=seed)
-
-    @property
-    def skipped(self) -> str | None:
-        """A line about the images that could not be read, or None."""
-        return skipped_images(self._train, *self.loaders.values())
-
     def load(self, weights: Checkpoint) -> None:
         load_into(self.model, weights)
-        reestimate_bn(self.model, self._train, self.args.amp, self.args.bn_images)
+        self.task.reestimate_bn(self.model)
 
     def evaluate(self, part: str) -> dict[str, float]:
-        """Loss and accuracy of the weights in the model."""
-        return evaluate(self.model, self.loaders[part], self.args.amp)
+        """Loss and accuracy of the model's current weights."""
+        return evaluate(self.model, self.loaders[part], self.task.amp)
 
     def evaluate_single(self, path: Path) -> dict[str, dict[str, float]]:
-        """Loss and accuracy, by part, of one model, whose logits the ensemble keeps the sum of."""
+        """Loss and accuracy of one model, by part; adds its logits to those of the ensemble."""
         self.load(path)
         scores = {}
         for part, loader in self.loaders.items():
-            batches = zip(*predict(self.model, loader, self.args.amp), strict=True)
+            batches = zip(*predict(self.model, loader, self.task.amp), strict=True)
             logits, labels = map(torch.cat, batches)
             scores[part] = score([(logits, labels)], logits.device)
             self._sums[part] = self._sums.get(part, (0, None))[0] + logits, labels
@@ -212,7 +194,7 @@ class Evaluator:
 
     def evaluate_ensemble(self, paths: Sequence[Path]) -> dict[str, dict[str, float]]:
         """Loss and accuracy, by part, of the mean of the models' logits."""
-        if self._summed != paths:  # an earlier call has measured some of them
+        if self._summed != paths:  # an earlier call evaluated some of them
             self._summed, self._sums = [], {}
             for path in paths:
                 self.evaluate_single(path)
@@ -227,7 +209,7 @@ class Solutions:
 
     def __init__(self, log_dir: Path, evaluator: Evaluator):
         self.path, self._evaluator = log_dir / RESULTS, evaluator
-        records = logs.read_lines(self.path, "name", "settings", *PARTS)
+        records = read_lines(self.path, "name", "settings", *PARTS)
         self.records = {record["name"]: record for record in records}
 
     def refuse_other_flags(self, name: str, settings: dict, twa_settings: dict) -> None:
@@ -245,7 +227,7 @@ class Solutions:
         """The record of the solution `name`, made unless the file has it with these settings.
 
         Args:
-            function: returns what the record is to hold: "validation" and "test", the scores; or
+            function: returns what the record holds: "validation" and "test", the scores; or
                 "weights", which are then saved and evaluated.
         """
         record = self.records.get(name)
@@ -259,7 +241,7 @@ class Solutions:
                 values["seconds"] = time.perf_counter() - started
                 values |= {part: self._evaluator.evaluate(part) for part in PARTS}
             record = self.records[name] = {"name": name, **values, "settings": settings}
-            logs.write_lines(self.records.values(), self.path)
+            write_lines(self.records.values(), self.path)
             print(f"{name}: {', '.join(f'{part} {describe(record[part])}' for part in PARTS)}")
         return record
 
@@ -289,7 +271,7 @@ def greedy_soup(
 
 
 def train_coefficients(
-    name: str, paths: Sequence[Path], images: data.Split, start: Path, evaluator: Evaluator
+    name: str, paths: Sequence[Path], images: data.Split, start: Path, evaluator: Evaluator, args
 ) -> dict:
     """The average of `paths` whose coefficients are trained on `images`, from the soup `start` on.
 
@@ -297,49 +279,50 @@ def train_coefficients(
         its "weights", its "models", and its "averaging_weights", α of each; at a finer granularity
         the mean over the blocks.
     """
-    args = evaluator.args
     utils.set_seed(args.randomseed)  # the same draws whatever was made before
-    train = evaluator.training_loader(images)
+    train = evaluator.task.loader(images, train=True)
     model, validation = evaluator.model, evaluator.loaders["validation"]
-    optimizer = coefficients.optimizer_of(args, model, paths, start=start)
+    how = {"steps": args.epochs * len(train), "start": start}
+    loss = partial(sample_loss, model, train, args.amp)
+    recipe = coefficients.recipe_of(args, model, paths, loss, **how)
+    # The models are no trajectory: unit and learning rate do not follow from the steps.
+    rate = args.lr or (RATE_OF_SGD if args.opt == "SGD" else RATE)
+    optimizer = coefficients.optimizer_of(args, recipe, unit=args.unit or "direction", lr=rate)
     print(f"{name}: {coefficients.described(optimizer)}")
     factor = SCHEDULES[args.schedule]
     trainer = Trainer.of(args, model, train, validation, optimizer, factor, name=f"{name} ")
-    late = coefficients.LateMean(optimizer, args.epochs * trainer.steps_an_epoch)
     for epoch in range(1, args.epochs + 1):
         trainer.epoch(epoch)
-    losses = coefficients.keep_best(optimizer, late, lambda: sample_loss(model, train, args.amp))
-    print(f"{name}: {coefficients.comparison(losses)}")
-    names, alpha = [str(path) for path in paths], coefficients.averaging_weights(optimizer)
+    print(coefficients.comparison(f"{name}, end", recipe.finish()) or f"{name}: the last iterate")
     return {
         "weights": model.state_dict(),
-        "models": names,
-        "averaging_weights": dict(zip(names, alpha, strict=True)),
+        "models": [str(path) for path in paths],
+        "averaging_weights": coefficients.averaging_weights(optimizer, paths),
     }
 
 
 def main():
-    args = parse_arguments()
+    args = Settings.parse()
     ranks.refuse()
-    with locks.lock(args.log_dir), warnings.catch_warnings():
+    with lock(args.log_dir), warnings.catch_warnings():
         make_soups(args)
 
 
 def make_soups(args):
     utils.set_seed(args.randomseed)
     log_dir, paths = Path(args.log_dir), files_of(args.checkpoints)
-    refuse_own_soups(paths)
-    refuse_other_split(paths, args)
+    refuse_unfit(paths, args)
     evaluator = Evaluator(args)
     for path in paths:
-        load_verified(evaluator.model, path)
+        verify(path)
+        load_into(evaluator.model, path)
         warnings.filterwarnings("ignore", "ignored in the checkpoints")  # said of the first
 
     solutions, settings = Solutions(log_dir, evaluator), settings_of(paths, args)
     twa_settings = settings | twa_settings_of(args)
     for kind in args.twa:
         solutions.refuse_other_flags(name_of(kind, args), settings, twa_settings)
-    logs.write_json({"arguments": vars(args), **logs.provenance()}, log_dir / "soup_run.json")
+    write_json({"arguments": vars(args), **provenance()}, log_dir / "soup_run.json")
     started, names = time.perf_counter(), [str(path) for path in paths]
     for name, path in zip(names, paths, strict=True):
         solutions.make(name, settings, partial(evaluator.evaluate_single, path))
@@ -347,19 +330,21 @@ def make_soups(args):
     best = names[accuracies.index(max(accuracies))]
 
     def best_single_model() -> dict:
-        scores = {part: solutions.records[best][part] for part in PARTS}
-        return scores | {"models": [best], "seconds": 0.0}
+        return {
+            **{part: solutions.records[best][part] for part in PARTS},
+            **{"models": [best], "seconds": 0.0},
+        }
 
     def ensemble() -> dict:
         scores, seconds = evaluator.evaluate_ensemble(paths), time.perf_counter() - started
         return scores | {"models": names, "seconds": seconds}
 
-    def validation_accuracy(ingredients: Sequence[Path]) -> float:
+    def accuracy_of(ingredients: Sequence[Path]) -> float:
         evaluator.load(average(ingredients))
         return evaluator.evaluate("validation")["accuracy"]
 
     def greedy() -> dict:
-        ingredients = greedy_soup(paths, accuracies, validation_accuracy)
+        ingredients = greedy_soup(paths, accuracies, accuracy_of)
         return {"weights": average(ingredients), "models": [str(path) for path in ingredients]}
 
     solutions.make("best single model", settings, best_single_model)
@@ -367,16 +352,16 @@ def make_soups(args):
     solutions.make("uniform", settings, lambda: {"weights": average(paths), "models": names})
     solutions.make("greedy", settings, greedy)
 
-    start, held_out = log_dir / f"{args.start}.pt", evaluator.held_out
+    start, task, held_out = log_dir / f"{args.start}.pt", evaluator.task, evaluator.task.held_out
     for kind in args.twa:
         name = name_of(kind, args)
         # As many images of either part, so that the two differ in what they see, not in how much.
-        images = held_out if kind == "v" else evaluator.training.part(slice(len(held_out)))
-        soup = partial(train_coefficients, name, paths, images, start, evaluator)
+        images = held_out if kind == "v" else task.training.part(slice(len(held_out)))
+        soup = partial(train_coefficients, name, paths, images, start, evaluator, args)
         solutions.make(name, twa_settings, soup)
     show(solutions, names, settings, args)
-    if evaluator.skipped:
-        print(evaluator.skipped)
+    if skipped := task.skipped():
+        print(skipped)
 
 
 def show(solutions: Solutions, names: Sequence[str], settings: dict, args) -> None:
@@ -401,4 +386,4 @@ def show(solutions: Solutions, names: Sequence[str], settings: dict, args) -> No
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -1,29 +1,22 @@
-"""The tables and figures of the language-model study, from its JSON."""
+"""The tables and the figure of the language-model study, from its JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import tables
-from drawing import save
+from head_report import save
 from matplotlib.figure import Figure
-from tables import Runs, between, error, markdown, values
+from tables import Runs, best, cell, markdown, mean, paired, values
 
-from training.optimizers import SCHEDULES
-from training.report import COLOURS
-
-BEGIN, END = "<!-- python studies/language.py report -->", "<!-- end of the report -->"
-# Where the tables of each text are. TWA's defaults were found on the second.
-PAGES = {"linux": "lm/README.md", "python": "docs/results/language.md"}
 STEPS = 4000  # of the run
 BUDGETS = (10, 20, 40, 100, 200, 400)  # steps: 0.25, 0.5, 1, 2.5, 5 and 10 % of the run
 SPACING, WINDOW = 50, 60  # steps between the checkpoints of the usual window, and their number
-TWAS = ("TWA by model", "TWA by layer", "TWA by channel")
-UNTUNED = {  # the rivals at the run's own rate
+TWAS = {"TWA by model": "o", "TWA by layer": "s", "TWA by channel": "*"}  # marks in the figure
+UNTUNED = {  # the baselines at the run's own rate
     "decay, linear, from the last": "decay, linear, from the last, rate x 1",
     "decay, 1-sqrt, from the last": "decay, 1-sqrt, from the last, rate x 1",
     "decay, linear, from the best mean": "decay, linear, from the mean, rate x 1",
@@ -36,32 +29,19 @@ TUNED = {
 }
 
 
-def write(measurements: Path, root: Path) -> None:
-    """Writes the tables of each text into its page, between BEGIN and END, and the figures.
-
-    Args:
-        measurements: holds `TEXT/seedN.json`.
-        root: the repository, or a folder with its pages.
-    """
-    sections = {
-        "Without a step more": averages,
-        "Steps more: test loss": budgets,
-        "TWA less its rivals": differences,
-        "Seconds": seconds,
-        "Windows": lambda runs: variants(runs, ("every",)),
-        "Fewer directions, fewer bits": lambda runs: variants(runs, ("12 directions", "4 bits")),
+def sections(runs: Runs, figure: Path, page: Path) -> list[str]:
+    """The tables of a text, and its figure, drawn to `figure`."""
+    tables = {
+        "Without a step more": averages(runs),
+        "Steps more: test loss": budgets(runs),
+        "TWA less its rivals": differences(runs),
+        "Seconds": seconds(runs),
     }
-    drawn = {"Loss over the budget": loss_figure, "Coefficients and decays": coefficients_figure}
-    for text, name in PAGES.items():
-        runs, page, lines = read(measurements / text), root / name, [""]
-        for title, section in sections.items():
-            if table := section(runs):
-                lines += [f"### {title}", "", *table, ""]
-        for title, draw in drawn.items():
-            path = root / f"studies/figures/lm.{text}.{draw.__name__.partition('_')[0]}.png"
-            draw(runs, path)
-            lines += [f"![{title}]({os.path.relpath(path, page.parent)})", ""]
-        between(page, BEGIN, END, lines[:-1])
+    lines = []
+    for title, table in tables.items():
+        lines += [f"### {title}", "", *table, ""]
+    draw(runs, figure)
+    return [*lines, f"![Loss over the budget]({os.path.relpath(figure, page.parent)})"]
 
 
 def read(measurements: Path) -> Runs:
@@ -69,14 +49,9 @@ def read(measurements: Path) -> Runs:
     return [json.loads(path.read_text()) for path in sorted(measurements.glob("seed*.json"))]
 
 
-def losses(runs: Runs, name: str | None) -> list[float]:
-    """The test losses of the seeds that have the entry."""
-    return values(runs, name, "loss")
-
-
-def told(runs: Runs, name: str | None) -> str:
+def loss(runs: Runs, name: str | None) -> str:
     """Mean ± deviation over the seeds; "–" of none, and the number of seeds if some lack it."""
-    return tables.told(runs, name, "loss", ".4f") or "–"
+    return cell(runs, name, "loss", ".4f") or "–"
 
 
 def chosen(runs: Runs, where: str, steps: int) -> str | None:
@@ -100,8 +75,8 @@ def untrained(runs: Runs) -> list[str]:
 
 def averages(runs: Runs) -> list[str]:
     names = [*untrained(runs), *([WHOLE] if WHOLE in runs[0] else [])]
+    rows = [(titled(name), loss(runs, name)) for name in names]
     best = "its start: the best mean by training loss"
-    rows = [(titled(name), told(runs, name)) for name in names]
     starts = ", ".join(start_of(run) for run in runs)
     return [*markdown(("solution", "test loss"), rows), "", f"TWA takes as {best}: {starts}."]
 
@@ -123,46 +98,41 @@ def names_at(runs: Runs, steps: int) -> dict[str, str | None]:
     return names | {name: f"{name} | {steps}" for name in TWAS}
 
 
+def decays_at(runs: Runs, steps: int) -> list[str]:
+    """The decays that were measured with so many steps; tuned ones as validation text chose."""
+    names = names_at(runs, steps)
+    return [name for title in (*UNTUNED, *TUNED) if values(runs, name := names[title], "loss")]
+
+
 def budgets(runs: Runs) -> list[str]:
     headings = ("method", *(f"{steps} ({steps / STEPS:.2%})" for steps in BUDGETS))
     columns = [names_at(runs, steps) for steps in BUDGETS]
-    rows = [(title, *(told(runs, names[title]) for names in columns)) for title in columns[0]]
+    rows = [(title, *(loss(runs, names[title]) for names in columns)) for title in columns[0]]
     return markdown(headings, rows)
 
 
-def paired(runs: Runs, one: str, other: str) -> tuple[float, float]:
-    """The mean of the differences over the seeds, and its standard error."""
-    found = [run[one]["loss"] - run[other]["loss"] for run in runs]
-    return statistics.mean(found), error(found)
-
-
 def best_of(runs: Runs, names: Iterable[str | None]) -> str | None:
-    """The entry with the lowest mean, of those that every seed has; None if there is none."""
-    known = [name for name in names if len(losses(runs, name)) == len(runs)]
-    return min(known, key=lambda name: statistics.mean(losses(runs, name)), default=None)
-
-
-def rivals(runs: Runs, steps: int) -> tuple[str | None, str | None]:
-    """The best of the untuned rivals, all averages included, and the best of the tuned."""
-    names = names_at(runs, steps)
-    untuned = best_of(runs, [*untrained(runs), *(names[title] for title in UNTUNED)])
-    return untuned, best_of(runs, [names[title] for title in TUNED])
+    """The entry with the low mean, of those that every seed has; None if there is none."""
+    known = [name for name in names if all(name in run for run in runs)]
+    return best(runs, known) if known else None
 
 
 def differences(runs: Runs) -> list[str]:
     """TWA less the best of its rivals, by the mean over the seeds: negative where TWA is ahead."""
     rows = []
     for steps in BUDGETS:
+        names = names_at(runs, steps)
+        untuned = best_of(runs, [*untrained(runs), *(names[title] for title in UNTUNED)])
         for twa in ("TWA by model", "TWA by channel"):
-            cells, ours = [], f"{twa} | {steps}"
-            for best in rivals(runs, steps):
-                if not best or len(losses(runs, ours)) < len(runs):
+            cells, ours = [], best_of(runs, [f"{twa} | {steps}"])
+            for rival in (untuned, best_of(runs, [names[title] for title in TUNED])):
+                if not (rival and ours):
                     cells.append("–")
                     continue
-                mean, apart = paired(runs, ours, best)
-                errors = f" = {mean / apart:+.1f} errors" if apart else ""
-                rival = titled(best.removesuffix(f" | {steps}"))
-                cells.append(f"{mean:+.4f} ± {apart:.4f}{errors} ({rival})")
+                less, apart = paired(runs, ours, rival)
+                errors = f" = {less / apart:+.1f} errors" if apart else ""
+                title = titled(rival.removesuffix(f" | {steps}"))
+                cells.append(f"{less:+.4f} ± {apart:.4f}{errors} ({title})")
             rows.append((str(steps), twa, *cells))
     headings = ("steps", "method", "less the best untuned", "less the best tuned")
     return markdown(headings, rows)
@@ -175,97 +145,33 @@ def seconds(runs: Runs) -> list[str]:
         cells = []
         for steps in BUDGETS:
             parts = values(runs, f"{name} | {steps}", "seconds")
-            shown = [
-                f"{statistics.mean(part[kind] for part in parts):.0f}"
-                for kind in ("choosing", "building", "training")
-                if parts and kind in parts[0]
+            kinds = [
+                kind for kind in ("choosing", "building", "training") if kind in (*parts, {})[0]
             ]
-            cells.append(" + ".join(shown) or "–")
+            means = (statistics.mean(part[kind] for part in parts) for kind in kinds)
+            cells.append(" + ".join(f"{mean:.0f}" for mean in means) or "–")
         rows.append((name.replace(", rate x 1", ""), *cells))
     note = "Choosing start and end, building the basis, training:"
     return [note, "", *markdown(("method", *map(str, BUDGETS)), rows)]
 
 
-def variants(runs: Runs, words: Sequence[str]) -> list[str]:
-    """The entries of TWA with one of these words in their names, beside TWA as usual."""
-    names = dict.fromkeys(
-        name
-        for run in runs
-        for name in run
-        if name.startswith("TWA") and any(word in name for word in words)
-    )
-    rows = []
-    for name in names:
-        method, _, steps = name.partition(" | ")
-        usual = f"{method.partition(',')[0]} | {steps}"
-        usual_there = told([run for run in runs if name in run], usual)  # of the same seeds
-        rows.append((method, steps, told(runs, name), usual_there))
-    return markdown(("method", "steps", "test loss", "as usual"), rows) if rows else []
-
-
-def loss_figure(runs: Runs, path: Path) -> None:
+def draw(runs: Runs, path: Path) -> None:
+    """The test loss over the steps that follow the run."""
     fig = Figure(figsize=(7, 4.5))
     axes = fig.subplots()
     colours = dict(zip((*UNTUNED, *TUNED), ("C7", "C7", "C0", "C0", "C2", "C1"), strict=True))
     for title in names_at(runs, BUDGETS[0]):
-        points = [(s, losses(runs, names_at(runs, s)[title])) for s in BUDGETS]
-        points = [(steps, statistics.mean(found)) for steps, found in points if found]
+        names = {steps: names_at(runs, steps)[title] for steps in BUDGETS}
+        points = [(s, mean(runs, name)) for s, name in names.items() if values(runs, name, "loss")]
         if points:
-            style = "--" if "1-sqrt" in title else "-"
-            colour = colours.get(title, COLOURS["TWA"])
-            mark = {"TWA by model": "o", "TWA by layer": "s", "TWA by channel": "*"}.get(title, "")
-            line = {"color": colour, "marker": mark, "linestyle": style}
+            line = {"color": colours.get(title, "C3"), "marker": TWAS.get(title, "")}
+            line["linestyle"] = "--" if "1-sqrt" in title else "-"
             axes.plot(*zip(*points, strict=True), **line, label=title)
-    best = min(statistics.mean(losses(runs, n)) for n in runs[0] if n.startswith("mean"))
-    axes.axhline(best, color="k", linewidth=0.8, linestyle=":", label="the best mean, no step more")
+    low = min(mean(runs, name) for name in runs[0] if name.startswith("mean"))
+    label = "the best mean, no step more"
+    axes.axhline(low, color="k", linewidth=0.8, linestyle=":", label=label)
     axes.set(xscale="log", xlabel="steps after the run", ylabel="test loss (nats a byte)")
     axes.set_xticks(BUDGETS, [str(steps) for steps in BUDGETS])
     axes.set_xticks([], minor=True)
     axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
     save(fig, path)
-
-
-def coefficients_figure(runs: Runs, path: Path) -> None:
-    """α over the window, and the decay of the rate that it stands for, of the first seed."""
-    fig = Figure(figsize=(11, 4))
-    left, right = fig.subplots(1, 2)
-    for i, steps in enumerate(BUDGETS):
-        alpha = runs[0].get(f"TWA by model | {steps}", {}).get("averaging_weights")
-        if alpha:
-            ages = [SPACING * (j - len(alpha) + 1) for j in range(len(alpha))]
-            shade = {"color": COLOURS["TWA"], "alpha": 0.25 + 0.75 * i / len(BUDGETS)}
-            left.plot(ages, alpha, **shade, label=f"TWA, {steps} steps")
-            right.step(ages[:-1], as_decay(alpha), where="post", **shade)
-    ages = [SPACING * (j - WINDOW + 1) for j in range(WINDOW - 1)]
-    for shape, style in (("linear", "--"), ("1-sqrt", ":")):
-        decay, label = as_decay(of_decay(shape, WINDOW)), f"{shape}, all {WINDOW}"
-        right.step(ages, decay, style, where="post", color="k", label=label)
-    left.axhline(0, color="k", linewidth=0.5)
-    left.set(xlabel="checkpoint, steps before the end", ylabel="α", title="coefficients")
-    factor = "factor of the rate"
-    right.set(xlabel="steps before the end", ylabel=factor, title="the decay they stand for")
-    for axes in (left, right):
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
-    save(fig, path)
-
-
-def of_decay(shape: str, count: int) -> list[float]:
-    """The coefficients of checkpoints that stand for a decay of the rate over them, oldest first.
-
-    WSM (Tian et al., 2025): the mean `Σ c_j w_j` is the first checkpoint plus the steps after it,
-    those between checkpoint i and i + 1 weighted by `Σ_{j>i} c_j`, as if the rate had been so much
-    lower there. Of the linear decay all coefficients are equal.
-    """
-    rates = [*(SCHEDULES[shape](i / count) for i in range(count)), 0.0]
-    return [rates[i] - rates[i + 1] for i in range(count)]
-
-
-def as_decay(coefficients: Sequence[float]) -> list[float]:
-    """The decay that coefficients stand for: `of_decay` read backwards.
-
-    Returns:
-        The factor of the rate between checkpoint i and i + 1, one fewer than there are checkpoints.
-    """
-    return [sum(coefficients[i:]) for i in range(1, len(coefficients))]

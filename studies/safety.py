@@ -3,198 +3,136 @@
     python studies/safety.py [CASE ...]
 
 Every SGD run (of the GPT, AdamW on text) leaves checkpoints at a constant rate; TWA runs over
-windows of them, with the defaults of `train_twa.py` and with those of before (the window's mean,
-SGD on Gram-Schmidt's coefficients at a measured rate). The run and TWA train on the same data; the
-held-out ones judge and choose nothing. What is in `studies/safety.json` is not run again;
-checkpoints go to `results/safety`. `python studies/evidence.py report` makes the table.
+windows of them with the defaults of `train_twa.py`. The run and TWA train on the same data; the
+held-out data judge and choose nothing. What is in `studies/safety.json` is not run again;
+checkpoints go to `results/safety`. `python studies/report.py` makes the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
-import language
 import torch
-from study import ROOT, safe_rate, train_steps
+from common import CPU, ROOT, Bench, Evenly, Records, clip, data, images, text
 from torch import Tensor
 from torch.nn import functional as F
 
 import utils
-from training import data, text, windows
-from training.coefficients import LateMean, keep_best, unit_of
+from training import entry
 from training.files import save
-from training.logs import write_json
-from training.loop import build, predict, reestimate_bn, sample_loss
-from twa import TWA, rate_of
-from twa.files.checkpoints import load_into
-from twa.optimizer import RATE
+from training.loop import predict, reestimate_bn
+from twa.files.checkpoints import average, load_into
 
 RESULTS = ROOT / "studies/safety.json"
 WORK = ROOT / "results/safety"
-CPU = torch.device("cpu")
+CNN, VIT = "studies.architectures:cnn", "studies.architectures:vit"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run that leaves checkpoints.
+    """A run that leaves checkpoints."""
 
-    Attributes:
-        data: of `training.data.DATASETS`, or Python's library as text; images of 28x28 are padded
-            to `size`.
-        arch: an architecture that `training.loop.build` knows.
-        images: to train on; of text, windows that are drawn for an epoch.
-        held_out, test: to judge by: other training images, and test images; or windows.
-        epochs, saves, batch: of the run; checkpoints an epoch; images a step.
-        apart: checkpoints from one to the next of a window, unless that asks for too many.
-    """
-
-    data: str
+    data: str  # one of `training.data.DATASETS`, or Python's library as text
     arch: str
-    images: int
-    held_out: int
+    images: int  # to train on; for text, windows that are drawn for an epoch
+    held_out: int  # other training images, to judge by; or windows
     epochs: int
-    saves: int
-    apart: int
-    test: int = 1000
+    saves: int  # checkpoints an epoch
+    apart: int  # checkpoints from one to the next of a window, unless that asks for too many
+    test: int = 1000  # test images or windows, to judge by as well
     batch: int = 128
-    size: int | None = None
+    size: int | None = None  # pixels that images of 28×28 are padded to
 
 
+DIGITS = partial(Case, "Digits", images=600, held_out=298, epochs=60, saves=2, apart=2)
+FASHION = partial(Case, "FashionMNIST", images=12_000, held_out=2000, epochs=6, saves=20, apart=4)
+FEW_IMAGES = {"images": 512, "held_out": 512, "epochs": 20, "saves": 1, "apart": 1, "batch": 64}
 CASES = {
-    "Digits PreResNet20": Case("Digits", "PreResNet20", 600, 298, 60, 2, 2),
-    "Digits cnn": Case("Digits", "studies.architectures:cnn", 600, 298, 60, 2, 2),
-    "Digits PreResNet56": Case("Digits", "PreResNet56", 600, 298, 60, 2, 2),
-    "FashionMNIST PreResNet20": Case("FashionMNIST", "PreResNet20", 12_000, 2000, 6, 20, 4),
-    "FashionMNIST cnn": Case("FashionMNIST", "studies.architectures:cnn", 12_000, 2000, 6, 20, 4),
-    "FashionMNIST vit": Case("FashionMNIST", "studies.architectures:vit", 12_000, 2000, 6, 20, 4),
-    "FashionMNIST VGG16BN": Case("FashionMNIST", "VGG16BN", 512, 512, 20, 1, 1, batch=64, size=32),
+    "Digits PreResNet20": DIGITS("PreResNet20"),
+    "Digits cnn": DIGITS(CNN),
+    "Digits PreResNet56": DIGITS("PreResNet56"),
+    "FashionMNIST PreResNet20": FASHION("PreResNet20"),
+    "FashionMNIST cnn": FASHION(CNN),
+    "FashionMNIST vit": FASHION(VIT),
+    "FashionMNIST VGG16BN": FASHION("VGG16BN", **FEW_IMAGES, size=32),
     "Text gpt": Case(text.NAME, "gpt", 800, 512, 30, 4, 2, test=512, batch=8),
 }
+# Settings: the checkpoints of the window, the start, the granularity, the epochs.
+MANY = """5 auto model 1, 5 auto channel 5, 20 auto model 0.2, 20 auto layer 5, 60 auto model 5,
+60 auto layer 1, 60 auto channel 1, 60 auto channel 5, 60 SWA model 1, 60 SWA channel 5,
+60 last model 1, 60 last channel 5, 120 auto model 1, 120 auto channel 0.2"""
+FEW = """5 auto model 1, 20 auto layer 1, 60 auto channel 0.2, 60 auto channel 1, 60 SWA channel 1,
+60 last model 1, 120 auto model 0.2, 60 auto model 5"""
+SLOW = "5 auto model 1, 10 auto layer 0.2, 20 auto channel 1, 20 SWA model 1, 20 last channel 1"
+PLAN = dict.fromkeys(CASES, FEW) | {"FashionMNIST VGG16BN": SLOW}
+PLAN |= dict.fromkeys(("Digits PreResNet20", "Digits cnn", "Text gpt"), MANY)
+SEEDS = (1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A TWA run: its window, the last `window` of evenly spaced checkpoints, and what flags say."""
-
-    window: int
-    start: str
-    granularity: str
-    epochs: float
-
-    def __str__(self) -> str:
-        return f"{self.window} {self.start} {self.granularity} {self.epochs:g}"
-
-
-MANY = (
-    *(Setting(5, "auto", "model", 1), Setting(5, "auto", "channel", 5)),
-    *(Setting(20, "auto", "model", 0.2), Setting(20, "auto", "layer", 5)),
-    *(Setting(60, "auto", "model", 5), Setting(60, "auto", "layer", 1)),
-    *(Setting(60, "auto", "channel", 1), Setting(60, "auto", "channel", 5)),
-    *(Setting(60, "SWA", "model", 1), Setting(60, "SWA", "channel", 5)),
-    *(Setting(60, "last", "model", 1), Setting(60, "last", "channel", 5)),
-    *(Setting(120, "auto", "model", 1), Setting(120, "auto", "channel", 0.2)),
-)
-FEW = (
-    *(Setting(5, "auto", "model", 1), Setting(20, "auto", "layer", 1)),
-    *(Setting(60, "auto", "channel", 0.2), Setting(60, "auto", "channel", 1)),
-    *(Setting(60, "SWA", "channel", 1), Setting(60, "last", "model", 1)),
-    *(Setting(120, "auto", "model", 0.2), Setting(60, "auto", "model", 5)),
-)
-SLOW = (
-    *(Setting(5, "auto", "model", 1), Setting(10, "auto", "layer", 0.2)),
-    *(Setting(20, "auto", "channel", 1), Setting(20, "SWA", "model", 1)),
-    Setting(20, "last", "channel", 1),
-)
-# Settings and seeds; in the order in which they are run, the first seed of all before the second.
-PLAN: dict[str, tuple[tuple[Setting, ...], int]] = {
-    "Digits PreResNet20": (MANY, 3),
-    "Digits cnn": (MANY, 3),
-    "Digits PreResNet56": (FEW, 3),
-    "FashionMNIST PreResNet20": (FEW, 3),
-    "FashionMNIST cnn": (FEW, 3),
-    "FashionMNIST vit": (FEW, 3),
-    "FashionMNIST VGG16BN": (SLOW, 3),
-    "Text gpt": (MANY, 3),
-}
-
-
-class Bench:
+class SafetyBench(Bench):
     """A finished run, its checkpoints and the images or the text to judge by.
 
     Args:
-        folder: of the checkpoints; a run that is not finished there is made.
+        folder: of the checkpoints; the run is made if it is not finished there.
         data_dir: the folder of FashionMNIST.
     """
 
     def __init__(self, case: Case, seed: int, folder: Path, data_dir: Path):
-        utils.set_seed(seed)
-        self.case, self.seed, self.amp = case, seed, case.data != "Digits"
-        self.on_text = case.data == text.NAME
-        spec = self._text() if self.on_text else self._images(data_dir)
-        self.model = build(case.arch, spec, CPU, self.amp)
-        self.count = case.epochs * case.saves
-        self.paths = [folder / f"{i + 1}.pt" for i in range(self.count)]
+        self.case = case
+        load = self._text if case.data == text.NAME else self._images
+        train, self.judges = load(seed, data_dir)
+        super().__init__(case.arch, train, seed, amp=case.data != "Digits")
+        self.paths = [folder / f"{i + 1}.pt" for i in range(case.epochs * case.saves)]
         if not self.paths[-1].exists():
-            self._run(folder)
+            self._run()
 
-    def _images(self, data_dir: Path) -> data.Spec:
-        case = self.case
-        images, test = (resized(split, case.size) for split in data.load(case.data, data_dir, CPU))
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+    def _images(self, seed: int, data_dir: Path) -> tuple[data.Loader, list[data.Loader]]:
+        case, amp = self.case, self.case.data != "Digits"
+        training, test = (padded(split, case.size) for split in data.load(case.data, data_dir, CPU))
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
         known, held_out = order[: case.images], order[case.images :][: case.held_out]
-        self.train = self.loader(images.part(known))
-        judges = (images.part(held_out), test.part(slice(case.test)))
-        self.judges = [data.Loader(j, 500, train=False, channels_last=self.amp) for j in judges]
-        return images.spec
+        judges = (training.part(held_out), test.part(slice(case.test)))
+        train = images(training.part(known), case.batch, train=True, seed=seed, amp=amp)
+        return train, [images(judge, 500, train=False, amp=amp) for judge in judges]
 
-    def _text(self) -> text.Spec:
+    def _text(self, seed: int, data_dir: Path) -> tuple[data.Loader, list[data.Loader]]:
         case = self.case
-        train, test = text.load(None, text.Vocabulary(), text.CONTEXT)
-        self.train = text.Loader(
-            *(train, case.batch),
-            **{"train": True, "steps": case.images // case.batch, "seed": self.seed, "device": CPU},
-        )
-        judges = ((train.held_out, case.held_out), (test, case.test))
-        self.judges = [language.Evenly(split, windows, CPU) for split, windows in judges]
-        return train.spec
+        training, validation, test = text.load(None, text.Vocabulary(), text.TextSettings.context)
+        drawn = {"train": True, "steps": case.images // case.batch, "seed": seed, "device": CPU}
+        judges = ((validation, case.held_out), (test, case.test))
+        judges = [Evenly(split, windows) for split, windows in judges]
+        return text.Loader(training, case.batch, **drawn), judges
 
-    def loader(self, split: data.Split) -> data.Loader:
-        return data.Loader(
-            split, self.case.batch, train=True, seed=self.seed, channels_last=self.amp
-        )
-
-    def _run(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def _run(self) -> None:
+        self.paths[0].parent.mkdir(parents=True, exist_ok=True)
         steps, parameters = len(self.train), list(self.model.parameters())
         after = {round(i * steps / self.case.saves) for i in range(1, self.case.saves + 1)}
-        optimizer: torch.optim.Optimizer
-        if self.on_text:
-            settings = {"lr": language.RATE, "weight_decay": language.DECAY}
-            optimizer, warmup = torch.optim.AdamW(parameters, **settings), 100
-            language.clip(optimizer, parameters)
+        if self.case.data == text.NAME:
+            optimizer, warmup = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.1), 100
+            clip(optimizer, parameters)
         else:
-            optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=1e-4)
-            warmup = 0
-        paths, total = iter(self.paths), self.case.epochs * steps
-        way = train_steps(self.model, self.train, optimizer, total, "constant", warmup, self.amp)
-        for step, _ in enumerate(way):
-            if step % steps + 1 in after:
+            optimizer, warmup = torch.optim.SGD(parameters, 0.1, 0.9, weight_decay=1e-4), 0
+        paths = iter(self.paths)
+
+        def keep(step: int) -> None:
+            if (step - 1) % steps + 1 in after:
                 save(self.model.state_dict(), next(paths))
 
+        self.fit(optimizer, self.case.epochs * steps, "constant", warmup, keep)
+
     def window(self, count: int) -> list[Path]:
-        """The last `count` of evenly spaced checkpoints; few of them an epoch where that does."""
-        spacing = min(self.count // count, self.case.apart)
+        """The last `count` of evenly spaced checkpoints; as few an epoch as possible."""
+        spacing = min(len(self.paths) // count, self.case.apart)
         return self.paths[::-spacing][:count][::-1]
 
     def judged(self) -> list[Tensor]:
-        """The losses of the held-out and of the test images, and which are recognised: [2, N].
+        """Losses of the held-out and of the test images, and which are recognised: [2, N].
 
-        Of text they are means over each window, whose tokens say little more than one does.
+        For text they are means over each window, whose tokens say little more than one does.
         """
         reestimate_bn(self.model, self.train, self.amp, self.train.sample)
         found = []
@@ -203,181 +141,85 @@ class Bench:
                 torch.cat, zip(*predict(self.model, judge, self.amp), strict=True)
             )
             losses = F.cross_entropy(outputs, labels, reduction="none")
-            told = torch.stack([losses, outputs.argmax(1) == labels]).double()
-            found.append(told.unflatten(1, (-1, judge.labels_in(0) // judge.images_in(0))).mean(2))
+            each = torch.stack([losses, outputs.argmax(1) == labels]).double()
+            found.append(each.unflatten(1, (-1, judge.labels_in(0) // judge.images_in(0))).mean(2))
         return found
 
     def averages(self, count: int) -> dict[str, float]:
         """Held-out accuracy in percent of the averages that TWA is compared with."""
-        found = {}
-        for name, mean in windows.averages_of(self.window(count), self.model).items():
-            load_into(self.model, mean)
+        window, found = self.window(count), {}
+        points = {"last": window[-1:], "mean of last 5": window[-5:], "SWA": window}
+        for name, averaged in points.items():
+            load_into(self.model, average(averaged))
             found[name] = 100 * float(self.judged()[0][1].mean())
         return found
 
+    def twa(self, setting: str) -> dict:
+        """The entry of TWA by the recipe of `train_twa.py`, in a setting of `PLAN`.
 
-@dataclass(frozen=True)
-class Recipe:
-    """How coefficients are trained: by default as `train_twa.py` does.
+        It has the held-out losses after the epochs, and the losses at the start and of what is
+        kept, with the standard error of their difference.
+        """
+        utils.set_seed(self.seed)
+        count, start_name, granularity, epochs = setting.split()
+        window, epoch = self.window(int(count)), len(self.train)
+        starts = {"last": lambda: window[-1], "SWA": lambda: average(window)}
+        start = starts.get(start_name, lambda: self.start(*window)[0])()
+        load_into(self.model, start)
+        points, after = {"start": self.judged()}, []
+        steps = max(1, round(float(epochs) * epoch))
 
-    Attributes:
-        lr: None: by the steps and the images.
-        weight_decay: towards the start point (z = 0).
-        kept_out: share of the training images that TWA does not train on; they choose the end.
-    """
+        def judge(step: int) -> None:
+            if step % epoch == 0 or step == steps:
+                points["end"] = self.judged()
+                after.append(float(points["end"][0][0].mean()))
 
-    lr: float | None = None
-    weight_decay: float = 0.0
-    kept_out: float = 0.0
-
-    def run(self, bench: Bench, setting: Setting) -> dict:
-        window, model, train = bench.window(setting.window), bench.model, bench.train
-        chooser = train
-        if self.kept_out:
-            cut = round(len(train.split) * self.kept_out)
-            chooser = bench.loader(train.split.part(slice(cut)))
-            train = bench.loader(train.split.part(slice(cut, None)))
-
-        def loss(last: bool = False) -> float:
-            return sample_loss(model, chooser, bench.amp, last)
-
-        flags = argparse.Namespace(start=setting.start, train_start=None, start_average=None)
-        name, start, _ = windows.start_of(window, flags, model, loss)
-        steps = max(1, round(setting.epochs * len(train)))
-        samples = math.inf if bench.on_text else len(train.split)
-        unit = unit_of(setting.granularity, steps, samples)
-        optimizer = TWA(
-            model,
-            window,
-            start=start,
-            granularity=setting.granularity,
-            unit=unit,
-            lr=self.lr or rate_of(steps, samples, unit),
-            weight_decay=self.weight_decay,
-        )
-        late = LateMean(optimizer, steps)
-        entry, points = trained(bench, train, optimizer, steps)
-        sample = keep_best(optimizer, late, lambda: loss(last=True))
+        made = self.fit_twa(window, steps, start, after_step=judge, granularity=granularity)
+        sample = made["ends"]
         kept = min(sample, key=sample.get)
-        if kept == "mean of the last half":
-            points[kept] = bench.judged()
-        return entry | {"from": name} | told(points, kept) | {"sample": rounded(sample)}
+        if kept not in points:
+            points[kept] = self.judged()
+        found: dict = {"after": after, "kept": kept, "sample": sample}
+        ends = zip(("held out", "test"), points["start"], points[kept], strict=True)
+        for data_set, first, end in ends:
+            difference = end[0] - first[0]
+            found[data_set] = {
+                "start": float(first[0].mean()),
+                "end": float(end[0].mean()),
+                "error": float(difference.std()) / len(difference) ** 0.5,
+                "start accuracy": 100 * float(first[1].mean()),
+                "accuracy": 100 * float(end[1].mean()),
+            }
+        return found
 
 
-class Before:
-    """The defaults of before: the paper's method at a measured rate, its end as it comes."""
-
-    def run(self, bench: Bench, setting: Setting) -> dict:
-        window = bench.window(setting.window)
-        optimizer = TWA(
-            bench.model,
-            window,
-            torch.optim.SGD,
-            extract="Schmidt",
-            granularity=setting.granularity,
-            lr=0.0,
-            momentum=0.9,
-        )
-        rate = safe_rate(optimizer, bench.model, bench.train, 0.9, bench.amp)
-        optimizer.param_groups[0]["lr"] = rate
-        steps = max(1, round(setting.epochs * len(bench.train)))
-        entry, points = trained(bench, bench.train, optimizer, steps)
-        return entry | {"from": "SWA"} | told(points, "end") | {"lr": rate}
-
-
-def resized(split: data.Split, size: int | None) -> data.Split:
+def padded(split: data.Split, size: int | None) -> data.Split:
     """With zeros around the images, so that they are of this size."""
     if size is None:
         return split
     margin = (size - split.spec.size) // 2
-    padded = F.pad(split.images, (margin,) * 4)
-    return data.Split(padded, split.labels, replace(split.spec, size=size))
-
-
-def trained(
-    bench: Bench, train: data.Loader, optimizer: TWA, steps: int
-) -> tuple[dict, dict[str, list[Tensor]]]:
-    """Trains the coefficients.
-
-    Returns:
-        The held-out losses after the epochs; what `Bench.judged` says of start and end.
-    """
-    points = {"start": bench.judged()}
-    after = []
-    way = train_steps(bench.model, train, optimizer, steps, "linear", amp=bench.amp)
-    for step, _ in enumerate(way, start=1):
-        if step % len(train) == 0 or step == steps:
-            points["end"] = bench.judged()
-            after.append(float(points["end"][0][0].mean()))
-    return {"after": [round(value, 5) for value in after]}, points
-
-
-def told(points: dict[str, list[Tensor]], kept: str) -> dict:
-    """Losses at the start and of what was kept; their difference and its standard error."""
-    entry: dict = {"kept": kept}
-    for judge, start, end in zip(("held out", "test"), points["start"], points[kept], strict=True):
-        difference = end[0] - start[0]
-        figures = {
-            "start": start[0].mean(),
-            "end": end[0].mean(),
-            "error": difference.std() / math.sqrt(len(difference)),
-            "start accuracy": 100 * start[1].mean(),
-            "accuracy": 100 * end[1].mean(),
-        }
-        entry[judge] = rounded(figures)
-    return entry
-
-
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {key: round(float(value), 5) for key, value in figures.items()}
-
-
-RECIPES = {
-    "new": Recipe(),
-    "before": Before(),
-    # Remedies that were tried against over-fitting; `safety_remedies.json` has what they gave.
-    "decay 5": Recipe(weight_decay=5.0),
-    "kept out": Recipe(kept_out=0.2),
-    "half rate": Recipe(lr=RATE / 2),
-}
-
-
-def planned(recipes: list[str]) -> Iterator[tuple[str, int, Setting, str]]:
-    """Case, seed, setting and recipe of every run; the defaults of before from the mean alone."""
-    for seed in range(1, 1 + max(seeds for _, seeds in PLAN.values())):
-        for case, (settings, seeds) in PLAN.items():
-            for setting in settings if seed <= seeds else ():
-                for recipe in recipes:
-                    if recipe != "before" or setting.start == "auto":
-                        yield case, seed, setting, recipe
+    spec = replace(split.spec, size=size)
+    return replace(split, images=F.pad(split.images, (margin,) * 4), spec=spec)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="TWA's safety: many small runs")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(CASES))
     parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
-    parser.add_argument("--recipes", nargs="+", default=["new", "before"], choices=RECIPES)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    records = json.loads(args.out.read_text()) if args.out.exists() else {}
-    bench, made = None, None
-    for case, seed, setting, recipe in planned(args.recipes):
-        if args.cases and case not in args.cases:
-            continue
-        name, averages = f"{case} {seed}: {setting}: {recipe}", f"{case} {seed}: {setting.window}"
-        if name in records and averages in records:
-            continue
-        if made != (case, seed):
-            folder = WORK / f"{case.replace(' ', '.')}.{seed}"
-            bench, made = Bench(CASES[case], seed, folder, args.data_dir), (case, seed)
-        if averages not in records:
-            records[averages] = rounded(bench.averages(setting.window))
-        if name not in records:
-            utils.set_seed(seed)
-            records[name] = RECIPES[recipe].run(bench, setting)
-        write_json(records, args.out)
-        print(name, records[name], flush=True)
+    for case in args.cases:
+        if case not in CASES:
+            parser.error(f"{case}: is no case; give some of {', '.join(CASES)}")
+    records = Records(RESULTS)
+
+    for seed, case in itertools.product(SEEDS, args.cases or CASES):
+        folder = WORK / f"{case.replace(' ', '.')}.{seed}"
+        bench = cache(partial(SafetyBench, CASES[case], seed, folder, args.data_dir))
+        for setting in PLAN[case].replace("\n", " ").split(", "):
+            run, window = f"{case} {seed}", setting.split()[0]
+            records.measure(f"{run}: {window}", lambda b=bench, w=window: b().averages(int(w)))
+            records.measure(f"{run}: {setting}", lambda b=bench, s=setting: b().twa(s))
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

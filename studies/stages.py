@@ -1,15 +1,25 @@
-"""Tail stage, soups and safety: what their own JSON says, and their tables."""
+"""The tables of the tail stage, of soups, of safety and of the small runs on Digits."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
-from study import ROOT
-from tables import Runs, bullet, markdown, scores, spread, values
+from tables import Runs, bullet, error, markdown, scores, spread, values
 
-TOLD = {"new": "the defaults", "before": "as it was"}  # recipes of the safety study
+STUDIES = Path(__file__).resolve().parent
 TAILS = ("0.05", "0.1")  # rates of the tail
+TAIL_ROWS = {  # what each row is called, with the run and the solution in it
+    "SGD in the tail (last checkpoint)": (".channel", "last"),
+    "SWA": ("", "SWA"),
+    "mean of the last 5": (".channel", "mean of last 5"),
+    "TWA, the paper's, from the last checkpoint": (".paper", "TWA"),
+    "TWA, the paper's, from the mean": (".mean", "TWA"),
+    "TWA, its defaults": (".spread", "TWA"),
+    "TWA, its defaults, by channel": (".channel", "TWA"),
+    "SGD on all weights, as long": (".sgd", "SGD"),
+}
 SOUPS = {  # the names of soup.py, as the table has them
     "ensemble": "ensemble (twelve times the work for each image)",
     "uniform": "uniform soup",
@@ -17,12 +27,13 @@ SOUPS = {  # the names of soup.py, as the table has them
     "TWA-v layer": "TWA-v, a set of coefficients for each layer",
     "TWA-v layer 4 bits": "the same with a basis of 4 bits",
 }
+FULL = "SGD to its end"  # of the runs on Digits
 
 
 def tail() -> dict[str, Runs]:
     """SGD, SWA and TWA, from `swa/results/NAME.SEED.json`, by NAME."""
     runs: dict[str, Runs] = {}
-    for path in sorted((ROOT / "studies/swa/results").glob("*.json")):
+    for path in sorted((STUDIES / "swa/results").glob("*.json")):
         name = path.stem.rpartition(".")[0]
         runs.setdefault(name, []).append(json.loads(path.read_text())["results"])
     return runs
@@ -32,24 +43,11 @@ def tail_table() -> list[str]:
     runs = tail()
     names = [("SGD, rate to 0.01 · lr_init", "sgd", "SGD")]
     for rate in TAILS:
-        names += [
-            (f"SGD in the tail (last checkpoint), swa_lr {rate}", f"swa{rate}.channel", "last"),
-            (f"SWA, swa_lr {rate}", f"swa{rate}", "SWA"),
-            (f"mean of the last 5, swa_lr {rate}", f"swa{rate}.channel", "mean of last 5"),
-            (
-                f"TWA, the paper's, from the last checkpoint, swa_lr {rate}",
-                f"swa{rate}.paper",
-                "TWA",
-            ),
-            (f"TWA, the paper's, from the mean, swa_lr {rate}", f"swa{rate}.mean", "TWA"),
-            (f"TWA, its defaults, swa_lr {rate}", f"swa{rate}.spread", "TWA"),
-            (f"TWA, its defaults, by channel, swa_lr {rate}", f"swa{rate}.channel", "TWA"),
-            (f"SGD on all weights, as long, swa_lr {rate}", f"swa{rate}.sgd", "SGD"),
-        ]
+        for title, (run, solution) in TAIL_ROWS.items():
+            names.append((f"{title}, swa_lr {rate}", f"swa{rate}{run}", solution))
     rows = [
         (title, *scores(runs[name], solution), f"{runs[name][0][solution]['epochs']:.4g}")
         for title, name, solution in names
-        if name in runs
     ]
     return markdown(("solution", "test accuracy (%)", "test loss", "epochs"), rows)
 
@@ -57,7 +55,7 @@ def tail_table() -> list[str]:
 def soups() -> Runs:
     """Soups and what they are made of, from `soup/results/SEED.jsonl`."""
     runs: Runs = []
-    for path in sorted((ROOT / "studies/soup/results").glob("*.jsonl")):
+    for path in sorted((STUDIES / "soup/results").glob("*.jsonl")):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         runs.append({r["name"]: r | r["test"] for r in records if "models" in r})
     return runs
@@ -74,110 +72,65 @@ def soup_table() -> list[str]:
     return markdown(("solution", *headings), rows)
 
 
-def recorded(name: str = "safety") -> dict[str, dict]:
-    """The runs at the defaults and as it was; of "safety_remedies" those that were tried."""
-    return json.loads((ROOT / f"studies/{name}.json").read_text())
-
-
-def safety_rows() -> dict[tuple[str, str], list[tuple[float, ...]]]:
-    """Figures of each run, by what was run and on which SGD runs.
-
-    They are: the loss at the end over that at the start, whether it is above 1.05, whether the
-    loss rose by more than its error, the worst epoch over the start, whether the accuracy is at
-    least that of the simple averages.
-    """
-    records, tried = recorded(), recorded("safety_remedies")
-    chosen = {key.rpartition(": ")[0] for key in tried if key.count(": ") == 2}
-    rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    for key, entry in (records | tried).items():
-        run, _, recipe = key.rpartition(": ")
+def safety_table() -> list[str]:
+    """How often TWA leaves a model worse than it found it."""
+    records = json.loads((STUDIES / "safety.json").read_text())
+    cases: dict[str, list[dict]] = {}
+    where: dict[str, list[bool]] = {}
+    for key, entry in records.items():
         if "held out" not in entry:
             continue
-        start, end, error = (entry["held out"][k] for k in ("start", "end", "error"))
-        figures = (
-            end / start,
-            end > 1.05 * start,
-            end - start > error > 0,
-            max(entry["after"]) / start,
-            as_accurate(records, run, entry),
-        )
-        case = run.partition(": ")[0]
-        if recipe in TOLD:
-            rows.setdefault((TOLD[recipe], case.rpartition(" ")[0]), []).append(figures)
-        if run in chosen and recipe != "before":
-            name = f"remedies: {TOLD.get(recipe, recipe)}"
-            rows.setdefault((name, "some on Digits"), []).append(figures)
-    return rows
-
-
-def as_accurate(records: dict[str, dict], run: str, entry: dict) -> bool:
-    """Whether a run ends with the accuracy of the best of last, mean of last 5, and SWA."""
-    case, _, setting = run.partition(": ")
-    averages = records[f"{case}: {setting.split()[0]}"].values()
-    return entry["held out"]["accuracy"] >= max(averages) - 1e-4
-
-
-def safety_table() -> list[str]:
-    """Whether TWA leaves a model worse than it found it: defaults, as it was, and remedies."""
-    rows = safety_rows()
-    names = [*TOLD.values(), *sorted({how for how, _ in rows} - {*TOLD.values()})]
-    rank = {name: place for place, name in enumerate(names)}
-    table = []
-    for (how, case), runs in sorted(rows.items(), key=lambda row: rank[row[0][0]]):
-        ratio, over, beyond, worst, accurate = zip(*runs, strict=True)
-        table.append(
-            (
-                *(how, case, str(len(runs)), f"{statistics.median(ratio):.3f}"),
-                *(f"{max(ratio):.3f}", str(sum(over)), str(sum(beyond))),
-                *(f"{max(worst):.2f}", f"{100 * sum(accurate) / len(runs):.0f} %"),
-            )
-        )
-    heads = ("TWA", "SGD run", "runs", "end / start, median", "largest", "above 1.05")
+        run, _, setting = key.partition(": ")
+        (data, arch, _), held_out, test = run.split(), entry["held out"], entry["test"]
+        averages = records[f"{run}: {setting.split()[0]}"].values()
+        figures = {
+            "ratio": held_out["end"] / held_out["start"],
+            "rose": held_out["end"] - held_out["start"] > held_out["error"] > 0,
+            "test ratio": test["end"] / test["start"],
+            "test rose": test["end"] - test["start"] > test["error"],
+            "worst": max(entry["after"]) / held_out["start"],
+            "accurate": held_out["accuracy"] >= max(averages) - 1e-4,
+        }
+        cases.setdefault(f"{data} {arch}", []).append(figures)
+        if " auto " in setting:
+            name = data if arch != "VGG16BN" else f"{arch}'s few images"
+            where.setdefault(name, []).append(figures["accurate"])
+    rows = []
+    for case, runs in cases.items():
+        every = {key: [run[key] for run in runs] for key in runs[0]}
+        ratio, accurate = every["ratio"], sum(every["accurate"]) / len(runs)
+        cells = (case, str(len(runs)), f"{statistics.median(ratio):.3f}", f"{max(ratio):.3f}")
+        cells += (str(sum(r > 1.05 for r in ratio)), str(sum(every["rose"])))
+        rows.append((*cells, f"{max(every['worst']):.2f}", f"{100 * accurate:.0f} %"))
+    heads = ("SGD run", "runs", "end / start, median", "largest", "above 1.05")
     heads += ("above by more than its error", "worst epoch / start", "accuracy")
-    return [*markdown(heads, table), "", *by_test_data(), *from_auto(), *against_before()]
-
-
-def by_test_data() -> list[str]:
-    """How many of the runs at the defaults end above their start by the other data kept away."""
-    runs = [entry["test"] for key, entry in recorded().items() if key.endswith(": new")]
-    ratios = [run["end"] / run["start"] for run in runs]
-    beyond = sum(run["end"] - run["start"] > run["error"] for run in runs)
-    return bullet(
-        f"Judged by test data in place of held-out ones, {sum(r > 1.05 for r in ratios)} of the "
-        f"{len(runs)} runs at the defaults end above 1.05 times their start's loss, at most at "
-        f"{max(ratios):.3f}, and {beyond} above it by more than their error."
-    )
-
-
-def from_auto() -> list[str]:
-    """How often the accuracy is that of the best average where the start is the scripts' own."""
-    records = recorded()
-    found: dict[str, list[bool]] = {}
-    for key, entry in records.items():
-        run, _, recipe = key.rpartition(": ")
-        if recipe == "new" and " auto " in run:
-            data, arch = key.split()[:2]
-            where = data if arch != "VGG16BN" else f"{arch}'s few images"
-            found.setdefault(where, []).append(as_accurate(records, run, entry))
-    told = [f"{sum(good)} of {len(good)} ({where})" for where, good in found.items()]
-    return bullet(
+    runs = [run for case in cases.values() for run in case]
+    every = {key: [run[key] for run in runs] for key in runs[0]}
+    over = sum(ratio > 1.05 for ratio in every["test ratio"])
+    good = ", ".join(f"{sum(good)} of {len(good)} ({name})" for name, good in where.items())
+    bullets = (
+        f"{sum(every['rose'])} of the {len(runs)} runs end with a held-out loss above their "
+        f"start's by more than its standard error; {100 * sum(every['accurate']) / len(runs):.0f} "
+        "% have at least the accuracy of the best simple average.",
+        f"Judged by test data in place of held-out ones, {over} of the {len(runs)} runs end above "
+        f"1.05 times their start's loss, at most at {max(every['test ratio']):.3f}, and "
+        f"{sum(every['test rose'])} above it by more than their error.",
         "From the start that the scripts choose, the accuracy is that of the best average or "
-        f"higher in {', '.join(told)}; from SWA and the last checkpoint, which may be far behind "
-        "it, an epoch is often not enough."
+        f"higher in {good}; from SWA and the last checkpoint, which may be far behind it, an "
+        "epoch is often not enough.",
     )
+    return [*markdown(heads, rows), "", *(line for text in bullets for line in bullet(text))]
 
 
-def against_before() -> list[str]:
-    """How much higher the final loss was at the same settings, by architecture."""
-    records = recorded()
-    ratios: dict[str, list[float]] = {}
-    for key, entry in records.items():
-        now = records.get(f"{key.removesuffix(': before')}: new")
-        if key.endswith(": before") and now:
-            ratio = entry["held out"]["end"] / now["held out"]["end"]
-            ratios.setdefault(key.split()[1], []).append(ratio)
-    times = [f"{statistics.geometric_mean(r):.1f} ({arch})" for arch, r in ratios.items()]
-    return bullet(
-        "As it was, TWA hardly moves from its start, the window's mean, which is poor: at the same "
-        f"settings its final loss is {', '.join(times)} times that of the defaults."
-    )
+def digits_table(records: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Means over the seeds, and each solution less the full run, ± standard error."""
+    rows = []
+    for name in next(iter(records.values())):
+        losses, accuracies = zip(*(found[name] for found in records.values()), strict=True)
+        less = [found[name][0] - found[FULL][0] for found in records.values()]
+        against = f"{statistics.mean(less):+.4f} ± {error(less):.4f}" if name != FULL else ""
+        below = f"{sum(d < 0 for d in less)} of {len(less)}" if name != FULL else ""
+        means = f"{statistics.mean(losses):.4f}", f"{statistics.mean(accuracies):.2f}"
+        rows.append((name, *means, against, below))
+    heads = ("solution", "loss", "accuracy (%)", "loss, less the full run's", "below it in")
+    return markdown(heads, rows)

@@ -12,49 +12,56 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import dataclass
+
 from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 import models
 import utils
-from training import data, entry, flags, optimizers, ranks, report
-from training.flags import number
-from training.locks import lock
-from training.logs import write_json
-from training.loop import Trainer, evaluate, reestimate_bn, set_up
-from training.runs import Run, clear
+from training import data, flags, optimizers, ranks, report, tasks
+from training.files import write_json
+from training.loop import Trainer
+from training.run import Run, run_script
+from training.settings import REQUIRED, derived, flag, free
+from utils import UserError
 
 
-def parse_arguments():
-    parser = flags.Parser("SGD with stochastic weight averaging")
-    add = parser.add_argument
-    add("--dir", dest="log_dir", required=True, help="where everything is written")
-    add("--dataset", dest="datasets", default="CIFAR10", choices=data.DATASETS, help="data set")
-    add("--data_path", dest="data_dir", default="./datasets", help="where data sets lie")
-    add("--batch_size", type=number(int, 1), default=128, help="images per step")
-    workers = {"dest": "workers", "type": number(int, 0), "default": 4}
-    add("--num_workers", **workers, help=flags.WORKERS_HELP)
-    flags.add_model_arguments(parser, "--model", choices=models.ARCHITECTURES)
-    add("--epochs", type=number(int, 1), default=200, help="epochs in all")
-    add("--save_freq", type=number(int, 1), default=1, help="epochs between resumable states")
-    add("--eval_freq", type=number(int, 1), default=5, help="epochs between tests of the average")
-    add("--lr_init", type=flags.scale, default=0.1, help="initial learning rate")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--wd", type=flags.scale, default=1e-4, help="weight decay")
-    add("--swa", action="store_true", help="average from --swa_start on")
-    add("--swa_start", type=number(int, 1), default=161, help="first epoch that is averaged")
-    add("--swa_lr", type=flags.scale, default=0.05, help="learning rate of the tail")
-    add("--swa_c_epochs", type=number(int, 1), default=1, help="epochs between averaged ones")
-    seed = {"dest": "randomseed", "type": number(int, 0, 2**31 - 1), "default": 1}
-    add("--seed", **seed, help="seed of all randomness")
-    flags.add_data_arguments(parser)
-    add("--overwrite", action="store_true", help=flags.OVERWRITE_HELP)
-    flags.add_run_arguments(parser)
-    args = parser.parse_args()
-    if args.swa and args.swa_start > args.epochs:
-        parser.error(f"--swa_start {args.swa_start} lies past --epochs {args.epochs}")
-    args.save_dir = str(Path(args.log_dir) / "checkpoints")
-    return args
+@dataclass(kw_only=True)
+class Settings(
+    flags.Model,
+    flags.DataSet,
+    flags.Batch,
+    flags.TrainingSet,
+    flags.Workers,
+    flags.Overwrite,
+    flags.Run,
+):
+    """SGD with stochastic weight averaging"""
+
+    log_dir: str = free(REQUIRED, "output folder", "--dir")
+    datasets: str = flag("CIFAR10", None, "--dataset", choices=tuple(data.DATASETS))
+    data_dir: str = free("./datasets", None, "--data_path")
+    batch_size: int = flag(128, None, "--batch_size")
+    workers: int = free(4, None, "--num_workers")
+    arch: str = flag(REQUIRED, None, "--model", choices=models.ARCHITECTURES)
+    epochs: int = flag(200, "total number of epochs", low=1)
+    save_freq: int = free(1, "epochs between resumable states", "--save_freq", low=1)
+    eval_freq: int = free(5, "epochs between tests of the average", "--eval_freq", low=1)
+    lr_init: float = flag(0.1, "initial learning rate", "--lr_init", **flags.SCALE)
+    momentum: float = flag(0.9, "momentum of SGD", low=0, high=1)
+    wd: float = flag(1e-4, "weight decay", **flags.SCALE)
+    swa: bool = flag(False, "average from --swa_start on")
+    swa_start: int = flag(161, "first epoch that is averaged", "--swa_start", low=1)
+    swa_lr: float = flag(0.05, "learning rate of the tail", "--swa_lr", **flags.SCALE)
+    swa_c_epochs: int = flag(1, "epochs between averaged ones", "--swa_c_epochs", low=1)
+    randomseed: int = flag(1, None, "--seed")
+    save_dir: str | None = derived()
+
+    def check(self):
+        if self.swa and self.swa_start > self.epochs:
+            raise UserError(f"--swa_start {self.swa_start} lies past --epochs {self.epochs}")
+        self.save_dir = str(Path(self.log_dir) / "checkpoints")
 
 
 def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
@@ -71,70 +78,63 @@ def swa_schedule(optimizer, args, epoch_steps: int) -> SequentialLR:
 
 
 def main():
-    args = parse_arguments()
-    with lock(args.save_dir):
-        train_swa(args)
+    args = Settings.parse()
+    with Run(args, args.save_dir, "--dir", log_dir=args.log_dir) as run:
+        train_swa(args, run)
 
 
-def train_swa(args):
+def train_swa(args, run):
     utils.set_seed(args.randomseed)
     log_dir, save_dir = Path(args.log_dir), Path(args.save_dir)
-    model, train, test = set_up(args)
+    task = tasks.of(args)
+    model = task.build()
+    run.set_task(task, model)
     average = AveragedModel(model)
     base, settings = optimizers.chosen("sgd", args.lr_init, args.wd, args.momentum)
     optimizer = base(model.parameters(), **settings)
-    scheduler = swa_schedule(optimizer, args, len(train))
+    scheduler = swa_schedule(optimizer, args, len(task.train))
     trainer = Trainer(
-        *(model, train, test, optimizer, scheduler, args.epochs),
+        *(model, task.train, task.test, optimizer, scheduler, args.epochs),
         amp=args.amp,
         print_every=args.print_freq,
     )
-    run = Run(
-        *(args, trainer),
-        state=save_dir / "state.pt",
-        log_dir=log_dir,
-        flag="--dir",
-        save_every=args.save_freq,
-        average=average,
-    )
-    if not run.resumed:
-        clear(save_dir, args.overwrite)
+    run.restore(trainer, average=average)
     run.start(f"{args.arch} on {args.datasets}: epochs {run.done} to {args.epochs}")
     if run.is_before_first_step:
         ranks.save_model(model, save_dir / "0.pt")
 
-    def update_average(epoch: int, metrics: dict) -> None:
+    def update_average(epoch: int) -> None:
         ranks.save_model(model, save_dir / f"{epoch}.pt")
+        past_start = epoch - args.swa_start
+        if args.swa and past_start >= 0 and past_start % args.swa_c_epochs == 0:
+            average.update_parameters(model)
+
+    def test_average(epoch: int, metrics: dict) -> None:
         if not args.swa:
             return
-        past_start = epoch - args.swa_start
-        if past_start >= 0 and past_start % args.swa_c_epochs == 0:
-            average.update_parameters(model)
         averaged = {"loss": None, "accuracy": None}
-        if past_start >= 0 and (epoch % args.eval_freq == 0 or epoch == args.epochs):
-            reestimate_bn(average, train, args.amp)
-            averaged = evaluate(average, test, args.amp)
+        if epoch >= args.swa_start and (epoch % args.eval_freq == 0 or epoch == args.epochs):
+            averaged = task.measure(average)
         metrics |= {f"SWA_{key}": value for key, value in averaged.items()}
         metrics["seconds"] = metrics.pop("seconds")  # stays the last column
 
-    run.train(after_epoch=update_average)
+    run.train(after_training=update_average, after_epoch=test_average)
 
     if args.swa:
         ranks.save_model(average.module, save_dir / "swa.pt")
-    reestimate_bn(model, train, args.amp)  # the two are compared, and the average has its own
-    tested = evaluate(model, test, args.amp)
+    tested = task.measure(model)  # like the average, with batch norm re-estimated
     if ranks.rank() > 0:
         return
-    sgd = report.SGDRun.read(log_dir)
-    results = {"SGD": sgd.end | tested}
+    trained = report.SGDRun.read(log_dir)
+    results = {"SGD": trained.end | tested}
     if args.swa:
-        last = {key: sgd.metrics[-1][f"SWA_{key}"] for key in ("loss", "accuracy")}
-        results["SWA"] = sgd.end | last
+        last = {key: trained.metrics[-1][f"SWA_{key}"] for key in ("loss", "accuracy")}
+        results["SWA"] = trained.end | last
     write_json({"results": results}, log_dir / "swa.json")
     report.figure(
         log_dir / "swa.png",
         f"{args.arch} on {args.datasets}",
-        curves=sgd.curves,
+        curves=trained.curves,
         points={name: (s["epochs"], s["accuracy"]) for name, s in results.items()},
     )
     run.log.line(report.table(results))
@@ -142,4 +142,4 @@ def train_swa(args):
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -3,6 +3,7 @@
 They are forked from one process that has imported everything.
 """
 
+import argparse
 import contextlib
 import functools
 import multiprocessing
@@ -20,6 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
+from training import data
+from training.loop import Trainer
+from training.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver") if os.name == "posix" else multiprocessing
@@ -71,6 +76,46 @@ def run_reduced(script: str, *args: str) -> None:
     run_script(script, *args)
 
 
+def run_slowly(script: str, *args: str) -> None:
+    """As `run_script`; what is measured comes in 57 batches, each of which prints a line.
+
+    With $PAUSE there are so many seconds between two of them.
+    """
+    batches = data.Loader.batches
+
+    def paused(self, start: int = 0):
+        if self.train:
+            return batches(self, start)
+        self.batch_size = 16
+
+        def slowly():
+            for batch in batches(self, start):
+                print("measures a batch", flush=True)
+                time.sleep(float(os.environ.get("PAUSE", 0)))
+                yield batch
+
+        return slowly()
+
+    data.Loader.batches = paused
+    run_script(script, *args)
+
+
+@contextlib.contextmanager
+def small_run(folder: Path, model: torch.nn.Module, resume: str | None = None, **flags):
+    """A run of `model` on ten digits, in `folder`, before it starts."""
+    off = dict.fromkeys(("split", "wandb", "tensorboard", "overwrite"), False)
+    args = argparse.Namespace(resume=resume, log_name="log", save_dir=str(folder), **off, **flags)
+    args.log_dir = args.save_dir
+    split, _ = data.load("Digits", "", torch.device("cpu"))
+    loader = data.Loader(split.part(slice(10)), 5, train=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with Run(args, folder, "--save-dir") as run:
+        run.set_data(model, loader, loader)
+        run.restore(Trainer(model, loader, loader, optimizer, scheduler, epochs=2))
+        yield run
+
+
 class Child:
     """A function that runs in a process of its own, with its output in files beside `folder`.
 
@@ -120,6 +165,11 @@ def start(folder: Path, script: str, *args, **how) -> Child:
 
 def in_child(folder: Path, script: str, *args, **how) -> Result:
     return start(folder, script, *args, **how).end()
+
+
+def start_slowly(folder: Path, script: str, *args, pause: float = 0.0) -> Child:
+    """A child that measures slowly; see `run_slowly`."""
+    return Child(folder, run_slowly, script, *map(str, args), environment={"PAUSE": str(pause)})
 
 
 class Ranks:

@@ -72,6 +72,14 @@ def test_augmentation_equals_one_image_at_a_time(name, size, padding, mirrored):
         torch.testing.assert_close(images[position].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_epoch_is_drawn_alike_on_every_device():
+    here = random_split()
+    there = Split(here.images.to("meta"), here.labels.to("meta"), here.spec)
+    loaders = [Loader(split, 16, train=True, seed=3) for split in (here, there)]
+    for ours, theirs in zip(*(loader.draw() for loader in loaders), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_without_training_images_come_in_order_and_as_they_are():
     split = random_split("CIFAR100")
     images, labels = whole_epoch(Loader(split, 16, train=False))

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from typing import ClassVar
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import utils
-from training import data, loop
+from training import data, loop, ranks
 from training.loop import Totals, Trainer, evaluate, reestimate_bn
 from training.optimizers import SCHEDULES, schedule_of, step_of_the_paper
+from training.run import random_states, set_random_states
 
 CPU = torch.device("cpu")
 
@@ -114,6 +117,58 @@ def test_reestimated_statistics_depend_on_the_weights_alone():
     reestimate_bn(other, loader)
     assert torch.equal(model[1].running_mean, other[1].running_mean)
     assert torch.equal(model[1].running_var, other[1].running_var)
+
+
+# --- devices ---
+
+
+class Elsewhere(Tensor):
+    """A tensor that says that it is on an accelerator, and counts its copies to the CPU."""
+
+    device = torch.device("cuda", 0)
+    events: ClassVar[list[str]] = []
+
+    def to(self, device, non_blocking):
+        assert (device, non_blocking) == ("cpu", True)
+        self.events.append("copy")
+        return self.as_subclass(Tensor)
+
+
+def test_a_state_comes_to_the_cpu_with_one_wait(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: Elsewhere.events.append("wait"))
+    there = torch.ones(2).as_subclass(Elsewhere)
+    model = linear()
+    model.state_dict = lambda: {"weight": there, "buffers": [there, {"count": 3}]}
+    state = ranks.state_dict_of(model)
+    assert Elsewhere.events == ["copy", "copy", "wait"]
+    assert type(state["weight"]) is type(state["buffers"][0]) is Tensor
+    assert state["buffers"][1] == {"count": 3}
+
+
+def test_on_the_cpu_no_accelerator_is_asked_for_its_generator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", None)
+    states = random_states(CPU)
+    drawn = torch.rand(2)
+    set_random_states(states, CPU)
+    assert torch.equal(torch.rand(2), drawn)
+
+
+def test_ranks_meet_with_the_device_that_they_have(monkeypatch):
+    """Which a barrier would have to guess."""
+    joined, module = {}, MagicMock()
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter([(store, 1, 2)]))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda name, **how: joined.update(how, name=name)
+    )
+    device = torch.device("cuda", 1)
+    ranks.start(device)
+    assert (joined["name"], joined["rank"], joined["device_id"]) == ("nccl", 1, device)
+    module.set_device.assert_called_once_with(device)
 
 
 # --- training ---

@@ -1,21 +1,20 @@
-"""The studies behind docs/RESULTS.md, on a small scale, and the page written from their results."""
+"""The studies behind docs/RESULTS.md on a small scale, and the pages written from their JSON."""
 
 import json
 import shutil
 from functools import partial
 from pathlib import Path
 
-import digits
-import evidence
-import evidence_report
-import goals
+import common
+import head
+import network_report
 import numpy as np
 import pytest
-import study
+import report
+import stages
 import tables
 import torch
 from test_data import idx
-from torch import nn
 
 from training import data
 
@@ -24,25 +23,33 @@ CNN = "studies.architectures:cnn"
 
 
 def test_the_pages_are_those_of_the_measurements(tmp_path):
-    for stage in ("swa", "soup"):
-        (tmp_path / stage).mkdir()
-        shutil.copy(ROOT / stage / "README.md", tmp_path / stage)
-    evidence_report.write(tmp_path)
-    pages = [*tmp_path.rglob("*.md")]
-    assert {page.name for page in pages} >= {"RESULTS.md", "head-stage.md", "README.md"}
+    pages = [page for page in common.ROOT.rglob("*.md") if "report.py -->" in page.read_text()]
+    pages = [page.relative_to(ROOT) for page in pages]
     for page in pages:
-        assert page.read_text() == (ROOT / page.relative_to(tmp_path)).read_text(), page.name
-    text = "".join(page.read_text() for page in pages)
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, tmp_path / page)
+    report.write(tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), page
+    text = "".join(page.read_text() for page in tmp_path.rglob("*.md"))
     for figure in (tmp_path / "studies/figures").iterdir():
         assert (ROOT / "studies/figures" / figure.name).exists()
         assert f"studies/figures/{figure.name})" in text
 
 
+def test_the_page_of_the_network_is_that_of_the_measurements(tmp_path):
+    folder = ROOT / "benchmarks"
+    network_report.write_report(json.loads((folder / "network.json").read_text()), tmp_path)
+    assert (tmp_path / "network.md").read_text() == (folder / "network.md").read_text()
+
+
 def test_what_is_between_the_marks_of_a_page_is_replaced_and_nothing_else(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("before\n<begin>\nold\n<end>\nafter\n")
-    tables.between(page, "<begin>", "<end>", ["new", "lines"])
-    assert page.read_text() == "before\n<begin>\nnew\nlines\n<end>\nafter\n"
+    page, begin = tmp_path / "page.md", "<!-- a: python studies/report.py -->"
+    page.write_text(f"before\n{begin}\nold\n<!-- end of a -->\nafter\n")
+    tables.replace_block(page, "a", ["new", "lines"])
+    assert page.read_text() == f"before\n{begin}\n\nnew\nlines\n\n<!-- end of a -->\nafter\n"
+    with pytest.raises(ValueError, match="has no block b"):
+        tables.replace_block(page, "b", [])
 
 
 def test_the_readme_shows_the_four_rows_of_the_results():
@@ -59,55 +66,38 @@ def test_mean_and_deviation():
     assert tables.spread([], ".2f") == ""
 
 
-def test_the_report_compares_seeds_that_are_complete_with_the_best_rival(tmp_path):
+def test_the_report_compares_seeds_that_are_complete(tmp_path):
     def entry(accuracy: float, loss: float) -> dict:
         return {"accuracy": accuracy, "loss": loss}
 
     seed = {
         "mean of all": entry(80.0, 0.5),
         "SGD | 1": entry(82.0, 0.6),
-        f"{tables.RECIPE} | 1": entry(81.5, 0.375),
+        f"{tables.TUNED} | 1": entry(81.0, 0.25),
+        f"{tables.BY_CHANNEL} | 1": entry(81.5, 0.375),
     }
     (tmp_path / "head.D.A.1.json").write_text(json.dumps(seed))
     (tmp_path / "head.D.A.2.json").write_text(json.dumps({"SGD | 1": entry(0.0, 9.0)}))
-    runs = tables.read(tmp_path)["head"]["A on D"]
-    assert runs == [seed]
-    assert tables.gains(runs, tables.RECIPE, "1") == [-0.5]
-    assert tables.gains(runs, tables.RECIPE, "1", "loss") == [0.125]
+    runs = tables.read(tmp_path, "head")["A on D"]
+    assert runs == [seed | {f"{tables.ADVISED} | 1": seed[f"{tables.BY_CHANNEL} | 1"]}]
+    assert tables.gains(runs, tables.BY_CHANNEL, "1", "accuracy", "SGD | 1") == [-0.5]
+    assert tables.gains(runs, tables.BY_CHANNEL, "1", "loss", f"{tables.TUNED} | 1") == [-0.125]
+    assert tables.best(runs, tables.trained(runs, "1")) == f"{tables.TUNED} | 1"
+    assert tables.averages(runs) == ["mean of all"]
 
-    seed |= {f"{tables.TUNED} | 1": entry(81.0, 0.25)}
-    seed |= {f"{tables.BY_CHANNEL} | 1": entry(81.5, 0.375)}
-    runs = [seed]
-    assert tables.rival(runs, "1", "loss") == f"{tables.TUNED} | 1"
-    assert tables.rival(runs, "1", "loss", tuned=False) == "mean of all"
     models = {f"{tables.BY_MODEL} | {b}": entry(81.0, 0.5) for b in ("0.5", "1")}
-    advised = tables.advised(seed | models, "A on FashionMNIST-12k")  # of 94 steps an epoch
-    assert advised == {
+    assert tables.advised(seed | models) == {  # of 94 steps an epoch
         f"{tables.ADVISED} | 0.5": models[f"{tables.BY_MODEL} | 0.5"],
         f"{tables.ADVISED} | 1": seed[f"{tables.BY_CHANNEL} | 1"],
     }
-    half, nowhere, usual = goals.GOALS
-    found = goals.verdicts(runs, tables.BY_CHANNEL)
-    assert found[half, "accuracy"] == ("ahead at 1", True)
-    assert found[usual, "accuracy"] == ("not ahead at 1", False)
-    assert found[half, "loss"] == ("ahead at none", False)
-    assert found[nowhere, "loss"] == ("behind at none", None)  # one seed gives no verdict
-
-    rates = {f"AdamW | {f}": entry(a, 1.0) for f, a in (("0.1", 70.0), ("1", 71.0), ("10", 71.5))}
-    assert evidence_report.best_rate([rates], "AdamW") == ("10", 0.5)
 
 
 def test_many_small_runs_are_compared_with_the_full_run_by_seed():
-    seeds = {"1": {"TWA": [0.3, 90.0], digits.FULL: [0.4, 91.0]}}
-    seeds["2"] = {"TWA": [0.7, 80.0], digits.FULL: [0.5, 82.0]}
-    _, _, ours, full = digits.table(seeds)
+    seeds = {"1": {"TWA": [0.3, 90.0], stages.FULL: [0.4, 91.0]}}
+    seeds["2"] = {"TWA": [0.7, 80.0], stages.FULL: [0.5, 82.0]}
+    _, _, ours, full = stages.digits_table(seeds)
     assert ours == "| TWA | 0.5000 | 85.00 | +0.0500 ± 0.1500 | 1 of 2 |"
-    assert full == f"| {digits.FULL} | 0.4500 | 86.50 |  |  |"
-
-
-def test_the_page_of_the_head_stage_has_the_table_of_the_small_runs():
-    rows = digits.table(json.loads(digits.RESULTS.read_text()))
-    assert "\n".join(rows) in (digits.ROOT / "docs/head-stage.md").read_text()
+    assert full == f"| {stages.FULL} | 0.4500 | 86.50 |  |  |"
 
 
 @pytest.fixture(scope="module")
@@ -120,134 +110,65 @@ def small(tmp_path_factory):
     for name, count in (("train", 512), ("t10k", 64)):
         (raw / f"{name}-images-idx3-ubyte").write_bytes(idx(draw(256, size=(count, 28, 28))))
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(idx(draw(10, size=count)))
+    settings = {"EPOCHS": 2, "HEAD": 1, "SAVES": 3, "EVERY": 1, "IMAGES": 384}
+    settings |= {"VALIDATION": 32, "RESULTS": folder / "measured", "WORK": folder / "work"}
+    settings |= {"BUDGETS": (1, 2), "SQUEEZED": (1,), "TUNED_RATES": (0.1, 0.02)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "DATA", {"tiny": study.Data(384)})
-        for module in (study, evidence):
-            patch.setattr(module, "EPOCHS", 2)
-            patch.setattr(module, "HEAD", 1)
-            patch.setattr(module, "SAVES", 3)
-        patch.setattr(study, "EVERY", 1)
-        patch.setattr(study, "VALIDATION", 32)
-        patch.setattr(study, "RESULTS", folder / "measured")
-        patch.setattr(study, "WORK", folder / "work")
-        patch.setattr(evidence, "BUDGETS", (1, 2))
-        patch.setattr(evidence, "SQUEEZED", (1,))
-        patch.setattr(evidence, "TUNED_RATES", (0.1, 0.02))
-        patch.setattr(evidence, "IMAGES", (64,))
-        yield partial(study.Bench, arch=CNN, seed=1, data_dir=folder / "datasets")
+        for name, value in settings.items():
+            patch.setattr(head, name, value)
+        yield partial(head.HeadBench, arch=CNN, seed=1, data_dir=folder / "datasets")
 
 
 def test_what_is_measured_is_not_measured_again(small, capfd):
-    bench = small("head", "tiny")
-    evidence.head(bench)
-    written = json.loads(bench.path.read_text())
+    bench = small("head")
+    head.head(bench)
+    path = bench.records.path
+    written = json.loads(path.read_text())
     assert written == bench.records
     names = {name.partition(" | ")[0] for name in written}
-    assert tables.RECIPE in evidence.METHODS
-    assert tables.BY_CHANNEL in evidence.IN_SPREAD
-    assert names >= {
-        *evidence.METHODS,
-        "SGD",
-        "SGD, whole schedule",
-        "EMA",
-        "last checkpoint",
-    }
-    assert [written[f"TWA | {budget}"]["epochs"] for budget in (1, 2)] == [2, 3]
-    assert len(written["TWA | 1"]["averaging_weights"]) == len(bench.window()) == 3
-    first = bench.path.stat().st_mtime_ns
+    assert names >= {tables.BY_MODEL, tables.BY_CHANNEL, tables.TUNED, "SGD", "EMA"}
+    assert names >= {"SGD, whole schedule", "last checkpoint"}
+    ours = [written[f"{tables.BY_CHANNEL} | {budget}"] for budget in (1, 2)]
+    assert [entry["epochs"] for entry in ours] == [2, 3]
+    assert ours[0]["lr"] == 0.02
+    assert ours[0]["seconds"] > 0
+    assert ours[0]["starts"].keys() >= {"1", "2", "3"}
+    first = path.stat().st_mtime_ns
     capfd.readouterr()
-    evidence.head(small("head", "tiny"))
+    head.head(small("head"))
     assert capfd.readouterr().out == ""
-    assert bench.path.stat().st_mtime_ns == first
+    assert path.stat().st_mtime_ns == first
 
 
 def test_a_method_gives_the_same_result_twice(small):
-    in_spread = {name: study.in_spread(1, **basis) for name, basis in evidence.IN_SPREAD.items()}
-    for part, methods in (("head", evidence.METHODS), ("spread", in_spread)):
-        bench = small(part, "tiny")
-        for name, method in methods.items():
-            bench.measure(f"{name} | 1", partial(bench.trained, method, 1))
-            first, again = bench.records[f"{name} | 1"], bench.trained(method, 1)
-            assert again["loss"] == first["loss"]
-            assert again["train_loss"] == first["train_loss"]
+    bench = small("head")
+    for made in (bench.twa, partial(bench.twa, granularity="channel"), bench.tuned):
+        first, again = made(1), made(1)
+        assert again["loss"] == first["loss"]
+        assert again["accuracy"] == first["accuracy"]
 
 
-def test_the_rate_of_the_rival_is_chosen_by_validation_images_on_the_first_seed(small):
-    bench = small("spread", "tiny")
-    evidence.spread(bench)
-    ours = bench.records[f"{tables.BY_CHANNEL} | 1"]
-    assert ours["lr"] == 0.02
-    assert ours["seconds"] > ours["start_seconds"] > 0
-    assert ours["starts"].keys() >= {"1", "2", "3"}
+def test_the_rate_of_the_baseline_is_chosen_by_validation_images_on_the_first_seed(small):
+    bench = small("head")
+    head.head(bench)
     entry = bench.records[f"{tables.TUNED} | 1"]
     losses = entry["validation_losses"]
     assert str(entry["lr"]) == min(losses, key=losses.get)
-    assert losses.keys() == {*map(str, evidence.TUNED_RATES)}
-    other = small("spread", "tiny", seed=2)
-    assert evidence.tuned(other, 1)["validation_losses"].keys() == {str(entry["lr"])}
+    assert losses.keys() == {*map(str, head.TUNED_RATES)}
+    assert small("head", seed=2).tuned(1)["validation_losses"].keys() == {str(entry["lr"])}
 
 
-@pytest.mark.parametrize("part", ["second-order", "little"])
-def test_the_other_parts_leave_finite_entries(small, part):
-    bench = small(part, "tiny")
-    evidence.PARTS[part](bench)
-    for name, entry in bench.records.items():
-        assert torch.tensor(entry["loss"]).isfinite(), name
-
-
-def test_settings_are_chosen_by_training_images_that_the_run_never_saw(small):
-    bench = small("rates", "tiny", chooses=True)
+def test_units_are_chosen_by_training_images_that_the_run_never_saw(small):
+    bench = small("units")
     training, _ = data.load("FashionMNIST", small.keywords["data_dir"], torch.device("cpu"))
     judged = [labels for _, labels in bench.judge]
     assert torch.equal(torch.cat(judged), training.labels[512 - 32 :])
     assert len(bench.train.split) + 32 <= len(training)
 
 
-def test_no_settings_are_compared_where_all_images_are_trained_on(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["evidence.py", "rates", "--data", "FashionMNIST"])
-    with pytest.raises(SystemExit) as stop:
-        evidence.main()
-    assert stop.value.code == 2
-    assert "give --data FashionMNIST-12k" in capsys.readouterr().err
-
-
-def test_only_the_share_of_labels_is_wrong(small, tmp_path):
-    clean, noisy = small.keywords["data_dir"], tmp_path / "noisy"
-    study.write_noisy_labels(clean, noisy, study.Data(256, 0.4), seed=1)
-    given, test = data.load("FashionMNIST", noisy, torch.device("cpu"))
-    right, right_test = data.load("FashionMNIST", clean, torch.device("cpu"))
-    assert int((given.labels != right.labels)[:256].sum()) == 103  # 40 % of 256, upwards
-    assert torch.equal(given.labels[256:], right.labels[256:])
-    assert given.labels.max() <= 9
-    assert torch.equal(given.images, right.images)
-    assert torch.equal(test.labels, right_test.labels)
-
-
-def test_a_newton_step_ends_at_the_minimum_and_leaves_a_saddle():
-    generator = torch.Generator().manual_seed(1)
-    square = torch.randn(5, 5, generator=generator)
-    hessian, minimum = square @ square.T + torch.eye(5), torch.randn(5, generator=generator)
-    at = nn.Parameter(torch.ones(5))
-
-    def closure(matrix: torch.Tensor) -> torch.Tensor:
-        at.grad = None
-        loss = 0.5 * (at - minimum) @ matrix @ (at - minimum)
-        loss.backward()
-        return loss.detach()
-
-    evidence.NewtonStep([at], damping=0).step(partial(closure, hessian))
-    assert torch.allclose(at, minimum, atol=1e-2)
-
-    saddle = torch.diag(torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]))
-    at.data.fill_(0.5)
-    before = closure(saddle)
-    evidence.NewtonStep([at]).step(partial(closure, saddle))
-    assert closure(saddle) < before
-
-
 def test_ema_weighs_by_powers_of_the_decay(tmp_path):
     paths = [tmp_path / f"{i}.pt" for i in (1, 2, 5)]
     for path in paths:
         torch.save({"w": torch.tensor([float(path.stem)])}, path)
-    mean = study.weighted(paths, study.ema(0.5, 3))
+    mean = common.weighted(paths, common.ema(0.5, 3))
     assert mean["w"].item() == 0.25 * 1 + 0.25 * 2 + 0.5 * 5

@@ -21,14 +21,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from processes import Child
+from processes import Child, small_run
 from safetensors.torch import load_file, save_file
 from test_checkpoints import Trap, refusal
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import twa.files.states
-from training.states import save_state
 from twa import TWA, Subspace, best_start
 from twa.files.checkpoints import (
     CheckpointError,
@@ -719,7 +718,8 @@ def test_a_model_with_an_extra_state_is_trained_and_its_state_is_finite(tmp_path
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert not torch.equal(model.weight, window[0]["weight"])
-    save_state(tmp_path / "state.pt", 1, {}, model=model)
+    with small_run(tmp_path, model) as run:
+        run.save()
 
 
 # --- memory and damage at random ---

@@ -1,6 +1,7 @@
 """Image folders: the loader, and SGD and TWA on JPEG files, one of which is truncated."""
 
 import os
+import runpy
 import shutil
 import signal
 import urllib.error
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from processes import on_ranks, run_reduced
+from processes import ROOT, on_ranks, run_reduced
 from reduced import Reduced
 from sklearn.datasets import load_digits
 from test_parallel import difference, results
@@ -31,7 +32,7 @@ from torchvision import transforms
 from torchvision.models import get_model, vision_transformer
 
 import models
-from training import image_folders
+from training import data, image_folders, settings, tasks
 from training.loop import Totals
 from twa.files.checkpoints import load_state_dict
 from utils import UserError
@@ -403,6 +404,48 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(folder, tmp_path, monkeypat
     assert "DataLoader worker" in line and "--workers" in line
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_reaches_a_worker_first_stops_the_run_in_order(
+    folder, tmp_path, monkeypatch, number
+):
+    """As schedulers send it, to every process of a job in any order."""
+    decode, marker = image_folders.decode, tmp_path / "sent"
+
+    def signalled(file):
+        if not marker.exists():
+            marker.touch()
+            for process in (os.getpid(), os.getppid()):
+                os.kill(process, number)
+        return decode(file)
+
+    monkeypatch.setattr(image_folders, "decode", signalled)
+    run = tmp_path / "run"
+    stopped = call(SGD, *sgd_flags(folder, run, workers=1))
+    assert stopped.status == 128 + number
+    (line,) = stopped.err.splitlines()
+    assert line.startswith(f"stopped by {number.name}; the state is saved")
+    succeed(call(SGD, *sgd_flags(folder, run, workers=1), "--resume"))
+
+
+def test_images_of_a_folder_are_a_fair_sample(sound, tmp_path):
+    flags = [*sgd_flags(sound, tmp_path), "--images"]
+
+    def sample(count: int, *more) -> data.Split:
+        kind = runpy.run_path(str(ROOT / SGD))["Settings"]
+        parser = settings.parser_of(kind)
+        args = kind(**vars(parser.parse_args([*map(str, flags), str(count), *map(str, more)])))
+        return tasks.of(args).train.split
+
+    drawn = sample(20)
+    assert len(drawn) == 20 and len(drawn.labels.unique()) > 5
+    for file, label in zip(drawn.images, drawn.labels, strict=True):
+        assert Path(os.fsdecode(file)).parent.name == str(int(label))
+    assert {*sample(20).images} == {*drawn.images} != {*sample(20, "--seed", 2).images}
+    everything, _ = image_folders.load(sound, 32)
+    assert sample(60).images.tolist() == sample(99).images.tolist() == everything.images.tolist()
+    assert sample(60).spec == everything.spec != drawn.spec  # no run goes on with other images
+
+
 def spoil(folder: Path, how: str) -> None:
     if how == "no val":
         shutil.rmtree(folder / "val")
@@ -469,7 +512,9 @@ def test_flags_of_image_folders_and_models_of_other_data_sets_are_refused(resnet
         assert "--datasets ImageNet" in one_line(call(TWA, *digits, *flags))
     line = one_line(call(TWA, *twa_flags(folder, resnet), "--arch", "VGG16BN"))
     assert "VGG16BN" in line and "vgg16_bn" in line
-    assert "resnet34" in one_line(call(TWA, *digits, "--arch", "resnet34"))
+    assert "--arch resnet34: " in one_line(call(TWA, *digits, "--arch", "resnet34"))
+    for flags in (digits, twa_flags(folder, resnet)):
+        assert "--arch gpt: " in one_line(call(TWA, *flags, "--arch", "gpt"))
 
 
 # --- a model of the user's own ---

@@ -25,10 +25,11 @@ def window(count: int) -> list[dict]:
     return [{k: v + torch.randn_like(v) for k, v in state.items()} for _ in range(count)]
 
 
-def test_the_tables_are_those_of_the_document():
+def test_the_tables_are_those_of_the_documents():
     text = (ROOT / "docs/many-machines.md").read_text()
     for table in (needs.memory(), needs.sums()):
         assert "\n".join(table) in text
+    assert "\n".join(needs.sharded()) in (ROOT / "benchmarks/README.md").read_text()
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4])

@@ -3,7 +3,6 @@
 A transformer has no batch norm, so that several ranks compute what one does; PreResNet20 has.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from processes import in_child, on_ranks
 from torch import nn
 
 import models
-from training import data, parallel
+from training import data, parallel, settings
 from training.loop import evaluate
 from twa.files.checkpoints import load_into
 from utils import UserError
@@ -119,17 +118,14 @@ def test_sgd_on_two_ranks_is_sgd_in_one_process(alone, tmp_path):
     assert done.stdout == (tmp_path / "log").read_text()  # once, by the first rank
 
 
-SENDS = "a step sends {} a rank"
-
-
 # The last batch has 58 images: shares of 19, 19 and 20, and of 29.
 @pytest.mark.parametrize(
-    ("ranks", "way", "basis", "told"),
+    ("ranks", "strategy", "basis", "said"),
     [
         (3, "shard", ["--reshard-after-forward"], "shard on 3 ranks (as asked for)"),
-        (3, "replicate", [], f"on 3 ranks (as asked for); {SENDS.format('56 B')}"),
+        (3, "replicate", [], "replicate on 3 ranks (as asked for)"),
         (2, "auto", [], "replicate on 2 ranks (model and basis take"),
-        (4, "hybrid", [], "a rank within a machine, 28 B between machines"),
+        (4, "hybrid", [], "hybrid on 4 ranks (as asked for)"),
         pytest.param(
             *(2, "shard", ["--granularity", "layer", "--bits", 8], ""), marks=pytest.mark.slow
         ),
@@ -139,16 +135,18 @@ SENDS = "a step sends {} a rank"
         ),
     ],
 )
-def test_twa_on_ranks_is_twa_in_one_process(alone, copy, tmp_path_factory, ranks, way, basis, told):
+def test_twa_on_ranks_is_twa_in_one_process(
+    alone, copy, tmp_path_factory, ranks, strategy, basis, said
+):
     expected = alone
     if "--bits" in basis:
         expected = tmp_path_factory.mktemp("alone")
         shutil.copytree(copy, expected, dirs_exist_ok=True)
         succeed(0, TWA, *twa_flags(expected), *basis)
-    hosts = 2 if way == "hybrid" else 1
-    printed = succeed(ranks, TWA, *twa_flags(copy), *basis, "--parallel", way, hosts=hosts)
+    hosts = 2 if strategy == "hybrid" else 1
+    printed = succeed(ranks, TWA, *twa_flags(copy), *basis, "--parallel", strategy, hosts=hosts)
     (line,) = [line for line in printed.splitlines() if line.startswith("parallel: ")]
-    assert told in line
+    assert said in line
     assert difference(copy / "twa/twa.pt", expected / "twa/twa.pt") < 1e-4
     for name, values in results(expected / "twa").items():
         for key in ("accuracy", "loss"):
@@ -214,16 +212,15 @@ def test_a_batch_that_does_not_divide_is_refused_in_a_line(tmp_path):
 
 def layout(monkeypatch, *flags: str, ranks: int = 8, on_each: int | None = 4, free: float = 1e9):
     """The layout that so many ranks choose for 10^6 weights and eleven checkpoints."""
-    parser = argparse.ArgumentParser()
-    parallel.add_arguments(parser)
-    args = parser.parse_args([*flags])
+    args = settings.parser_of(parallel.Parallel).parse_args([*flags])
     vars(args).update(clip_grad=None, extract="PCA", components=None, bits=32)
-    for name, value in (("launched", True), ("world", ranks), ("on_each_machine", on_each)):
+    for name, value in (("launched", True), ("world", ranks), ("local_world", on_each)):
         monkeypatch.setattr(parallel.ranks, name, lambda value=value: value)
+    monkeypatch.setattr(parallel.ranks, "gather", lambda own: [own or 1, own or 2])
     monkeypatch.setattr(parallel.ranks, "shard", lambda *_: None)
     monkeypatch.setattr(parallel, "init_device_mesh", lambda *_, **__: MagicMock())
-    monkeypatch.setattr(parallel.windows, "listed", lambda _: range(11))
-    monkeypatch.setattr(parallel, "free_memory", lambda _: free)
+    monkeypatch.setattr(parallel.windows, "Window", lambda _: range(11))
+    monkeypatch.setattr(parallel, "free_memory", lambda _: free * (on_each or 1))
     return parallel.Layout(args)
 
 
@@ -234,7 +231,7 @@ def choice(layout: parallel.Layout) -> bool:
 
 # The basis takes 44 MB, weights and what goes with them 16 MB; of a rank of 4, 15 MB, of 8, 7.5 MB.
 @pytest.mark.parametrize(
-    ("free", "machines", "way"),
+    ("free", "machines", "strategy"),
     [
         (121e6, 2, "replicate"),
         (119e6, 2, "hybrid"),
@@ -244,10 +241,10 @@ def choice(layout: parallel.Layout) -> bool:
         (119e6, 1, "shard"),
     ],
 )
-def test_auto_takes_the_first_way_that_fits(monkeypatch, free, machines, way):
+def test_auto_takes_the_first_strategy_that_fits(monkeypatch, free, machines, strategy):
     chosen = layout(monkeypatch, ranks=4 * machines, free=free)
-    assert choice(chosen) == (way != "replicate")
-    assert chosen.way == way
+    assert choice(chosen) == (strategy != "replicate")
+    assert chosen.strategy == strategy
 
 
 @pytest.mark.parametrize(
@@ -259,7 +256,7 @@ def test_auto_takes_the_first_way_that_fits(monkeypatch, free, machines, way):
         (["--parallel", "hybrid"], {"on_each": None}, "do not have equally many ranks"),
     ],
 )
-def test_ways_that_do_not_go_are_refused(monkeypatch, flags, world, message):
+def test_impossible_strategies_are_refused(monkeypatch, flags, world, message):
     with pytest.raises(UserError, match=f"^--parallel {flags[1]}: .*{message}"):
         choice(layout(monkeypatch, *flags, **world))
 
@@ -270,10 +267,10 @@ def test_auto_shards_where_another_flag_needs_it(monkeypatch, flags):
     chosen = layout(monkeypatch, *([] if clip else flags), ranks=4)
     chosen._args.clip_grad = 1.0 if clip else None
     assert choice(chosen)
-    assert (chosen.way, chosen.group) == ("shard", None)
+    assert (chosen.strategy, chosen.group) == ("shard", None)
 
 
-def test_bad_ways_end_in_a_line(copy, tmp_path):
+def test_impossible_strategies_end_in_a_line(copy, tmp_path):
     flags = [*twa_flags(copy), "--parallel", "replicate"]
     for count, more, said in (
         (0, [], "error: --parallel replicate: only under torchrun"),

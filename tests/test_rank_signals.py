@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Ranks, on_ranks
+from processes import Ranks, on_ranks, run_slowly
 from test_parallel import ENVIRONMENT, SGD, TWA, difference, torchrun, wait_for
 
 from twa.files.formats import load
@@ -104,7 +104,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path, kin
     said = [[s for s in r.err.splitlines() if s.startswith(("stopped", "Trace"))] for r in ended]
     (line,) = said[0]
     assert said[1] == []
-    assert line.startswith(f"stopped by {signal.Signals(number).name}; the state is saved, go on")
+    assert line.startswith(
+        f"stopped by {signal.Signals(number).name}; the state is saved, continue"
+    )
     assert line.endswith("--resume")
 
     state = load(state_of(kind, folder))
@@ -113,6 +115,31 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path, kin
     done = on_ranks(COUNT, *command(kind, folder))
     assert done.status == 0, done.err
     assert_same_to_the_bit(kind, folder, expected)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "replicate"])
+def test_a_signal_to_one_rank_stops_all_between_two_batches_of_a_measurement(tmp_path, kind):
+    """Of SGD in the test of its first epoch, of TWA in that of the averages."""
+    folders = {name: tmp_path / name for name in ("whole", "stopped")}
+    for folder in folders.values():
+        for each in ("SGD", kind) if folder.name == "whole" else ("SGD",) * (kind != "SGD"):
+            done = on_ranks(COUNT, *command(each, folder), run=run_slowly)
+            assert done.status == 0, done.err
+    os.environ["PAUSE"] = "0.1"
+    try:
+        ranks = Ranks(tmp_path, COUNT, *command(kind, folders["stopped"]), run=run_slowly)
+    finally:
+        del os.environ["PAUSE"]
+    ranks.children[0].wait_for("measures a batch")
+    ranks.children[1].send(signal.SIGTERM)
+    ended = ranks.end()
+    assert [result.status for result in ended] == [143] * COUNT, ended
+    assert ended[0].out.count("measures a batch") < 20
+    assert len([s for s in ended[0].err.splitlines() if s.startswith("stopped by SIGTERM")]) == 1
+    going_on = on_ranks(COUNT, *command(kind, folders["stopped"]), run=run_slowly)
+    assert going_on.status == 0, going_on.err
+    assert kind != "SGD" or "epoch 1/" not in going_on.out
+    assert_same_to_the_bit(kind, folders["stopped"], folders["whole"])
 
 
 def survive(whole: Whole, tmp_path: Path, kind: str, seed: int) -> list[int]:

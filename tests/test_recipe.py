@@ -168,10 +168,10 @@ def train(model: nn.Module, optimizer, data: tuple[torch.Tensor, torch.Tensor], 
         (49, 1000, torch.optim.AdamW, {}, "model", "direction", rate_of(49, 1000)),
         (50, 1000, torch.optim.AdamW, {}, "channel", "block", rate_of(50, 1000, "block")),
         (50, math.inf, torch.optim.Adam, {}, "channel", "direction", rate_of(50)),
-        (800, 9000, torch.optim.SGD, {"momentum": 0.9}, "channel", "direction", 0.1),
+        (800, 9000, torch.optim.SGD, {"momentum": 0.9}, "model", "direction", 0.1),
         (800, 9000, torch.optim.AdamW, {"lr": 0.3}, "channel", "block", 0.3),
         (800, 9000, torch.optim.AdamW, {"unit": "direction"}, "channel", "direction", 0.06),
-        (800, 9000, functools.partial(torch.optim.SGD), {"lr": 0.3}, "channel", "direction", 0.3),
+        (800, 9000, functools.partial(torch.optim.SGD), {"lr": 0.3}, "model", "direction", 0.3),
     ],
 )
 def test_what_the_recipe_chooses(steps, samples, base, arguments, granularity, unit, rate):

@@ -16,11 +16,21 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from processes import ROOT, Child, Result, in_child, start, start_server
+from processes import (
+    ROOT,
+    Child,
+    Result,
+    in_child,
+    small_run,
+    start,
+    start_server,
+    start_slowly,
+)
 from safetensors.torch import save_file
 
 # Helpers, not tests: how scripts are called, and what is compared.
@@ -40,12 +50,12 @@ from test_scripts import (
 )
 
 import models
-from training import data, entry, report, states
+import twa
+from training import data, report, settings, windows
+from training import run as runs
 from training.files import save
-from training.locks import lock
-from training.runs import clear
+from training.run import lock, run_script
 from training.signals import Signals, Stopped
-from training.states import save_state
 from twa.files.checkpoints import CheckpointError, load_state_dict
 from twa.files.formats import load, verify
 from utils import UserError
@@ -253,7 +263,7 @@ def test_a_signal_saves_the_state_in_mid_epoch(whole, tmp_path, kind, number):
     assert stopped.status == 128 + number
     (line,) = stopped.err.splitlines()
     assert signal.Signals(number).name in line
-    assert line.endswith("go on by the same command once more, which has --resume")
+    assert line.endswith("continue with the same command, which has --resume")
 
     epoch = int(RUNS[kind].moment.split()[1].split("/")[0])
     state = load(folder / ("twa_state.pt" if kind == "TWA" else "checkpoints/state.pt"))
@@ -264,6 +274,77 @@ def test_a_signal_saves_the_state_in_mid_epoch(whole, tmp_path, kind, number):
     assert_same_results(kind, folder, whole[kind])
     name = "twa_metrics.jsonl" if kind == "TWA" else "metrics.jsonl"
     assert without_seconds(folder / name) == without_seconds(whole[kind] / name)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "SWA"])
+def test_a_signal_in_the_test_stops_there_and_goes_straight_to_it(tmp_path, kind):
+    """Of an epoch whose state is not due, with SWA: it is saved then."""
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    succeed(start_slowly(whole, *RUNS[kind].command(whole)).end())
+    child = start_slowly(stopped, *RUNS[kind].command(stopped), pause=0.1)
+    child.wait_for("measures a batch")
+    child.send(signal.SIGTERM)
+    ended = child.end()
+    assert ended.status == 143
+    assert ended.err.endswith("continue with the same command, which has --resume\n")
+    assert ended.out.count("measures a batch") < 20  # of 57
+    assert "epoch 1/" in ended.out
+    going_on = succeed(start_slowly(stopped, *RUNS[kind].command(stopped)).end())
+    assert "epoch 1/" not in going_on.out
+    assert_same_results(kind, stopped, whole)
+    assert without_seconds(stopped / "metrics.jsonl") == without_seconds(whole / "metrics.jsonl")
+
+
+class Interrupted(BaseException):
+    """What no script catches."""
+
+
+@pytest.mark.parametrize("moment", ["search", "training"])
+def test_a_resumed_twa_measures_and_searches_nothing_twice(whole, tmp_path, monkeypatch, moment):
+    folder = whole.prepare("TWA", tmp_path / "run")
+    command = RUNS["TWA"].command(folder)
+    if moment == "training":
+        child = start(folder, *command)
+        child.wait_for(RUNS["TWA"].moment)
+        child.send(signal.SIGKILL)
+        child.end()
+        monkeypatch.setattr(twa, "best_start", None)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(twa, "best_start", MagicMock(side_effect=Interrupted))
+            call(*command)
+        assert "model" not in load(folder / "twa_state.pt")
+    monkeypatch.setattr(windows, "averages_of", None)
+    succeed(call(*command))
+    assert_same_results("TWA", folder, whole["TWA"])
+    found, expected = (json.loads((f / "twa.json").read_text()) for f in (folder, whole["TWA"]))
+    for key in ("results", "sgd", "sample_losses", "start", "averaging_weights"):
+        assert without(found[key], "seconds") == without(expected[key], "seconds")
+
+
+def without(values, name: str):
+    """Nested dicts without what is called so."""
+    if not isinstance(values, dict):
+        return values
+    return {key: without(value, name) for key, value in values.items() if key != name}
+
+
+def test_other_checkpoints_are_measured_anew_and_a_refusal_leaves_no_results(whole, tmp_path):
+    folder = whole.prepare("TWA", tmp_path / "run")
+    command = RUNS["TWA"].command(folder)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(twa, "best_start", MagicMock(side_effect=Interrupted))
+        call(*command)
+    before = load(folder / "twa_state.pt")["results"]["averages"]["value"]
+    shutil.copy(folder / "checkpoints/2.pt", folder / "checkpoints/6.pt")
+    succeed(call(*command))
+    results = json.loads((folder / "twa.json").read_text())["results"]
+    assert results["last"]["loss"] != before["last"]["loss"]
+    (folder / "twa_state.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twa, "best_start", MagicMock(side_effect=UserError("no start")))
+        assert "no start" in one_line(call(*command))
+    assert not (folder / "twa_state.pt").exists()
 
 
 @pytest.mark.parametrize("kind", ["fine-tuning", "soup"])
@@ -278,7 +359,7 @@ def test_a_signal_keeps_the_runs_and_soups_that_stand(whole, tmp_path, kind):
     stopped = child.end()
     assert stopped.status == 143
     assert len(stopped.err.splitlines()) == 1
-    assert "stopped by SIGTERM; the same command goes on" in stopped.err
+    assert "stopped by SIGTERM; the same command continues" in stopped.err
     assert before
     assert_readable(folder)
     succeed(in_child(folder, *RUNS[kind].command(folder)))
@@ -305,9 +386,9 @@ def test_a_signal_before_the_training_ends_in_one_line(tmp_path):
         time.sleep(60)
 
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(open(tmp_path / "e", "w")):
-        entry.run(main)
+        run_script(main)
     assert end.value.code == 143
-    assert "the same command goes on" in (tmp_path / "e").read_text()
+    assert "the same command continues" in (tmp_path / "e").read_text()
 
 
 @pytest.mark.parametrize(
@@ -321,17 +402,17 @@ def test_a_signal_before_the_training_ends_in_one_line(tmp_path):
 )
 def test_the_command_that_goes_on_is_right_wherever_it_was_given(monkeypatch, arguments, how):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(Stopped) as stopped, Signals(held=True) as signals:
+    with pytest.raises(Stopped) as stopped, Signals(deferred=True) as signals:
         signal.raise_signal(signal.SIGTERM)
-        signals.check()
-    told = str(stopped.value)
-    assert told.endswith(f"go on by the same command once more, {how}")
-    assert "train.py" not in told  # a script may have changed the folder since
+        signals.check(lambda: None)
+    said = str(stopped.value)
+    assert said.endswith(f"continue with the same command, {how}")
+    assert "train.py" not in said  # a script may have changed the folder since
 
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(getattr(signal, name)) for name in Signals.NAMES]
-    with pytest.raises(Stopped), Signals(held=True) as signals:
+    with pytest.raises(Stopped), Signals(deferred=True) as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
         saved = []
         signals.check(lambda: saved.append(1))
@@ -342,7 +423,7 @@ def test_handlers_are_put_back():
 
 
 def twice() -> None:
-    with Signals(held=True):
+    with Signals(deferred=True):
         os.kill(os.getpid(), signal.SIGINT)
         print("held")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -465,16 +546,55 @@ def test_the_second_process_in_a_folder_is_refused(whole, tmp_path, kind):
     assert_same_results(kind, folder, whole[kind])
 
 
-def test_a_lock_whose_file_has_gone_meanwhile_is_taken_anew(tmp_path):
-    """A process that opened the file just before its holder took it away."""
+def enter_late(folder: Path) -> None:
+    """Takes the lock; between opening its file and locking it there is time for others."""
+    opens = os.open
+
+    def slow_open(path, *args, **how):
+        file = opens(path, *args, **how)
+        if str(path).endswith(".lock"):
+            os.open = opens
+            print("opened")
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+        return file
+
+    os.open = slow_open
+    try:
+        with lock(folder):
+            print("entered")
+    except UserError as error:
+        print(error)
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_a_lock_file_that_its_holder_removes_locks_nobody_in(tmp_path, another):
     with lock(tmp_path):
-        with pytest.raises(UserError, match="another process"), lock(tmp_path):
-            pass
-        (tmp_path / ".lock").unlink()
-        (tmp_path / ".lock").write_text("")
-        with lock(tmp_path):
-            assert (tmp_path / ".lock").exists()
-    assert names(tmp_path) == set()
+        late = Child(tmp_path / "late", enter_late, tmp_path)
+        late.wait_for("opened")
+    with lock(tmp_path) if another else contextlib.nullcontext():
+        (tmp_path / "go").touch()
+        said = late.end().out.splitlines()
+    refused = (
+        f"{tmp_path}: another process writes there; wait for its end, or give another directory"
+    )
+    assert said == ["opened", refused if another else "entered"]
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_only_the_temporary_files_of_processes_that_ended_are_removed(tmp_path):
+    sleeping = Child(tmp_path / "sleeping", time.sleep, 60)
+    ended = Child(tmp_path / "ended", os.getpid)
+    ended.end()
+    writing = tmp_path / f".log.{sleeping.process.pid}.tmp"
+    leftover = tmp_path / f".log.{ended.process.pid}.tmp"
+    for path in (writing, leftover):
+        path.touch()
+    with lock(tmp_path):
+        assert writing.exists()
+        assert not leftover.exists()
+    sleeping.send(signal.SIGKILL)
+    sleeping.end()
 
 
 def test_a_folder_that_was_made_for_a_lock_alone_goes_with_it(tmp_path):
@@ -495,7 +615,7 @@ def test_divergence_is_said_with_step_rate_and_last_state(tmp_path):
     flags = [*where(tmp_path), "--epochs", 2, "--lr", 1e20, "-p", 1000]
     line = one_line(call(SGD, *flags))
     assert "epoch 1/2, iteration 2: the loss is nan at rate 1e+20" in line
-    assert f"{tmp_path / 'checkpoints/state.pt'} stands as it was saved before" in line
+    assert f"{tmp_path / 'checkpoints/state.pt'} is intact, as saved before" in line
     assert names(tmp_path / "checkpoints") == {"0.pt", "state.pt"}
     assert load(tmp_path / "checkpoints/state.pt")["epoch"] == 0
 
@@ -506,19 +626,20 @@ def test_weights_that_left_the_finite_numbers_are_not_saved(tmp_path):
     line = one_line(call(SGD, *flags))
     assert "epoch 1/2, iteration 1:" in line
     assert "1.pt is not saved: conv1.weight holds NaN or infinity at rate 1e+10" in line
-    assert "state.pt stands" in line
+    assert "state.pt is intact" in line
     assert names(tmp_path / "checkpoints") == {"0.pt", "state.pt"}
 
 
 def test_a_state_that_left_the_finite_numbers_is_not_saved(tmp_path):
     model = torch.nn.Linear(2, 2)
-    save_state(tmp_path / "state.pt", 1, {}, model=model)
-    before = snapshot(tmp_path)
-    with torch.no_grad():
-        model.bias[1] = math.inf
-    with pytest.raises(CheckpointError, match=r"state.pt is left as it was: bias holds NaN or inf"):
-        save_state(tmp_path / "state.pt", 2, {}, model=model)
-    assert snapshot(tmp_path) == before
+    with small_run(tmp_path, model) as run:
+        run.save()
+        before = snapshot(tmp_path)
+        with torch.no_grad():
+            model.bias[1] = math.inf
+        with pytest.raises(CheckpointError, match=r"state.pt is unchanged: bias holds NaN or inf"):
+            run.save()
+        assert snapshot(tmp_path) == before
 
 
 # --- damaged files ---
@@ -642,7 +763,7 @@ def test_a_state_of_another_format_is_refused_by_its_version(whole, tmp_path):
         state["format"] = version
         save(state, path)
         line = refuse(folder, *RUNS["SGD"].command(folder))
-        assert f"has format {version}, this version reads format {states.FORMAT}" in line
+        assert f"has format {version}, this version reads format {runs.FORMAT}" in line
 
 
 def test_another_window_is_refused_with_both_shown(whole):
@@ -666,11 +787,12 @@ def test_an_overwritten_run_that_is_killed_while_it_clears_is_not_gone_on_with(w
         gone.append(self.name)
         unlink(self, missing_ok)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with small_run(folder, torch.nn.Linear(2, 2)) as run, pytest.MonkeyPatch.context() as patch:
+        run.args.overwrite = True
         patch.setattr(Path, "unlink", watching)
-        clear(folder, overwrite=True)
+        run.start()
     assert gone[0] == "state.pt"
-    assert len(gone) == 8
+    assert sorted(gone[1:]) == [f"{number}.pt" for number in range(7)]
 
 
 # --- odd command lines ---
@@ -690,21 +812,12 @@ LONG = {"--epochs", "--models", "--seed"}
 def flags_of(script: str) -> list[argparse.Action]:
     """What the parser of a script knows."""
 
-    class Seen(BaseException):
-        pass
-
-    def seen(parser, *_):
-        raise Seen(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", seen)
-        path = list(sys.path)
-        try:
-            runpy.run_path(str(ROOT / script), run_name="script")["parse_arguments"]()
-        except Seen as parser:
-            actions = parser.args[0]._actions
-        finally:
-            sys.path[:] = path
+    path = list(sys.path)
+    try:
+        kind = runpy.run_path(str(ROOT / script), run_name="script")["Settings"]
+    finally:
+        sys.path[:] = path
+    actions = settings.parser_of(kind)._actions
     return [action for action in actions if action.dest != "help"]
 
 

@@ -26,10 +26,9 @@ from processes import ROOT, Result
 
 import models
 import utils
-from training import coefficients, data, logs
+from training import coefficients, data, logs, settings
 from training.files import save
 from training.loop import evaluate, reestimate_bn, sample_loss
-from training.states import load_state, save_state
 from twa.files.checkpoints import average, load_into, load_state_dict
 
 SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
@@ -384,9 +383,10 @@ def test_the_default_rate_trains(run, flags):
     ("words", "samples", "rate", "unit"),
     [
         ("", math.inf, 0.0566, "direction"),
-        ("--opt Adam", 8000, 0.0566, "direction"),
+        ("", 8000, 0.08, "block"),
+        ("--opt Adam --granularity model", 8000, 0.0566, "direction"),
         ("--opt SGD --granularity layer", 8000, 0.1, "direction"),
-        ("--lr 0.3", 8000, 0.3, "direction"),
+        ("--lr 0.3", 8000, 0.3, "block"),
         ("--granularity layer", math.inf, 0.0566, "direction"),
         ("--granularity layer", 8000, 0.08, "block"),
         ("--granularity channel --opt Adam", 8000, 0.08, "block"),
@@ -398,9 +398,8 @@ def test_the_default_rate_trains(run, flags):
 def test_rate_and_unit_that_are_left_out_are_those_for_steps_and_samples(
     words, samples, rate, unit
 ):
-    parser = argparse.ArgumentParser()
-    coefficients.add_arguments(parser, "linear")
-    args = coefficients.check_arguments(parser.parse_args(words.split()))
+    parser = settings.parser_of(coefficients.Coefficients)
+    args = coefficients.Coefficients(**vars(parser.parse_args(words.split())))
     window = [torch.nn.Linear(3, 2).state_dict() for _ in range(3)]
     many = {"steps": 200, "samples": samples}
     optimizer = coefficients.optimizer_of(args, torch.nn.Linear(3, 2), window, **many)
@@ -532,12 +531,15 @@ def test_a_resumed_run_draws_what_the_run_would_have_drawn(tmp_path):
 
     utils.set_seed(5)
     draws()  # of an odd number of normal ones, so that a generator holds one back
-    model, state = torch.nn.Linear(2, 2), tmp_path / "state.pt"
-    save_state(state, 3, {"epochs": 9}, model=model)
-    expected = draws()
-    assert draws() != expected
-    assert load_state(state, {"epochs": 9}, "--save-dir", model=model) == 3
-    assert draws() == expected
+    model = torch.nn.Linear(2, 2)
+    with processes.small_run(tmp_path, model, epochs=9) as run:
+        run.done = 3
+        run.save()
+        expected = draws()
+        assert draws() != expected
+    with processes.small_run(tmp_path, model, resume="", epochs=9) as run:
+        assert run.done == 3
+        assert draws() == expected
 
 
 def kill_in(folder: Path, moment: str, *args) -> None:
@@ -800,7 +802,7 @@ def test_odd_values_are_refused(run, script, flags, words):
 def test_help_tells_the_defaults_that_there_are(script):
     told = " ".join(succeed(call(script, "--help")).out.split())
     assert "seed of all randomness (default: 1)" in told
-    assert "left out" in told
+    assert "(default: the accelerator, else cpu)" in told
     assert "None" not in told
 
 
@@ -1006,7 +1008,7 @@ def test_divergence_ends_in_one_line_and_leaves_the_last_state(run):
     # A state whose next epoch must diverge.
     path = run / "checkpoints/state.pt"
     state = torch.load(path, weights_only=True)
-    state["epoch"] = 3
+    state["epoch"] = state["progress"]["epoch"] = 3
     state["optimizer"]["param_groups"][0]["lr"] = 1e30
     state["scheduler"]["base_lrs"] = [1e34]
     torch.save(state, path)

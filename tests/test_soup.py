@@ -16,10 +16,11 @@ import models
 import train_sgd_cifar
 import train_twa
 from soup import finetune, soup
-from training import data, entry
+from training import data
 from training.data import DATASETS, Split
 from training.files import save
 from training.optimizers import SCHEDULES, schedule_of
+from training.run import run_script
 from twa.files.checkpoints import average
 from twa.storage.memory import Plan
 from utils import UserError
@@ -33,7 +34,7 @@ def call(script, *arguments) -> None:
     """A script in this process, as from a command line."""
     before, sys.argv = sys.argv, [script.__name__, *map(str, arguments)]
     try:
-        entry.run(script.main)
+        run_script(script.main)
     finally:
         sys.argv = before
 
@@ -171,7 +172,7 @@ def test_runs_of_other_settings_are_not_mixed(folder, capsys):
 def test_a_run_that_diverges_is_left_out(folder, tmp_path, capsys):
     paths = ["--base", folder / "base/3.pt", "--save-dir", tmp_path]
     call(finetune, *DIGITS, *HELD_OUT, *paths, "--lr", 1e30, 0.01, "--epochs", 2)
-    assert "001.pt is left out" in capsys.readouterr().out
+    assert "001.pt diverged" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("*.pt")] == ["002.pt"]
     assert [bool(r["validation"]) for r in lines_of(tmp_path / "runs.jsonl")] == [False, True]
 
@@ -296,7 +297,7 @@ def test_the_help_says_the_rate_that_many_steps_have(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call(soup, "--help")
     told = " ".join(capsys.readouterr().out.split())
-    assert "left out, direction" in told and "with --extract PCA: 0.02; for SGD 0.1" in told
+    assert "(default: direction)" in told and "(default with PCA: 0.02; for SGD 0.1)" in told
 
 
 def test_a_solution_is_made_unless_it_is_there_with_the_same_settings(tmp_path):

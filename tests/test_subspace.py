@@ -13,8 +13,7 @@ from torch import nn
 from twa import TWA, CheckpointError, Subspace, subspace
 from twa.files.checkpoints import average
 from twa.reference import gram_schmidt
-from twa.storage import matrix as storage
-from twa.storage import memory, window
+from twa.storage import compressed, memory, window
 
 BITS = (32, 8, 4)
 # Half a step between neighbouring values of a tile, relative to its largest element: the error of
@@ -308,9 +307,9 @@ def test_memory_is_what_the_bits_say(bits):
 
 def compile_small(monkeypatch) -> None:
     """Has compiled kernels take over for a basis of any size, a few tiles at a time."""
-    monkeypatch.setattr(storage, "COMPILE_FROM", 0)
-    monkeypatch.setattr(storage, "CACHED_PART", 0)
-    monkeypatch.setattr(storage, "PART", 10_000)
+    monkeypatch.setattr(compressed, "COMPILE_FROM", 0)
+    monkeypatch.setattr(compressed, "CACHED_PART", 0)
+    monkeypatch.setattr(compressed, "PART", 10_000)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -338,13 +337,15 @@ def test_compiled_kernels_equal_the_plain_ones(bits, monkeypatch):
     states = walk(model, 7)
     plain = Subspace(model, states, bits=bits, granularity="layer")
     compile_small(monkeypatch)
-    used, compiled_kernel = [], storage._compiled
-    monkeypatch.setattr(storage, "_compiled", lambda k: used.append(k) or compiled_kernel(k))
+    used, compiled_kernel = [], compressed._compiled
+    monkeypatch.setattr(
+        compressed, "_compiled", lambda k: used.append(k.__name__) or compiled_kernel(k)
+    )
     compiled = Subspace(model, states, bits=bits, granularity="layer")
     gradient, coefficients = torch.randn(65 * 65), torch.randn(len(plain))
     torch.testing.assert_close(compiled.project(gradient), plain.project(gradient))
     torch.testing.assert_close(compiled.expand(coefficients), plain.expand(coefficients))
-    assert set(used) == {"project", "expand"}
+    assert set(used) == {"_project_fused", "_expand_fused"}
 
 
 def test_without_a_compiler_one_warning_and_the_same_products(monkeypatch):
@@ -356,8 +357,7 @@ def test_without_a_compiler_one_warning_and_the_same_products(monkeypatch):
     def no_compiler(product):
         raise RuntimeError("no compiler was found")
 
-    monkeypatch.setattr(storage, "_compiled", no_compiler)
-    storage._warn_once.cache_clear()
+    monkeypatch.setattr(compressed, "_compiled", no_compiler)
     basis = Subspace(model, states, bits=8)
     coefficients = torch.randn(len(plain))
     with pytest.warns(UserWarning, match="no compiler was found") as caught:
@@ -461,19 +461,19 @@ def test_limits_of_containers_count_as_free_memory(tmp_path):
         stat = f"anon 5\n{prefix}inactive_file 30\n{prefix}active_file 20\nslab 7\n"
         (path / "memory.stat").write_text(stat)
 
-    assert list(memory.left_by_control_groups(root, own)) == []  # no Linux, no limits
+    assert list(memory.free_in_control_groups(root, own)) == []  # no Linux, no limits
     own.write_text("0::/job/step\n")
     group("job/step", "max", 400)
-    assert list(memory.left_by_control_groups(root, own)) == []
+    assert list(memory.free_in_control_groups(root, own)) == []
     group("job/step", "1000", 400)
     group("job", "900", 880)
-    assert list(memory.left_by_control_groups(root, own)) == [650, 70]
+    assert list(memory.free_in_control_groups(root, own)) == [650, 70]
     own.write_text("0::/\n")  # as containers see themselves
     group("", "100", 200)
-    assert list(memory.left_by_control_groups(root, own)) == [0]
+    assert list(memory.free_in_control_groups(root, own)) == [0]
     own.write_text("4:memory:/a\n1:cpu:/a\n")
     group("memory/a", "500", 100, "total_", ("limit_in_bytes", "usage_in_bytes"))
-    assert list(memory.left_by_control_groups(root, own)) == [450]
+    assert list(memory.free_in_control_groups(root, own)) == [450]
 
 
 # --- principal directions and the spread along them ---

@@ -10,7 +10,7 @@ import pytest
 
 import train_sgd_cifar
 import train_twa
-from training import trackers
+from training.logs import RunLog
 
 DIGITS = ["--datasets", "Digits", "--arch", "PreResNet20", "--device", "cpu", "--images", "300"]
 
@@ -80,12 +80,12 @@ def test_tensorboard_shows_what_the_log_has(tmp_path, monkeypatch, events_of):
 
 @pytest.mark.examples
 def test_a_resumed_run_replaces_the_epochs_that_it_repeats(tmp_path, events_of):
-    args = Namespace(wandb=False, tensorboard=True)
+    args = Namespace(wandb=False, tensorboard=True, log_name="log")
     for done, last, loss in ((0, 3, 1.0), (2, 4, 0.5)):
-        tracked = trackers.Trackers(args, tmp_path, done)
+        log = RunLog(args, tmp_path, "", done)
         for epoch in range(done + 1, last + 1):
-            tracked.epoch({"epoch": epoch, "loss": loss, "byte": None}, None)
-    events = events_of(tmp_path)
+            log.epoch({"epoch": epoch, "loss": loss, "byte": None})
+    events = events_of(tmp_path / "tensorboard")
     shown = [(event.step, event.value) for event in events.Scalars("loss")]
     assert shown == [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5)]
     assert events.Tags()["scalars"] == ["loss"]

@@ -1,4 +1,4 @@
-"""Data sets held on the device as one tensor, and the loader that augments them in batches."""
+"""Data sets of small images: one tensor on the device, and the loader that augments batches."""
 
 import contextlib
 import gzip
@@ -10,20 +10,22 @@ import random
 import socket
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.datasets import mnist
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
+import models
 from training.files import replacing
 from utils import UserError
 
@@ -40,7 +42,11 @@ class Spec:
     flip: bool  # whether mirrored images keep their class
     mean: tuple[float, ...]  # of each channel over the training images, in [0, 1]
     std: tuple[float, ...]
-    content: str | None = None  # tells folders of images apart, wherever they lie
+    content: str | None = None  # identifies a folder of images, wherever it lies
+
+    def model(self, arch: str) -> nn.Module:
+        """A freshly initialised model for these images; see `models.build`."""
+        return models.build(arch, self.classes, self.channels, self.size)
 
 
 # For CIFAR100 too, the paper's release normalises by CIFAR10's figures.
@@ -59,9 +65,9 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a data set: for training, for testing, or held out."""
+    """A part of a data set: to train on, to test on, or held out."""
 
-    images: Tensor | np.ndarray  # uint8 [N, C, H, W]; or the files that hold them, bytes [N]
+    images: Tensor | np.ndarray  # uint8 [N, C, H, W]; or their files, bytes [N]
     labels: Tensor  # int64 [N]
     spec: Spec
 
@@ -81,10 +87,18 @@ class Split:
         """The images at these indices, in that order."""
         return Split(self.images[indices], self.labels[indices], self.spec)
 
+    def sample(self, count: int, seed: int) -> "Split":
+        """`count` images drawn by `seed`, in the order of the data set; all if there are fewer."""
+        if count >= len(self):
+            return self
+        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        content = f"{self.spec.content}, {count} images drawn by seed {seed}"
+        return replace(self.part(drawn.sort().values), spec=replace(self.spec, content=content))
+
     def hold_out(self, percent: float, seed: int) -> "tuple[Split, Split]":
         """Splits off `percent` of the images, drawn by `seed`: (the others, those held out).
 
-        Both are in random order, so that the first images of either are a fair sample of it.
+        Both are in random order: the first images of either are a fair sample of it.
 
         Raises:
             UserError: one of the two would be empty.
@@ -127,6 +141,7 @@ def load(name: str, data_dir: str | Path, device: torch.device) -> tuple[Split, 
 GROUP = 4  # consecutive images of an epoch that go through the same operations of RandAugment
 
 
+@dataclass(eq=False)
 class Loader:
     """Iterates over a split in batches: (images float32 [B, C, H, W], labels int64 [B]).
 
@@ -134,7 +149,7 @@ class Loader:
     be smaller. Batch k of an epoch depends on the seed, the epoch and k alone. With several ranks,
     each gets its own part of every batch.
 
-    Args:
+    Attributes:
         split: the images; batches are on their device.
         batch_size: images in a batch, on all ranks together.
         train: whether images are shuffled, and each cropped and mirrored at random; otherwise they
@@ -142,49 +157,39 @@ class Loader:
         seed: of all random draws.
         channels_last: whether images are laid out in memory with their channels last.
         randaugment: strength of RandAugment, 1 to 30, for training; 0 for none.
-        rank: this process among the `world` that share each batch.
-        world: how many there are.
-
-    Attributes:
+        rank, world: this process among those that share each batch, and how many there are.
         count: images in an epoch.
-        skipped: files that could not be read and were left out so far.
+        skipped: files that could not be read and were skipped so far.
+        sample: the number of images on which start and end points are compared.
     """
 
-    skipped: Set[str] = frozenset()  # none, of data that are held on the device
-    sample = 1024  # images on which start and end points are compared
+    split: Split
+    batch_size: int
+    _: KW_ONLY
+    train: bool
+    seed: int = 0
+    channels_last: bool = False
+    randaugment: int = 0
+    rank: int = 0
+    world: int = 1
+    sample: ClassVar[int] = 1024
+    watch: ClassVar = staticmethod(iter)  # passes on the batches of a measurement; see `Run`
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        train: bool,
-        seed: int = 0,
-        channels_last: bool = False,
-        randaugment: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.split, self.count = split, len(split)
-        self.batch_size = batch_size
-        self.train = train
-        self.seed = seed
-        self.randaugment = randaugment
-        self.rank, self.world = rank, world
-        self.epoch = 0
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-        spec, device = split.spec, split.labels.device
+    def __post_init__(self):
+        self.epoch, self.count, self.skipped = 0, len(self.split), set()
+        spec, device = self.split.spec, self.split.labels.device
         # ToTensor divides by 255 before Normalize does the rest; here the two are one step.
-        self.mean = 255 * torch.tensor(spec.mean, device=device).view(-1, 1, 1)
-        self.std = 255 * torch.tensor(spec.std, device=device).view(-1, 1, 1)
+        self.mean, self.std = (
+            255 * torch.tensor(value, device=device).view(-1, 1, 1)
+            for value in (spec.mean, spec.std)
+        )
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
         return math.ceil(self.count / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.batches()
+        return self.watch(self.batches())
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration."""
@@ -205,7 +210,7 @@ class Loader:
         return self.images_in(batch)
 
     def measures(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What is told of loss and accuracy, by name: other data have other measures."""
+        """The metrics that suit the data, made of loss and accuracy."""
         return metrics
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -220,14 +225,15 @@ class Loader:
             yield images, labels if high > low else labels.fill_(-100)
 
     def whole_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterates over the first `count` batches, whole ones, dealt out to the ranks in turn.
+        """Iterates over whole batches among the first `count`, which the ranks take in turn.
 
-        Batch norm's statistics then do not depend on the number of ranks. Every rank gets equally
-        many: the first batches are dealt out twice if need be.
+        Batch norm's statistics then do not depend on the number of ranks. Every rank takes equally
+        many: the first batches come twice if need be.
         """
         turns = range(self.rank, math.ceil(count / self.world) * self.world, self.world)
         starts = [turn % count * self.batch_size for turn in turns]
-        return self._load([slice(first, first + self.batch_size) for first in starts])
+        parts = [slice(first, first + self.batch_size) for first in starts]
+        return self.watch(self._load(parts))
 
     def _share(self, batch: int) -> tuple[int, int]:
         """The positions in the epoch at which this rank's part of a batch begins and ends."""
@@ -241,7 +247,7 @@ class Loader:
             for part in parts:
                 yield self._normalise(self.split.images[part]), self.split.labels[part].clone()
             return
-        order, top, left, flip = self.draw()
+        order, top, left, flip = (numbers.to(self.split.labels.device) for numbers in self.draw())
         for part in parts:
             images = self.split.crops[order[part], :, top[part], left[part]]
             if self.split.spec.flip:
@@ -265,35 +271,35 @@ class Loader:
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Images uint8 [B, C, H, W] as float32, normalised and in the memory format."""
-        images = images.sub(self.mean).div_(self.std)
-        return images.contiguous(memory_format=self.memory_format)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.sub(self.mean).div_(self.std).contiguous(memory_format=layout)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The draws of the epoch, each [N], in the order in which the images come.
+        """The draws of the epoch, each [N], in the order in which the images come, on the CPU.
+
+        They are the same whatever the device of the images.
 
         Returns:
             The images' indices, the top and left edges of their crops in the padded images (int64),
             and whether they are mirrored (bool).
         """
-        n, device = len(self.split), self.split.images.device
-        draws = generator(f"{self.seed}/{self.epoch}", device)
-        order = torch.randperm(n, generator=draws, device=device)
-        offsets = 2 * self.split.spec.padding + 1
-        top, left = torch.randint(offsets, (2, n), generator=draws, device=device)
-        flip = torch.randint(2, (n,), generator=draws, device=device).bool()
+        n, draws = len(self.split), generator(f"{self.seed}/{self.epoch}")
+        order = torch.randperm(n, generator=draws)
+        top, left = torch.randint(2 * self.split.spec.padding + 1, (2, n), generator=draws)
+        flip = torch.randint(2, (n,), generator=draws).bool()
         return order, top, left, flip
 
 
-def generator(name: str, device: torch.device) -> torch.Generator:
-    """A generator on `device` whose draws depend on `name` alone."""
-    return torch.Generator(device).manual_seed(_seed_of(name))
+def generator(name: str) -> torch.Generator:
+    """A generator on the CPU whose draws depend on `name` alone."""
+    return torch.Generator().manual_seed(_seed_of(name))
 
 
 @contextlib.contextmanager
 def seeded(name: str) -> Iterator[None]:
-    """Context in which draws from torch's generator of the CPU depend on `name` alone.
+    """Context in which draws from torch's CPU generator depend on `name` alone.
 
-    At its end the generator has the state of before again.
+    The generator's earlier state is restored at the end.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_seed_of(name))
@@ -301,7 +307,7 @@ def seeded(name: str) -> Iterator[None]:
 
 
 def _seed_of(name: str) -> int:
-    # Hashed, so that seeds 1 and 2 share no epoch, to the 32 bits that the CPU's generator takes.
+    # The hash keeps seeds 1 and 2 from sharing an epoch; the CPU's generator takes 32 bits.
     return random.Random(name).getrandbits(32)
 
 
@@ -363,7 +369,7 @@ def _torchvision(
     """The training and the test set, downloaded if they are not in `folder`.
 
     Raises:
-        UserError: they cannot be downloaded either; it tells the `remedy`.
+        UserError: they cannot be downloaded either; the error names the `remedy`.
     """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer; torchvision sets no limit of its own

@@ -1,69 +1,29 @@
-"""The flags that scripts share, and what their values may be."""
+"""The flags that scripts share, in groups that a script's settings inherit."""
 
 import argparse
-import math
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from training import ranks
+from training.optimizers import OPTIMIZERS
+from training.settings import REQUIRED, Settings, derived, flag, free
 from utils import UserError
 
-EVALUATE_HELP = "test the model, with --resume the saved one, and end; TWA: the averages"
-WORKERS_HELP = (
-    "processes that decode and augment the images of ImageNet, on each rank; the other data sets "
-    "live on the device and need none"
-)
-IMAGE_SIZE_HELP = "height and width of the images that the model gets, in pixels"
-RANDAUGMENT_HELP = "strength of RandAugment, two operations an image; 0: none"
-SMOOTHING_HELP = "share of a label that is spread evenly over all classes"
-SCHEDULE_HELP = "learning rate schedule"
-WARMUP_HELP = "epochs of a linear rise of the rate; the schedule takes the rest"
-CLIP_HELP = "largest norm of the gradient, all parameters together; left out, any"
-TRACKERS_HELP = "send the metrics of each epoch, of TWA also the coefficients α,"
-OVERWRITE_HELP = "replace the checkpoints of an earlier run"
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for None: the help says what a flag is that is left out."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that shows defaults in `--help` and says errors in one line."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=_Formatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argument type: a finite `kind` (int or float) in [low, high]."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says it: "invalid int value: …"
-    return parse
-
-
-scale = number(float, 0, 1e30)  # a rate or a weight decay; float32 can hold what comes of it
+IMAGE_FOLDER, TEXT = "ImageNet", "Text"  # what --datasets calls them
+# Flags that say something about one kind of data alone.
+_OF_ONE_KIND = {
+    IMAGE_FOLDER: ("image_size", "strict_images"),
+    TEXT: ("epoch_steps", "tokenizer", "context"),
+}
+_OF_IMAGES = ("images", "randaugment", "val_ratio")
+SCALE = {"low": 0, "high": 1e30}  # of a rate or a weight decay: float32 holds what follows from it
+SCHEDULE = "learning rate schedule"
+EVALUATE = "only test: the model, with --resume the saved one; for TWA the averages"
 
 
 def percentage(text: str) -> float:
-    """An argument type: a share in percent that leaves something on both sides."""
+    """Parses a percentage that leaves something on both sides."""
     value = float(text)
     if not 0 < value < 100:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100, both excluded")
@@ -71,203 +31,214 @@ def percentage(text: str) -> float:
 
 
 def factory(text: str) -> str:
-    """An argument type: `module:function`, which `models.build` imports and calls."""
+    """Parses `module:function`, which `models.build` imports and calls."""
     if not all(text.partition(":")):
         raise argparse.ArgumentTypeError(f"{text} is not MODULE:FUNCTION")
     return text
 
 
-def add_model_arguments(
-    parser: argparse.ArgumentParser, *flags: str, choices: Iterable[str], **named
-) -> None:
-    """The flag of an architecture's name, `flags`, and the one of a model that the user brings."""
-    group = parser.add_mutually_exclusive_group(required="default" not in named)
-    # argparse would print the choices, a hundred, in place of the metavar: three times in all.
-    named |= {"metavar": "ARCH", "help": f"architecture: {', '.join(choices)}"}
-    group.add_argument(*flags, dest="arch", choices=choices, **named)
-    group.add_argument(
-        "--model-factory",
-        dest="arch",
-        default=argparse.SUPPRESS,
+@dataclass(kw_only=True)
+class Model(Settings):
+    """model"""
+
+    arch: str = flag(REQUIRED, "architecture", "--arch", "-a", metavar="ARCH", exclusive="model")
+    model_factory: str | None = free(
+        None,
+        "your own function, called without arguments, that returns the nn.Module",
         type=factory,
         metavar="MODULE:FUNCTION",
-        help="a function of your own that returns the nn.Module; called without arguments",
+        exclusive="model",
+    )
+
+    def check(self):
+        self.arch = self.model_factory or self.arch
+
+
+@dataclass(kw_only=True)
+class DataSet(Settings):
+    """data set"""
+
+    datasets: str = flag("CIFAR10", "data set")
+    data_dir: str | None = free("./datasets", "folder of the data sets, or for downloads")
+
+    def check(self):
+        for kind, names in _OF_ONE_KIND.items():
+            if self.datasets != kind:
+                self.refuse(*names, why=f"only with --datasets {kind}")
+        if self.datasets == TEXT:
+            self.refuse(*_OF_IMAGES, why=f"not with --datasets {TEXT}; leave it out")
+
+
+@dataclass(kw_only=True)
+class Batch(Settings):
+    """batches and seed"""
+
+    batch_size: int = flag(128, "images, or windows of text, a step", "--batch-size", "-b", low=1)
+    randomseed: int = flag(
+        1, "seed of all randomness", "--randomseed", "--seed", low=0, high=2**31 - 1
     )
 
 
-def add_data_set_arguments(
-    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str], **named
-) -> None:
-    """The flags of the model and of the data set, with the names of the paper's release.
+@dataclass(kw_only=True)
+class Augmentation(Settings):
+    """augmentation"""
 
-    Args:
-        named: `default`, the architecture if none is given.
-    """
-    add_model_arguments(parser, "--arch", "-a", choices=architectures, **named)
-    add = parser.add_argument
-    add("--datasets", default="CIFAR10", choices=datasets, help="data set")
-    add("--data-dir", default="./datasets", help="where data sets lie or are downloaded to")
+    randaugment: int = flag(0, "strength of RandAugment (0: none)", low=0, high=30)
 
 
-def add_batch_arguments(parser: argparse.ArgumentParser, size: int = 128) -> None:
-    add = parser.add_argument
-    seed = {"type": number(int, 0, 2**31 - 1), "default": 1}
-    add(
-        "--batch-size",
-        "-b",
-        type=number(int, 1),
-        default=size,
-        help="images, or windows of text, a step",
-    )
-    add("--randomseed", "--seed", **seed, help="seed of all randomness")
+@dataclass(kw_only=True)
+class TrainingSet(Augmentation):
+    """training set"""
 
-
-def add_training_arguments(parser: argparse.ArgumentParser, batch_size: int = 128) -> None:
-    """The flags of every trainer of the head stage, but for the model and the data set."""
-    add = parser.add_argument
-    add("--workers", "--worker", "-j", type=number(int, 0), default=4, help=WORKERS_HELP)
-    save_help = "folder of the checkpoints: SGD writes them, TWA reads them"
-    log_help = "folder of SGD's log and metrics; TWA reads these, and writes its own beside them"
-    add("--save-dir", default="save_temp", help=save_help)
-    add("--log-dir", default="save_temp", help=log_help)
-    add("--evaluate", "-e", action="store_true", help=EVALUATE_HELP)
-    add_batch_arguments(parser, batch_size)
-    add_data_arguments(parser)
-    add_run_arguments(parser)
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every trainer that say on what it trains."""
-    add = parser.add_argument
-    add(
-        "--split",
-        action="store_true",
-        help="hold out a part of the training set, drawn by --randomseed: SGD does not train on "
-        "it, TWA trains the coefficients on it alone",
-    )
-    add("--val-ratio", type=percentage, default=10, help="percent that --split holds out")
-    add("--images", type=number(int, 1), help="training images to use, the first N; left out, all")
-    add("--randaugment", type=number(int, 0, 30), default=0, help=RANDAUGMENT_HELP)
-
-
-def add_image_arguments(parser: argparse.ArgumentParser, size: int | None) -> None:
-    """The flags of every trainer on image folders; images have `size` pixels if left out."""
-    add = parser.add_argument
-    add("--image-size", type=number(int, 1), default=size, help=IMAGE_SIZE_HELP)
-    strict_help = "stop at an image that cannot be read, rather than skip it"
-    add("--strict-images", action="store_true", help=strict_help)
-
-
-def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags with which the paper's ImageNet scripts start their processes."""
-    add = parser.add_argument_group("in place of torchrun, for one process").add_argument
-    add("--gpu", type=number(int, 0), help="accelerator to use; the same as --device cuda:GPU")
-    add("--world-size", type=number(int, 1), default=1, help="machines; more than one: torchrun")
-    add("--rank", type=number(int, 0), default=0, help="number of this machine")
-    add("--dist-url", help="where machines meet; torchrun has --rdzv_endpoint")
-    add("--dist-backend", help="left to the device: nccl for CUDA, gloo for the CPU")
-    each_help = "a process for each accelerator; where there are several: torchrun"
-    add("--multiprocessing-distributed", action="store_true", help=each_help)
-
-
-def check_launch(args: argparse.Namespace) -> None:
-    """Takes `--gpu` as the device; a `UserError` tells what is wrong, or where to use torchrun."""
-    several = args.multiprocessing_distributed and torch.accelerator.device_count() > 1
-    if args.world_size > 1 or (several and args.gpu is None and not ranks.launched()):
-        flag = "--world-size" if args.world_size > 1 else "--multiprocessing-distributed"
-        many = f"--nnodes {args.world_size} --rdzv_backend c10d --rdzv_endpoint HOST:PORT"
-        how = many if args.world_size > 1 else "--standalone"
-        raise UserError(
-            f"{flag}: start the script with torchrun {how} "
-            f"--nproc_per_node {max(1, torch.accelerator.device_count())}, without this flag"
-        )
-    if args.gpu is not None:
-        count = torch.accelerator.device_count()
-        if args.device:
-            raise UserError(f"--gpu {args.gpu} and --device {args.device}: give one of them")
-        if args.gpu >= count:
-            raise UserError(f"--gpu {args.gpu}: there are {count} accelerators; try --device cpu")
-        args.device = f"{torch.accelerator.current_accelerator()}:{args.gpu}"
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a training recipe, transformers' above all, beside rate and weight decay."""
-    add = parser.add_argument
-    add("--warmup-epochs", type=number(float, 0), default=0.0, help=WARMUP_HELP)
-    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help=SMOOTHING_HELP)
-    add("--clip-grad", type=number(float, 0), metavar="NORM", help=CLIP_HELP)
-
-
-def check_recipe(args: argparse.Namespace) -> None:
-    """Raises a `UserError` if the rate would never have risen."""
-    if args.warmup_epochs > args.epochs:
-        raise UserError(
-            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
-        )
-
-
-def add_soup_arguments(
-    parser: argparse.ArgumentParser, architectures: Iterable[str], datasets: Iterable[str]
-) -> None:
-    """The flags of both scripts of the fine-tune stage, which always hold out validation data."""
-    add_data_set_arguments(parser, architectures, datasets, default="PreResNet20")
-    add_batch_arguments(parser)
-    ratio_help = "percent of the training set that is held out, drawn by --randomseed"
-    parser.add_argument("--val-ratio", type=percentage, default=10, help=ratio_help)
-    add_compute_arguments(parser)
-    parser.set_defaults(split=True)
-
-
-def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where and how a script computes, and how often it says so."""
-    add = parser.add_argument
-    add("--print-freq", "-p", type=number(int, 1), default=50, help="iterations between lines")
-    add("--device", help="torch device; left out, the accelerator if there is one, else cpu")
-    amp_help = "bfloat16 autocast and channels_last memory format"
-    add("--amp", "--half", action="store_true", help=amp_help)
-    add("--compile", action="store_true", help="compile the model with torch.compile")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every trainer: where and how a run computes, what it logs, resuming."""
-    add_compute_arguments(parser)
-    add = parser.add_argument
-    add("--log-name", default="log", help="name of the log file")
-    add("--wandb", action="store_true", help=f"{TRACKERS_HELP} to Weights & Biases as well")
-    add("--tensorboard", action="store_true", help=f"{TRACKERS_HELP} to TensorBoard as well")
-    add("--EXP", default="TWA", help="name of the Weights & Biases run")
-    add(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="STATE",
-        help="go on from STATE; without a value from the state that the run saved, or from the "
-        "start if there is none yet",
+    # Of these two, `held_out` says what must agree when a run is resumed.
+    split: bool = free(False, "hold out training images: TWA trains on them, SGD does not")
+    val_ratio: float | None = free(10, "percent held out, drawn by --randomseed", type=percentage)
+    images: int | None = flag(
+        None, "training images to use: the first, or of a folder random ones (default: all)", low=1
     )
 
 
-# What may differ between a run and its resumption; all else must be the same.
-MAY_CHANGE = {
-    *("save_dir", "log_dir", "out", "log_name", "data_dir", "resume", "overwrite", "evaluate"),
-    *("tokenizer", "initial"),  # the vocabulary counts; and what a run began with is in its state
-    *("device", "compile", "workers", "parallel", "reshard_after_forward", "strict_images"),
-    *("print_freq", "save_freq", "eval_freq", "pretrained", "start_epoch"),
-    *("wandb", "tensorboard", "EXP"),
-    *("gpu", "world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
-    *("split", "val_ratio"),  # said by `held_out`
-}
+@dataclass(kw_only=True)
+class Workers(Settings):
+    """workers"""
+
+    workers: int = free(
+        4, "processes per rank that decode image folders", "--workers", "--worker", "-j", low=0
+    )
 
 
-def settings(args: argparse.Namespace) -> dict:
-    """The arguments that must be the same when a run is resumed: it would be another otherwise."""
-    kept = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
-    return kept | {"held_out": held_out(args)}
+@dataclass(kw_only=True)
+class ImageFolder(Workers):
+    """image folders"""
+
+    image_size: int | None = flag(None, "height and width in pixels (default: 224)", low=1)
+    strict_images: bool = free(False, "stop at an unreadable image instead of skipping it")
+
+    def check(self):
+        if self.datasets == IMAGE_FOLDER:
+            self.image_size = self.image_size or 224
 
 
-def held_out(args: argparse.Namespace) -> str | None:
-    """Which images `--split` holds out: runs that say the same hold out the same."""
+@dataclass(kw_only=True)
+class Training(Settings):
+    """optimizer of all weights"""
+
+    epochs: int = flag(REQUIRED, "total number of epochs", low=0)
+    optimizer: str = flag("sgd", "optimizer", choices=tuple(OPTIMIZERS))
+    schedule: str = flag("step", SCHEDULE, choices=("step", "constant", "cosine"))
+    lr: float = flag(0.1, "learning rate", "--lr", "--learning-rate", **SCALE)
+    momentum: float = flag(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = flag(1e-4, "weight decay", "--weight-decay", "--wd", **SCALE)
+
+
+@dataclass(kw_only=True)
+class Recipe(Settings):
+    """training recipe"""
+
+    warmup_epochs: float = flag(0.0, "epochs of linear warm-up, before the schedule", low=0)
+    label_smoothing: float = flag(0.0, "label smoothing", low=0, high=1)
+    clip_grad: float | None = flag(None, "maximum gradient norm (default: no clipping)", low=0)
+
+    def check(self):
+        epochs = min(self.epochs) if isinstance(self.epochs, tuple | list) else self.epochs
+        if self.warmup_epochs > epochs:
+            raise UserError(
+                f"--warmup-epochs {self.warmup_epochs:g} is more than --epochs {epochs}"
+            )
+
+
+@dataclass(kw_only=True)
+class Compute(Settings):
+    """computing"""
+
+    print_freq: int = free(50, "iterations between lines", "--print-freq", "-p", low=1)
+    device: str | None = free(None, "torch device (default: the accelerator, else cpu)")
+    amp: bool = flag(False, "bfloat16 autocast and channels_last", "--amp", "--half")
+    compile: bool = free(False, "compile the model (torch.compile)")
+
+
+@dataclass(kw_only=True)
+class Run(Compute):
+    """log and resuming"""
+
+    log_name: str = free("log", "name of the log file")
+    wandb: bool = free(False, "also send metrics, and TWA's α, to Weights & Biases")
+    tensorboard: bool = free(False, "also send metrics, and TWA's α, to TensorBoard")
+    EXP: str = free("TWA", "name of the Weights & Biases run", "--EXP")
+    resume: str | None = free(
+        None, "resume from STATE, by default the run's own, if any", nargs="?", metavar="STATE"
+    )
+
+
+@dataclass(kw_only=True)
+class HeadStage(Batch, TrainingSet, Workers, Run):
+    """folders"""
+
+    save_dir: str = free("save_temp", "folder of the checkpoints that SGD writes and TWA reads")
+    log_dir: str = free("save_temp", "folder of SGD's log and metrics, which TWA reads")
+    evaluate: bool = free(False, EVALUATE, "--evaluate", "-e")
+
+
+@dataclass(kw_only=True)
+class Overwrite(Settings):
+    """earlier runs"""
+
+    overwrite: bool = free(False, "replace the checkpoints of an earlier run")
+
+
+@dataclass(kw_only=True)
+class Launch(Settings):
+    """in place of torchrun, for one process"""
+
+    gpu: int | None = free(None, "accelerator; the same as --device cuda:GPU", low=0)
+    world_size: int = free(1, "number of machines; for several use torchrun", low=1)
+    rank: int = free(0, "number of this machine", low=0)
+    dist_url: str | None = free(None, "where machines meet; torchrun has --rdzv_endpoint")
+    dist_backend: str | None = free(None, "ignored: nccl for CUDA, gloo for the CPU")
+    multiprocessing_distributed: bool = free(False, "for several accelerators use torchrun")
+
+    def check(self):
+        """Takes `--gpu` as the device; raises a `UserError` where torchrun is needed."""
+        count, how = torch.accelerator.device_count(), None
+        if self.world_size > 1:
+            where = "--rdzv_backend c10d --rdzv_endpoint HOST:PORT"
+            how = "--world-size", f"--nnodes {self.world_size} {where}"
+        elif self.multiprocessing_distributed and count > 1 and self.gpu is None:
+            how = None if ranks.launched() else ("--multiprocessing-distributed", "--standalone")
+        if how:
+            each = f"--nproc_per_node {max(1, count)}"
+            raise UserError(
+                f"{how[0]}: start the script with torchrun {how[1]} {each}, without this flag"
+            )
+        if self.gpu is not None:
+            if self.device:
+                raise UserError(f"--gpu {self.gpu} and --device {self.device}: give one of them")
+            if self.gpu >= count:
+                known = f"there are {count} accelerators"
+                raise UserError(f"--gpu {self.gpu}: {known}; try --device cpu")
+            self.device = f"{torch.accelerator.current_accelerator()}:{self.gpu}"
+
+
+@dataclass(kw_only=True)
+class Soup(Model, DataSet, Batch, Compute):
+    """held-out part"""
+
+    arch: str = "PreResNet20"
+    val_ratio: float = flag(
+        10, "percent of the training set that is held out, drawn by --randomseed", type=percentage
+    )
+    split: bool = derived(True)
+
+
+def held_out(args) -> str | None:
+    """Which samples `--split` holds out: runs that give the same string hold out the same."""
     if not args.split:
         return None
-    if args.datasets == "Text":
+    if args.datasets == TEXT:
         return "the validation files"
     return f"{args.val_ratio:g} % by seed {args.randomseed}"
+
+
+def settings(args: Settings) -> dict:
+    """The values that must be the same when a run is resumed."""
+    return args.must_agree() | {"held_out": held_out(args)}

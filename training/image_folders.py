@@ -3,7 +3,6 @@
 An image folder contains `train/` and `val/`, and each of these a folder per class.
 """
 
-import argparse
 import hashlib
 import os
 import signal
@@ -15,28 +14,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+import models
 from training import data
+from training.flags import IMAGE_FOLDER as NAME
 from utils import UserError
 
-NAME = "ImageNet"  # what --datasets calls an image folder
 SIZE = 224  # pixels
-# To re-estimate batch norm's statistics on all of ImageNet's training images would take as long as
-# a third of an epoch of training, for each solution.
-BN_IMAGES = 100_000
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images
 
 
-def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """The size of the images where it is left out; of other data the flags are refused."""
-    if args.datasets == NAME:
-        args.image_size = args.image_size or SIZE
-    elif args.image_size or args.strict_images:
-        parser.error(f"--image-size and --strict-images: only with --datasets {NAME}")
+class Spec(data.Spec):
+    """The constants of an image folder."""
+
+    def model(self, arch: str) -> nn.Module:
+        """A freshly initialised model for these images; see `models.imagenet.build`."""
+        return models.imagenet.build(arch, self.classes, self.size)
 
 
 def load(directory: str | Path, size: int = SIZE) -> tuple[data.Split, data.Split]:
@@ -56,11 +53,11 @@ def load(directory: str | Path, size: int = SIZE) -> tuple[data.Split, data.Spli
             f"{lacks.root}: lacks the class folder {odd[0]} that {has.root} has; "
             "both need the same class folders"
         )
-    # Not by their files: one that is damaged may be removed, and the run be gone on with.
+    # Not of the files: a damaged one may be removed before the run is resumed.
     digest = hashlib.sha256(os.fsencode("/".join(train.classes))).hexdigest()[:16]
     content = f"of {len(train.classes)} classes, SHA-256 of their names {digest}"
     how = {"padding": 0, "flip": True, "mean": _MEAN, "std": _STD, "content": content}
-    spec = data.Spec(NAME, len(train.classes), 3, size, **how)
+    spec = Spec(NAME, len(train.classes), 3, size, **how)
     # In an array, because worker processes would copy a list: they count its references.
     files = [np.array([os.fsencode(file) for file, _ in part.samples]) for part in parts]
     labels = [torch.tensor(part.targets) for part in parts]
@@ -148,24 +145,30 @@ class _Batches(Dataset):
         return image, -100, _Unread(file, " ".join(reason.split()), opened)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Those of a terminal and of `torchrun` go to the trainer too, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):  # torchrun sends SIGTERM to the group of the trainer
-        os.setpgrp()
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """The trainer ends in order, and its workers with it, whichever process a signal reaches first.
+
+    Terminals, `torchrun` and schedulers send it to all of them. A second SIGTERM ends the worker,
+    as Python does with those that are left at its exit.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
+@dataclass(eq=False, kw_only=True)
 class Loader(data.Loader):
     """As `data.Loader`, for the files of an image folder. Only one iteration runs at a time.
 
     What is drawn for an image depends on the seed, the epoch and its position there alone.
 
-    A file that can be opened and is damaged is skipped: in its place comes an image of the mean
-    colour with the label -100, which `cross_entropy` ignores. As the loss of a batch is divided by
-    the number of all its images, the weight of the others does not change.
+    A damaged file is skipped: in its place comes an image of the mean colour with the label -100,
+    which `cross_entropy` ignores. As the loss of a batch is divided by the number of all its
+    images, the weight of the others does not change.
 
-    Args:
-        device: where the batches go; other arguments as of `data.Loader`.
+    Attributes:
+        device: where the batches go.
         workers: processes that decode and augment; with 0, this one does.
         strict: whether to stop at a damaged file.
 
@@ -174,32 +177,23 @@ class Loader(data.Loader):
             damaged and `strict`.
     """
 
-    def __init__(
-        self,
-        split: data.Split,
-        batch_size: int,
-        *,
-        train: bool,
-        device: torch.device,
-        workers: int = 4,
-        strict: bool = False,
-        seed: int = 0,
-        randaugment: int = 0,
-        **layout_and_ranks,
-    ):
-        super().__init__(split, batch_size, train=train, seed=seed, **layout_and_ranks)
-        self.device, self.strict = device, strict
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
-        self.skipped = set()
+    device: torch.device
+    workers: int = 4
+    strict: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
         self._keys: list[tuple[int, int, np.ndarray]] = []  # of the batches to be loaded
+        drawn = transform(self.split.spec.size, self.train, self.randaugment)
         self._decoded = DataLoader(
-            _Batches(split, transform(split.spec.size, train, randaugment), seed),
+            _Batches(self.split, drawn, self.seed),
             batch_size=None,
             sampler=self._keys,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type not in ("cpu", "mps"),
-            worker_init_fn=_ignore_signals,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type not in ("cpu", "mps"),
+            worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator(),  # not the run's
         )
 
@@ -220,19 +214,19 @@ class Loader(data.Loader):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from batches
         except RuntimeError as error:
-            if not self._decoded.num_workers:
+            if not self.workers:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(
-                f"--workers {self._decoded.num_workers}: a process that decodes images failed "
-                f"({reason}); try fewer: each needs memory"
+                f"--workers {self.workers}: a process that decodes images failed ({reason}); "
+                "try fewer: each needs memory"
             ) from None
 
     def _order(self) -> np.ndarray:
         """The indices of the images in the order of this epoch."""
         if not self.train:
             return np.arange(len(self.split))
-        generator = data.generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
+        generator = data.generator(f"{self.seed}/{self.epoch}")
         return torch.randperm(len(self.split), generator=generator).numpy()
 
     def _skip(self, unread: _Unread) -> None:

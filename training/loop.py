@@ -1,11 +1,9 @@
-"""What every training script does: set up, train an epoch, evaluate, re-estimate batch norm."""
+"""What every training script does: train an epoch, evaluate, re-estimate batch norm."""
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,13 +13,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-import models
-from training import data, image_folders, ranks, text, trackers
-from training.logs import told
+from training import data, ranks, text
+from training.logs import format_metric
 from training.optimizers import schedule_of
 from twa import TWA
 from twa.files.checkpoints import NotFiniteError
-from utils import UserError, choose_device
+from utils import UserError
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
@@ -33,103 +30,27 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def set_up(
-    args: argparse.Namespace,
-    on_held_out: bool = False,
-    shard: Callable[[nn.Module, torch.device], bool] | None = None,
-) -> tuple[nn.Module, data.Loader, data.Loader]:
-    """The model and the loaders of the training and the test set that the arguments ask for.
-
-    Under `torchrun` the ranks meet here, and each has its share of every batch.
-
-    Args:
-        on_held_out: with `--split`, whether the training set is the part that is held out, and not
-            the rest.
-        shard: shards the model among the ranks on the device, or does not, and says whether it
-            did; None: each rank has a whole one.
-
-    Raises:
-        UserError: the device, the data set or a package is not to be had, the architecture cannot
-            take images of this size, or the batch does not divide among the ranks.
-    """
-    trackers.check(args)  # what is missing is said before anything is written
-    device = choose_device(args.device, ranks.local_rank() if ranks.launched() else None)
-    ranks.start(device)
-    among = {"rank": ranks.rank(), "world": ranks.world()}
-    if args.batch_size % among["world"]:
-        raise UserError(
-            f"--batch-size {args.batch_size}: does not divide among {among['world']} ranks; "
-            f"give a multiple of {among['world']}"
-        )
-    train_set, test_set, loader, test_batch_size = data_of(args, device)
-    if args.split:
-        rest, held_out = train_set.hold_out(args.val_ratio, args.randomseed)
-        train_set = held_out if on_held_out else rest
-    train_set = train_set.part(slice(args.images))
-    augment = {}
-    if args.datasets != text.NAME:
-        among["channels_last"] = args.amp
-        augment["randaugment"] = args.randaugment
-    seed = args.randomseed
-    train = loader(train_set, args.batch_size, train=True, seed=seed, **augment, **among)
-    test = loader(test_set, test_batch_size, train=False, **among)
-    model = build(args.arch, train_set.spec, device, args.amp, args.compile, shard)
-    return model, train, test
-
-
-def data_of(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[data.Split, data.Split, Callable[..., data.Loader], int]:
-    """The training and the test set, what makes a loader of either, and a batch size for the test.
-
-    Raises:
-        UserError: the data set is not to be had.
-    """
-    if args.datasets == image_folders.NAME:
-        splits = image_folders.load(args.data_dir, args.image_size)
-        decoding = {"workers": args.workers, "strict": args.strict_images}
-        loader = partial(image_folders.Loader, device=device, **decoding)
-        return *splits, loader, args.batch_size
-    if ranks.local_rank() > 0:
-        ranks.barrier()  # until the first rank of the machine has written what is missing
-    if args.datasets == text.NAME:
-        vocabulary = text.Vocabulary.read(args.tokenizer)
-        splits = text.load(args.data_dir, vocabulary, args.context)
-        loader = partial(text.Loader, device=device, steps=args.epoch_steps)
-        test_batch_size = args.batch_size
-    else:
-        splits = data.load(args.datasets, args.data_dir, device)
-        loader, test_batch_size = data.Loader, 1000
-    if ranks.local_rank() == 0:
-        ranks.barrier()
-    return *splits, loader, test_batch_size
-
-
 def build(
-    name: str,
+    arch: str,
     spec: data.Spec | text.Spec,
     device: torch.device,
     amp: bool = False,
     compiled: bool = False,
     shard: Callable[[nn.Module, torch.device], bool] | None = None,
 ) -> nn.Module:
-    """The model of this name for a data set, on `device`.
+    """The model of this name for a data set, freshly initialised, on `device`.
 
     Args:
-        amp: whether it is laid out for bfloat16, its channels last.
+        amp: whether it is laid out for bfloat16, with its channels last.
         compiled: whether it is compiled.
-        shard: as of `set_up`.
+        shard: shards the model among the ranks on the device, or does not, and says whether it
+            did; None: each rank has a whole one.
 
     Raises:
-        UserError: as `models.build`.
+        UserError: the architecture is not known, or does not take such samples.
     """
-    if spec.name == text.NAME:
-        model = models.gpt.build(name, spec.vocabulary.size, spec.context)
-    elif spec.name == image_folders.NAME and ":" not in name:
-        model = models.imagenet.build(name, spec.classes, spec.size)
-    else:
-        model = models.build(name, spec.classes, spec.channels, spec.size)
-    if not (shard and shard(model, device)):  # FSDP2 takes contiguous weights only.
+    model = spec.model(arch)
+    if not (shard and shard(model, device)):  # FSDP2 takes contiguous weights only
         model.to(device, memory_format=torch.channels_last if amp else torch.contiguous_format)
     if compiled:
         model.compile()
@@ -137,11 +58,11 @@ def build(
 
 
 class Totals:
-    """Loss and hits, summed on the device and read only when asked: no sync in an iteration.
+    """Sums of loss and hits, kept on the device: adding a batch does not wait for it.
 
     Args:
-        top5: whether to tell how often the label is among the five best classes, too.
-        sums: those of other totals to go on from, as `self.sums`.
+        top5: whether to count labels among the five best classes, too.
+        sums: those to continue from, as `self.sums`, float32 [4].
     """
 
     def __init__(self, device: torch.device, top5: bool = False, sums: Tensor | None = None):
@@ -159,10 +80,7 @@ class Totals:
         self.sums += torch.stack([loss.float(), hits.float(), near.float(), count.float()])
 
     def read(self) -> dict[str, float]:
-        """The mean loss in nats and the accuracy in percent of all that was added on any rank.
-
-        By the names "loss", "accuracy" and, if asked for, "top5_accuracy".
-        """
+        """The means over all ranks: "loss" in nats, "accuracy" and "top5_accuracy" in percent."""
         loss, hits, near, count = map(sum, zip(*ranks.gather(self.sums.tolist()), strict=True))
         totals = {"loss": loss / max(count, 1), "accuracy": 100.0 * hits / max(count, 1)}
         return totals | ({"top5_accuracy": 100.0 * near / max(count, 1)} if self._top5 else {})
@@ -170,22 +88,24 @@ class Totals:
 
 @dataclass
 class Progress:
-    """How far an epoch is trained: what a run goes on from that was stopped within it.
+    """How far the latest epoch is trained; part of a resumable state.
 
     Attributes:
-        iteration: batches done; all that they gave is in the weights, after an optimizer step.
-        rate: at the epoch's start.
-        seconds: that they took.
-        sums: what `Totals` has summed on this rank, float32 [4].
+        epoch: its number, from 1 on.
+        iteration: batches done, whose gradients are in the weights.
+        rate: learning rate at the start of the epoch.
+        seconds: that its training took so far.
+        sums: of `Totals` on this rank, float32 [4].
     """
 
+    epoch: int = 0
     iteration: int = 0
     rate: float = 0.0
     seconds: float = 0.0
     sums: Tensor = field(default_factory=lambda: torch.zeros(4))
 
     def state_dict(self) -> dict:
-        """Called on every rank; the sums are those of all, float32 [ranks, 4]."""
+        """Called on every rank; the sums are those of all ranks, float32 [ranks, 4]."""
         return vars(self) | {"sums": torch.stack(ranks.gather(self.sums.cpu()))}
 
     def load_state_dict(self, state: dict) -> None:
@@ -194,39 +114,34 @@ class Progress:
         everyones = self.sums.view(-1, 4)
         if len(everyones) == ranks.world():
             self.sums = everyones[ranks.rank()].clone()
-        else:  # The first rank goes on with the sums of all.
+        else:  # the first rank continues from the sums of all
             self.sums = everyones.sum(0) if ranks.rank() == 0 else torch.zeros(4)
-
-    def reset(self) -> None:
-        """Sets out for another epoch."""
-        vars(self).update(vars(Progress()))
 
 
 class Diverged(UserError):
-    """The training left the finite numbers."""
+    """The loss or the weights have become NaN or infinite."""
 
 
 @dataclass
 class Trainer:
-    """One epoch after the other: train, then test. SGD, SWA and TWA differ in `optimizer` alone.
+    """Trains and tests epoch by epoch. SGD, SWA and TWA differ in `optimizer` alone.
 
-    On several ranks the gradient is that of the whole batch, of which each computes its share.
+    On several ranks each computes its share of a batch, and the gradient is that of the whole.
 
     Args:
-        model: whole, and the same on all ranks, or sharded by `ranks.shard` and its optimizer TWA.
+        model: whole and the same on all ranks, or sharded by `ranks.shard` and trained by TWA.
         scheduler: stepped after each optimizer step.
-        epochs: how many there are in all, for the log.
+        epochs: of the whole training.
         line: takes the lines of the log.
-        print_every: iterations between two lines (or updates of the bar, on a terminal).
+        print_every: iterations between two lines (on a terminal, updates of the bar).
         accumulate: batches whose mean gradient makes one step; the last step of an epoch takes
             those that are left.
         label_smoothing: of the training loss, in [0, 1].
-        clip_grad: largest norm of the gradient, of all parameters together; None for no limit.
-        top5: whether the accuracy among the five best classes is reported, too.
-        name: what stands before "epoch 3/10" in the log.
-        progress: kept up to date, so that it can be saved after any step; what it holds is gone
-            on from.
-        state: where resumable states are saved: what stands if the training diverges.
+        clip_grad: maximum norm of the gradient of all parameters; None for no clipping.
+        top5: whether to measure the accuracy among the five best classes, too.
+        name: stands before "epoch 3/10" in the log.
+        progress: how far the latest epoch is trained, up to date after every step.
+        state: the file of the resumable state, for messages.
     """
 
     model: nn.Module
@@ -248,10 +163,10 @@ class Trainer:
 
     @classmethod
     def of(cls, args, model, train, test, optimizer, factor, first: int = 0, **more) -> "Trainer":
-        """A trainer for `args.epochs` epochs, with what else the flags in `args` say of it.
+        """A trainer for `args.epochs` epochs with the settings in `args`.
 
         Args:
-            factor: of the rate, as in `optimizers.SCHEDULES`; behind `args.warmup_epochs`.
+            factor: of the rate, as in `optimizers.SCHEDULES`; follows `args.warmup_epochs`.
             first: optimizer steps that count as done.
             more: further fields.
         """
@@ -274,41 +189,57 @@ class Trainer:
         together = isinstance(self.optimizer, TWA)
         self._forward = self.model if together else ranks.replicate(self.model)
 
-    def epoch(self, epoch: int, after_step: Callable[[int], None] | None = None) -> dict:
+    def epoch(
+        self,
+        epoch: int,
+        after_step: Callable[[int], None] | None = None,
+        before_test: Callable[[int], None] | None = None,
+    ) -> dict:
         """Trains epoch `epoch` (from 1 on) and tests; returns rate, losses, accuracies, seconds.
 
-        An epoch that `progress` says is begun is gone on with.
+        Continues where `progress` says that the epoch has begun.
 
         Args:
             after_step: called after each optimizer step with the iterations done in this epoch.
+            before_test: called with the epoch once its last step is done.
 
         Raises:
-            Diverged: the loss is NaN or infinite (looked at in every iteration on the CPU; where
-                a look would cost a wait, when a line is due; and in the test), or `after_step`
-                found weights that are.
+            Diverged: the loss is NaN or infinite, or `after_step` or `before_test` found weights
+                that are. The loss is read in every iteration on the CPU, elsewhere with each line
+                of the log, as reading waits for the device.
         """
         title = f"{self.name}epoch {epoch}/{self.epochs}"
-        if self.progress.iteration == 0:
+        if self.progress.epoch != epoch:
+            vars(self.progress).update(vars(Progress(epoch)))
             self.progress.rate = self.optimizer.param_groups[0]["lr"]
-        self.train.set_epoch(epoch)
-        trained = self._train(title, after_step)
-        rate, seconds = self.progress.rate, self.progress.seconds
-        ranks.average_buffers(self.model)
+        trained = Totals(device_of(self.model), self.top5, self.progress.sums)
+        if self.progress.iteration < len(self.train):
+            try:
+                self._train(epoch, title, trained, after_step)
+                ranks.average_buffers(self.model)
+                if before_test:
+                    before_test(epoch)
+            except NotFiniteError as error:
+                raise self._diverged(
+                    f"{title}, iteration {self.progress.iteration}", error
+                ) from None
         tested = evaluate(self.model, self.test, self.amp, self.top5)
         self._refuse_divergence(tested["loss"], f"{title}, test")
-        self.progress.reset()
+        trained = self.train.measures(trained.read())
         return {
             "epoch": epoch,
-            "rate": rate,
-            **{f"train_{key}": value for key, value in self.train.measures(trained).items()},
+            "rate": self.progress.rate,
+            **{f"train_{key}": value for key, value in trained.items()},
             **{f"test_{key}": value for key, value in self.test.measures(tested).items()},
-            "seconds": seconds,
+            "seconds": self.progress.seconds,
         }
 
-    def _train(self, title: str, after_step: Callable[[int], None] | None) -> dict[str, float]:
+    def _train(
+        self, epoch: int, title: str, totals: Totals, after_step: Callable[[int], None] | None
+    ) -> None:
         self.model.train()
+        self.train.set_epoch(epoch)
         device = device_of(self.model)
-        totals = Totals(device, self.top5, self.progress.sums)
         count, done = len(self.train), self.progress.iteration
         started = time.perf_counter() - self.progress.seconds
         watched = device.type == "cpu" and ranks.world() == 1
@@ -344,11 +275,7 @@ class Trainer:
                 self.progress.seconds = time.perf_counter() - started
                 self.progress.sums = totals.sums
                 if after_step:
-                    try:
-                        after_step(i)
-                    except NotFiniteError as error:
-                        raise self._diverged(f"{title}, iteration {i}", error) from None
-        return totals.read()
+                    after_step(i)
 
     def _refuse_divergence(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
@@ -356,8 +283,8 @@ class Trainer:
 
     def _diverged(self, where: str, what: object) -> Diverged:
         rate = self.optimizer.param_groups[0]["lr"]
-        stands = f" ({self.state} stands as it was saved before)" if self.state else ""
-        return Diverged(f"{where}: {what} at rate {rate:.3g}; try a lower --lr{stands}")
+        intact = f" ({self.state} is intact, as saved before)" if self.state else ""
+        return Diverged(f"{where}: {what} at rate {rate:.3g}; try a lower --lr{intact}")
 
 
 @torch.no_grad()
@@ -367,14 +294,14 @@ def evaluate(
     amp: bool = False,
     top5: bool = False,
 ) -> dict[str, float]:
-    """The mean loss in nats and the accuracy in percent over `batches`, in evaluation mode."""
+    """Mean loss in nats and accuracy in percent over `batches`, in evaluation mode."""
     return score(predict(model, batches, amp), device_of(model), top5)
 
 
 def score(
     predictions: Iterable[tuple[Tensor, Tensor]], device: torch.device, top5: bool = False
 ) -> dict[str, float]:
-    """The mean loss in nats and the accuracy in percent of logits [B, classes] for labels [B]."""
+    """Mean loss in nats and accuracy in percent of logits [B, classes] for labels [B]."""
     totals = Totals(device, top5)
     for outputs, labels in predictions:
         totals.add(F.cross_entropy(outputs, labels, reduction="sum"), outputs, labels)
@@ -385,9 +312,9 @@ def score(
 def predict(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], amp: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch by batch, in evaluation mode: logits float32 [B, classes] and labels [B].
+    """Yields logits float32 [B, classes] and labels [B] for each batch, in evaluation mode.
 
-    Of a text, B counts the tokens of the batch.
+    Of text, B counts the tokens of the batch.
     """
     model.eval()
     device = device_of(model)
@@ -400,13 +327,13 @@ def predict(
 def reestimate_bn(
     model: nn.Module, train: data.Loader, amp: bool = False, images: int | None = None
 ) -> None:
-    """Batch norm's running statistics, made anew for the weights that `model` holds.
+    """Re-estimates batch norm's running statistics for the current weights of `model`.
 
-    Always over the draws of epoch 0, which no training uses: the same weights get the same
-    statistics whatever was trained before, and on however many ranks.
+    The images are those of epoch 0, which no training uses: the same weights get the same
+    statistics whatever was trained before, on any number of ranks.
 
     Args:
-        images: how many to take, in whole batches; all of them if None.
+        images: how many to take, in whole batches; None for all of them.
     """
     train.set_epoch(0)
     count = len(train)
@@ -420,32 +347,22 @@ def reestimate_bn(
 def sample_loss(
     model: nn.Module, train: data.Loader, amp: bool = False, last: bool = False
 ) -> float:
-    """The loss in nats on `train.sample` images of epoch 0, whose draws no training uses.
+    """The loss in nats on `train.sample` images of epoch 0, which no training uses.
 
-    Batch norm is re-estimated on the first ones. What a start or an end point is chosen by: test
-    data choose nothing.
+    Batch norm is re-estimated on the first ones. Start and end points are chosen by this loss, as
+    test data choose nothing.
 
     Args:
-        last: on the last images in place of the first. The best of many start points is too good
-            on the images that it was chosen by to be compared there with an end point.
+        last: use the last images instead of the first. The best of many start points is biased on
+            the images that chose it, and is compared with an end point on others.
     """
     reestimate_bn(model, train, amp, train.sample)
     count = min(len(train), math.ceil(train.sample / train.batch_size))
     first = len(train) - count if last else 0
-    return evaluate(model, islice(train.batches(first), count), amp)["loss"]
+    return evaluate(model, train.watch(islice(train.batches(first), count)), amp)["loss"]
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """`loss 0.1234 accuracy 95.12 %`, and `top-5 99.87 %` or what else was measured."""
+    """The metrics in one line: `loss 0.1234 accuracy 95.12 % top-5 99.87 %`."""
     names = {"top5_accuracy": "top-5", "bits_a_byte": "bits a byte"}
-    return " ".join(f"{names.get(key, key)} {told(key, value)}" for key, value in metrics.items())
-
-
-def skipped_images(*loaders: data.Loader) -> str | None:
-    """A line that counts the images that any rank skipped and names the first, or None."""
-    mine = set().union(*(loader.skipped for loader in loaders))
-    files = sorted(set().union(*ranks.gather(mine)))
-    if not files:
-        return None
-    more = ", …" if len(files) > 5 else ""
-    return f"skipped {len(files)} images that cannot be read: {', '.join(files[:5])}{more}"
+    return " ".join(f"{names.get(key, key)} {format_metric(key, v)}" for key, v in metrics.items())

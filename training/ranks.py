@@ -1,15 +1,13 @@
-"""Many processes: the ranks that `torchrun` starts, what they share, and what the first one writes.
+"""The ranks that `torchrun` starts: how they meet and part, what they exchange, who writes.
 
 Without `torchrun` there is one rank, and each function does what one process would do.
 """
 
 import atexit
-import contextlib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from training.files import save
+from training.files import on_cpu, save
 from twa.files.checkpoints import check_finite
 from utils import UserError
 
@@ -32,12 +30,12 @@ def launched() -> bool:
 
 
 def restarts() -> int:
-    """How often `torchrun` has started the ranks anew because one of them had died."""
+    """How often `torchrun` has restarted the ranks because one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def first() -> bool:
-    """Whether this process is the first rank, also before the ranks have met."""
+    """Whether this process is the first rank; known before the ranks have met, too."""
     return not launched() or int(os.environ["RANK"]) == 0
 
 
@@ -47,69 +45,8 @@ def local_rank() -> int:
 
 
 def local_world() -> int:
-    """How many ranks there are on this machine."""
+    """The number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def on_each_machine() -> int | None:
-    """How many ranks there are on each machine; None if they differ in that."""
-    counts = {*gather(local_world())}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def start(device: torch.device) -> None:
-    """Joins the other ranks, by NCCL on CUDA and by gloo on the CPU."""
-    if not launched() or dist.is_initialized():
-        return
-    if device.type != "cpu":
-        torch.get_device_module(device).set_device(device)
-    with uncaught_signals():
-        _meet(dist.get_default_backend_for_device(device))
-
-
-@contextlib.contextmanager
-def uncaught_signals() -> Iterator[None]:
-    """Context in which signals have their default action, where a wait would hold up handlers.
-
-    A rank that waits for one that has died is then ended by `torchrun`'s SIGTERM.
-    """
-    before = {
-        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _meet(backend: str) -> None:
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        dist.init_process_group(backend)  # The machines may count their restarts differently.
-        return
-    # After a restart the ranks meet in the same store, where the addresses of the dead still stand.
-    store, rank, world = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"restart {restarts()}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-
-def stop() -> None:
-    """Leaves the other ranks, once all of them are done."""
-    if dist.is_initialized():
-        barrier()
-        dist.destroy_process_group()
-
-
-def leave(status: int) -> NoReturn:
-    """Ends this process, one of the ranks, with `status`, and does not take Python to pieces.
-
-    DTensor's caches keep the process group alive, whose threads may still hold tensors: to free
-    them in an interpreter that is half gone aborts the process, in rare runs.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def rank() -> int:
@@ -117,8 +54,63 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many ranks there are."""
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def refuse() -> None:
+    """Raises a `UserError` if `torchrun` started this script, which runs in one process."""
+    if launched():
+        raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
+
+
+def start(device: torch.device) -> None:
+    """Makes `device` the current one and joins the other ranks: by NCCL on CUDA, else by gloo."""
+    accelerator = device.type != "cpu"
+    if accelerator and hasattr(torch.get_device_module(device), "set_device"):  # MPS has none
+        torch.get_device_module(device).set_device(device)
+    if not launched() or dist.is_initialized():
+        return
+    # `barrier`, which takes no tensor, then does not have to guess the device.
+    how: dict = {"device_id": device} if accelerator else {}
+    # A wait would delay Python's handlers: `torchrun`'s SIGTERM ends who waits for a dead rank.
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # machines may count restarts otherwise
+            store, rank, world = next(dist.rendezvous("env://"))
+            # After a restart the addresses of dead ranks are still in the store.
+            store = dist.PrefixStore(f"restart {restarts()}", store)
+            how |= {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(dist.get_default_backend_for_device(device), **how)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop() -> None:
+    """Leaves the group once all ranks are done."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process, one of the ranks, with `status`, without Python's own shutdown.
+
+    DTensor's caches keep the process group alive, whose threads may still hold tensors. Freeing
+    these in a half-finalised interpreter aborts the process, in rare runs.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def print_once(*lines: str | None) -> None:
+    """Prints on the first rank the lines that are not None."""
+    if rank() == 0:
+        print(*filter(None, lines), sep="\n")
 
 
 def barrier() -> None:
@@ -127,25 +119,19 @@ def barrier() -> None:
         dist.barrier()
 
 
-def refuse() -> None:
-    """Raises a `UserError` where `torchrun` started a script that runs in one process."""
-    if launched():
-        raise UserError(f"{Path(sys.argv[0]).name} runs in one process: start it without torchrun")
-
-
 def largest(number: int) -> int:
-    """The largest `number`, an int32, that a rank has."""
+    """The largest `number`, an int32, of all ranks."""
     if not dist.is_initialized():
         return number
-    on_cpu = dist.get_backend() == "gloo"
-    device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
+    gloo = dist.get_backend() == "gloo"
+    device = "cpu" if gloo else torch.accelerator.current_accelerator()
     tensor = torch.tensor(number, dtype=torch.int32, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
 
 
 def gather(value: object) -> list:
-    """What each rank has as its `value`, in the order of the ranks, on all of them."""
+    """The values of all ranks, in their order, on every rank."""
     values = [value] * world()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -155,15 +141,15 @@ def gather(value: object) -> list:
 def shard(
     model: nn.Module, device: torch.device, reshard: bool = False, mesh: DeviceMesh | None = None
 ) -> nn.Module:
-    """`model` on `device`; where there are ranks, sharded among them by FSDP2.
+    """Moves `model` to `device`; on several ranks FSDP2 shards it among them.
 
-    The elements of its lists of modules (residual blocks, transformer layers) are shard groups, and
-    what is left over is one more.
+    The elements of its lists of modules (residual blocks, transformer layers) are shard groups; all
+    other weights make one more.
 
     Args:
-        reshard: free the gathered weights of a block after its forward pass. Backward gathers them
-            again, and no rank ever holds the whole model.
-        mesh: the ranks among which, in one dimension; all of them if None.
+        reshard: free the gathered weights of a block after its forward pass. The backward pass
+            gathers them again, and no rank ever holds the whole model.
+        mesh: the ranks to shard among, in one dimension; None for all of them.
     """
     if not dist.is_initialized():
         return model.to(device)
@@ -176,10 +162,7 @@ def shard(
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """What to call in place of `model` while training, so that gradients are the mean of all ranks.
-
-    The only one there is is called itself.
-    """
+    """The module to call in training, so that gradients are the mean over the ranks."""
     if world() == 1:
         return model
     with warnings.catch_warnings():  # of the argument's new name, which older versions do not know
@@ -187,29 +170,38 @@ def replicate(model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def buffers_of(model: nn.Module) -> list[Tensor]:
-    """The buffers that each rank has of its own: batch norm's running statistics."""
-    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that differ between ranks, by name: batch norm's running statistics."""
+    return {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+
+
+def _mean_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Means over the ranks, in new tensors."""
+    means = {name: buffer.clone() for name, buffer in buffers_of(model).items()}
+    for mean in means.values():
+        dist.all_reduce(mean)
+        mean /= world()
+    return means
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Makes batch norm's running statistics the mean of those that the ranks gathered."""
+    """Replaces batch norm's running statistics by their means over the ranks."""
     if dist.is_initialized():
-        for buffer in buffers_of(model):
-            dist.all_reduce(buffer)
-            buffer /= world()
+        for name, mean in _mean_buffers(model).items():
+            model.get_buffer(name).copy_(mean)
 
 
 def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
     """The whole `state_dict`, on the CPU, on the first rank; empty on the others.
 
-    Called on every rank. Batch norm's statistics are averaged over the ranks first.
+    Called on every rank. Batch norm's statistics in it are means over the ranks.
     """
     if not dist.is_initialized():
-        return model.state_dict()
-    average_buffers(model)
+        return on_cpu(model.state_dict())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=options)
+    means = on_cpu(_mean_buffers(model))
+    return state | {name: mean for name, mean in means.items() if name in state}
 
 
 def save_model(model: nn.Module, path: str | os.PathLike) -> None:

@@ -1,102 +1,66 @@
-"""SGD that leaves the checkpoints for TWA: what the scripts for CIFAR and ImageNet share."""
+"""SGD that leaves the checkpoints for TWA: what the scripts for images and text share."""
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 from torch import nn
 
-from training import data, flags, optimizers, ranks
-from training.flags import number
-from training.loop import Trainer, describe, evaluate, skipped_images
-from training.optimizers import OPTIMIZERS, SCHEDULES
-from training.runs import Run, clear
+from training import flags, optimizers, ranks
+from training.loop import Trainer, describe
+from training.optimizers import SCHEDULES
+from training.run import Run
+from training.settings import flag
+from training.tasks import Task
 from utils import UserError
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser, epochs: int, saves_per_epoch: int, step_help: str
-) -> None:
-    """The flags of the recipe and of the checkpoints.
+@dataclass(kw_only=True)
+class SGDSettings(flags.Training, flags.Recipe, flags.Overwrite):
+    """checkpoints"""
 
-    Args:
-        epochs, saves_per_epoch: what they are if left out.
-        step_help: when the schedule "step" divides the rate by 10.
-    """
-    add = parser.add_argument
-    add("--epochs", type=number(int, 0), default=epochs, help="epochs in all")
-    add("--optimizer", default="sgd", choices=tuple(OPTIMIZERS), help="optimizer")
-    add(
-        "--schedule",
-        default="step",
-        choices=("step", "constant", "cosine"),
-        help=f"{flags.SCHEDULE_HELP}; step divides the rate by 10 {step_help}",
-    )
-    add("--lr", "--learning-rate", type=flags.scale, default=0.1, help="learning rate")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum of SGD")
-    add("--weight-decay", "--wd", type=flags.scale, default=1e-4, help="weight decay")
-    saves = {"type": number(int, 1), "default": saves_per_epoch}
-    add("--saves-per-epoch", **saves, help="checkpoints an epoch")
-    add("--overwrite", action="store_true", help=flags.OVERWRITE_HELP)
-    flags.add_recipe_arguments(parser)
+    saves_per_epoch: int = flag(1, "checkpoints per epoch", low=1)
 
 
-def run(
-    args: argparse.Namespace,
+def train(
+    run: Run,
+    task: Task,
     model: nn.Module,
-    train: data.Loader,
-    test: data.Loader,
     factor: Callable[[float], float] | None = None,
     start_epoch: int = 0,
-    top5: bool = False,
     state: dict | None = None,
-    flag: str = "--save-dir",
 ) -> None:
-    """Trains `model` as the arguments say, from where a resumed run stopped, or evaluates it.
+    """Trains `model` as the settings say, or evaluates it, from where a resumed run stopped.
 
     Args:
+        run: in the folder of the checkpoints.
         factor: the rate's, at x, the share of the training that is done, in [0, 1); None: as
             `--schedule` says.
-        start_epoch: how many epochs count as done if there is no state to go on from.
-        top5: whether the accuracy among the five best classes is reported, too.
+        start_epoch: how many epochs count as done if there is no state to resume from.
         state: of the optimizer, to begin with; its rate and weight decay are those of `args`.
-        flag: what names the folder of the checkpoints on the command line.
 
     Raises:
         UserError, CheckpointError: what a user can mend, as `Run` and `Trainer.epoch`.
     """
-    flags.check_recipe(args)
+    args, train = run.args, task.train
+    run.set_task(task, model)
     if args.saves_per_epoch > len(train):
         raise UserError(f"--saves-per-epoch: an epoch has only {len(train)} iterations")
-    save_dir = Path(args.save_dir)
     base, settings = optimizers.chosen(args.optimizer, args.lr, args.weight_decay, args.momentum)
     optimizer = base(model.parameters(), **settings)
     if state is not None:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    factor = factor or SCHEDULES[args.schedule]
-    done = start_epoch * len(train)
-    trainer = Trainer.of(args, model, train, test, optimizer, factor, first=done, top5=top5)
-    run = Run(
-        *(args, trainer),
-        state=save_dir / "state.pt",
-        log_dir=Path(args.log_dir),
-        flag=flag,
-        first_epoch=start_epoch,
-    )
+    factor, first = factor or SCHEDULES[args.schedule], start_epoch * len(train)
+    more = {"first": first, "top5": task.top5}
+    trainer = Trainer.of(args, model, train, task.test, optimizer, factor, **more)
+    run.restore(trainer, start_epoch)
     if args.evaluate:
-        tested = test.measures(evaluate(model, test, args.amp, top5))
-        skipped = skipped_images(test)
-        if ranks.rank() == 0:
-            print("\n".join(filter(None, [f"test {describe(tested)}", skipped])))
+        ranks.print_once(f"test {describe(task.evaluate(model))}", task.skipped())
         return
-    if not run.resumed:
-        run.keep_other_log()
-        clear(save_dir, args.overwrite)
     run.start(f"{args.arch} on {args.datasets}: epochs {run.done} to {args.epochs}")
     if run.is_before_first_step:
-        ranks.save_model(model, save_dir / f"{run.done * args.saves_per_epoch}.pt")
+        ranks.save_model(model, run.folder / f"{run.done * args.saves_per_epoch}.pt")
 
     # The iterations of an epoch after which a checkpoint is saved, evenly spaced.
     saves = range(1, args.saves_per_epoch + 1)
@@ -105,9 +69,7 @@ def run(
     def save_checkpoint(epoch: int, iteration: int) -> None:
         if iteration in save_after:
             number = (epoch - 1) * args.saves_per_epoch + save_after[iteration]
-            ranks.save_model(model, save_dir / f"{number}.pt")
+            ranks.save_model(model, run.folder / f"{number}.pt")
 
     run.train(after_step=save_checkpoint)
-    skipped = skipped_images(train, test)
-    if skipped:
-        run.log.line(skipped)
+    run.log.line(task.skipped())

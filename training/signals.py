@@ -7,16 +7,14 @@ from itertools import pairwise
 
 from training import ranks
 
-REMEDY = "the same command goes on (with --resume, if it was training)"
+REMEDY = "the same command continues (with --resume, if it was training)"
 
 
 class Stopped(BaseException):
-    """A signal asks the run to end, and what is to be kept is on the disk.
-
-    Not an `Exception`, so that no handler of errors takes it for one.
+    """A signal asks the run to end. Not an `Exception`, so that no error handler catches it.
 
     Args:
-        together: whether all ranks are stopped at the same place.
+        together: whether all ranks stop at the same place.
     """
 
     def __init__(self, number: int, remedy: str, together: bool = False):
@@ -25,28 +23,26 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Context in which SIGTERM, SIGINT and SIGUSR1 end the run in order; a second one, at once.
+    """Context in which SIGTERM, SIGINT and SIGUSR1 raise `Stopped`; a second one kills at once.
 
-    SIGUSR1 is what SLURM sends ahead of the time limit, if asked to. Of many ranks one may get the
-    signal, or all: `torchrun` sends its own on to all of its ranks, and SIGTERM to those that are
-    left where one has died.
+    SLURM can send SIGUSR1 ahead of the time limit. On several ranks one may get the signal, or all:
+    `torchrun` passes its own on to all ranks, and sends SIGTERM to those left where one has died.
 
     Args:
-        held: raise `Stopped` only in `check` and at the end of the context, not at once. All ranks
-            call `check` and reach the end, and all are stopped there if one of them got a signal.
-        told: called when a signal comes.
+        deferred: raise in `check` and at the end of the context alone. All ranks call `check`
+            equally often, and all stop there if one of them got a signal.
+        on_signal: called when a signal comes.
     """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1
 
-    def __init__(self, held: bool = False, told: Callable[[], None] | None = None):
-        self._held, self._told = held, told
+    def __init__(self, deferred: bool = False, on_signal: Callable[[], None] | None = None):
+        self._deferred, self._on_signal = deferred, on_signal
         self._caught = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Signals":
-        for number in _numbers():
-            self._before[number] = signal.signal(number, self._catch)
+        self._before = {number: signal.signal(number, self._catch) for number in _numbers()}
         return self
 
     def __exit__(self, exception_type, *_) -> None:
@@ -55,36 +51,37 @@ class Signals:
         if exception_type is None:
             self.check()
         elif self._caught and ranks.world() > 1 and issubclass(exception_type, RuntimeError):
-            # Of a sum that cannot be taken: the others have ended, at once or by a fault.
+            # A collective failed because other ranks have ended, by the signal or by a fault.
             raise Stopped(self._caught, f"so were other ranks, or they failed; {REMEDY}") from None
 
     def _catch(self, number: int, _) -> None:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         self._caught = number
-        if self._told:
-            self._told()
-        if not self._held:
+        if self._on_signal:
+            self._on_signal()
+        if not self._deferred:
             raise Stopped(number, REMEDY)
 
     def check(self, save: Callable[[], None] | None = None) -> None:
-        """Raises `Stopped` if a signal came to any of the ranks, after it has called `save`."""
-        number = ranks.largest(self._caught) if self._held else self._caught
+        """Calls `save` and raises `Stopped` if any rank got a signal."""
+        number = ranks.largest(self._caught) if self._deferred else self._caught
         if not number:
             return
+        remedy = REMEDY
         if save:
             save()
-        # Not spelled out: it may be that of a shell script, and paths depend on where it was given.
-        # A `--resume STATE` would begin there again, unless a plain one follows.
-        words = pairwise([*sys.argv, "-"])
-        plain = any(one == "--resume" and other.startswith("-") for one, other in words)
-        how = "which has --resume" if plain else "ending in --resume"
-        remedy = f"the state is saved, go on by the same command once more, {how}"
-        raise Stopped(number, remedy, together=self._held)
+            # The command is not spelled out: it may be a shell script's, with paths relative to
+            # another folder. `--resume STATE` would start from there again; a plain one would not.
+            words = pairwise([*sys.argv, "-"])
+            plain = any(one == "--resume" and other.startswith("-") for one, other in words)
+            how = "which has --resume" if plain else "ending in --resume"
+            remedy = f"the state is saved, continue with the same command, {how}"
+        raise Stopped(number, remedy, together=self._deferred)
 
 
 def ignore() -> None:
-    """From now on these signals do nothing: this process is leaving, in order."""
+    """From now on these signals do nothing: this process is already ending in order."""
     for number in _numbers():
         signal.signal(number, signal.SIG_IGN)
 

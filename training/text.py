@@ -6,68 +6,49 @@ below `$XDG_CACHE_HOME/twa` (`~/.cache/twa` if unset), which may be removed at a
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import models
 from training import data
 from training.files import replacing
-from training.flags import number
+from training.flags import TEXT as NAME
+from training.settings import Settings, derived, flag, free
 from utils import UserError, make_directory
 
-NAME = "Text"
-CONTEXT = 128  # tokens that a model sees at once
 # The parts, and up to which share of the files, in the order of their hashes, each one reaches.
 PARTS = {"test": 0.025, "validation": 0.05, "train": 1.0}
 # Not modules of the library, or as `pydoc_data` no program text: one file of 0.75 MB of prose.
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that takes text."""
-    add = parser.add_argument_group("text").add_argument
-    tokenizer_help = "file of the package tokenizers (tokenizer.json); left out, tokens are bytes"
-    add("--tokenizer", metavar="FILE", help=tokenizer_help)
-    add("--context", type=number(int, 1), default=CONTEXT, help="tokens that the model sees")
+@dataclass(kw_only=True)
+class TextSettings(Settings):
+    """text"""
 
+    tokenizer: str | None = free(
+        None,
+        "file of the package tokenizers, tokenizer.json (default: none, tokens are bytes)",
+        metavar="FILE",
+    )
+    context: int = flag(128, "number of tokens that the model sees", low=1)
+    vocabulary: str | None = derived(free=False)
 
-def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fills in the vocabulary's name, and no folder where the default of other data sets stands.
-
-    Of other data sets, refuses the flags that are for text alone.
-    """
-    if args.datasets != NAME:
-        if args.epoch_steps or args.tokenizer:
-            parser.error(f"--steps and --tokenizer: only with --datasets {NAME}")
-        return
-    if args.data_dir == parser.get_default("data_dir"):
-        args.data_dir = None
-    args.vocabulary = Vocabulary.read(args.tokenizer).name
-
-
-def check_run(arguments: Mapping, args: argparse.Namespace) -> None:
-    """Raises a `UserError` if the run that left the checkpoints had another vocabulary.
-
-    Args:
-        arguments: of that run; {} if nothing is known of it.
-    """
-    trained_on = arguments.get("vocabulary", args.vocabulary)
-    if trained_on != args.vocabulary:
-        given = f"--tokenizer {args.tokenizer}" if args.tokenizer else "no --tokenizer"
-        wanted = arguments.get("tokenizer") or "none, for bytes"
-        raise UserError(
-            f"{given}: the checkpoints' run had another vocabulary; give its own: {wanted}"
-        )
+    def check(self):
+        if self.datasets == NAME:
+            if self.data_dir == type(self).data_dir:  # the folder of other data sets
+                self.data_dir = None
+            self.vocabulary = Vocabulary.read(self.tokenizer).name
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,7 @@ class Vocabulary:
 
     Attributes:
         size: how many tokens there are.
-        name: tells vocabularies apart: "bytes", or the hash of the tokenizer's file.
+        name: "bytes", or the hash of the tokenizer's file, which identifies the vocabulary.
         tokenizer: of the package `tokenizers`; None for bytes.
     """
 
@@ -114,7 +95,7 @@ class Vocabulary:
         return np.min_scalar_type(self.size - 1).type
 
     def encode(self, content: bytes, path: Path) -> np.ndarray:
-        """The tokens of a file's content; a `UserError` if a tokenizer meets what is not UTF-8."""
+        """The tokens of a content; a `UserError` if a tokenizer is given and it is not UTF-8."""
         if self.tokenizer is None:
             return np.frombuffer(content, np.uint8)
         try:
@@ -140,41 +121,35 @@ class Spec:
     vocabulary: Vocabulary
     context: int
     name: str = NAME
-    content: str | None = None  # tells texts apart, wherever they lie
+    content: str | None = None  # identifies the text, wherever it lies
+
+    def model(self, arch: str) -> nn.Module:
+        """A freshly initialised model for this text; see `models.gpt.build`."""
+        return models.gpt.build(arch, self.vocabulary.size, self.context)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a text: for training, validation or testing.
+    """A part of a text: to train on, to validate or to test.
 
     Attributes:
         tokens: unsigned integers [N], memory-mapped.
         size: bytes of the text that they stand for.
-        held_out: the validation part; of the training part alone.
     """
 
     tokens: np.ndarray
     size: int
     spec: Spec
-    held_out: Split | None = None
 
     def __len__(self) -> int:
         """The number of whole windows that follow each other without overlap."""
         return (len(self.tokens) - 1) // self.spec.context
 
-    def hold_out(self, percent: float, seed: int) -> tuple[Split, Split]:
-        """(This part, the validation part): which files these are, their names alone decide."""
-        return self, self.held_out
 
-    def part(self, windows: slice) -> Split:
-        """The part itself, of which all windows are taken; a `UserError` for fewer."""
-        if windows != slice(None):
-            raise UserError(f"--images: not with --datasets {NAME}; give --steps")
-        return self
-
-
-def load(data_dir: str | Path | None, vocabulary: Vocabulary, context: int) -> tuple[Split, Split]:
-    """The training part of a text, with the validation part within it, and the test part.
+def load(
+    data_dir: str | Path | None, vocabulary: Vocabulary, context: int
+) -> tuple[Split, Split, Split]:
+    """The parts of a text: to train on, to validate and to test.
 
     Of a folder, every file goes into one of them by a hash of its name: into the test part with
     probability 0.025, into the validation part with 0.025. A single file is cut into them, in the
@@ -205,8 +180,8 @@ def load(data_dir: str | Path | None, vocabulary: Vocabulary, context: int) -> t
                 + (", or one file, which is cut into parts" if len(files) > 1 else "")
             )
         tokens = np.memmap(path, vocabulary.dtype, "r", shape=(count,))
-        splits[part] = Split(tokens, size, spec, splits.get("validation"))
-    return splits["train"], splits["test"]
+        splits[part] = Split(tokens, size, spec)
+    return splits["train"], splits["validation"], splits["test"]
 
 
 def _files(data_dir: str | Path | None) -> tuple[Path, list[Path]]:
@@ -230,9 +205,9 @@ def _files(data_dir: str | Path | None) -> tuple[Path, list[Path]]:
 
 
 def _prepared(root: Path, files: list[Path], vocabulary: Vocabulary) -> Path:
-    """The folder with the tokens of each part, written now unless they were before."""
+    """The folder with the tokens of each part, which are written unless it has them."""
     stats = [(str(path.relative_to(root)), path.stat()) for path in files]
-    # "hash": those of earlier versions do not tell the text's.
+    # "hash": the folders of earlier versions lack the text's.
     key = [str(root.resolve()), vocabulary.name, PARTS, "hash"]
     key += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twa"
@@ -240,27 +215,26 @@ def _prepared(root: Path, files: list[Path], vocabulary: Vocabulary) -> Path:
     if (folder / "complete").exists():
         return folder
     make_directory(folder)
+    pieces: dict[str, list[tuple[Path, slice]]] = {part: [] for part in PARTS}
     if len(files) == 1:
         content = files[0].read_bytes()
         if not content:
             raise UserError(f"{root}: is empty")
-        edges = [round(len(content) * (1 - share)) for share in (0, *PARTS.values())]
-        # A cut in the middle of a character would make text of it that is none.
-        edges = [_start_of_character(content, edge) for edge in edges]
-        pieces = {
-            part: [(files[0], content[low:high])]
-            for part, high, low in zip(PARTS, edges, edges[1:], strict=False)
-        }
+        # A cut inside a character would leave two pieces that are not UTF-8.
+        cuts = (round(len(content) * (1 - share)) for share in (0, *PARTS.values()))
+        edges = [_start_of_character(content, cut) for cut in cuts]
+        for part, high, low in zip(PARTS, edges, edges[1:], strict=False):
+            pieces[part].append((files[0], slice(low, high)))
     else:
-        pieces = {part: [] for part in PARTS}
         for path in files:
-            pieces[part_of(path.relative_to(root).as_posix())].append((path, None))
+            name = path.relative_to(root).as_posix()
+            pieces[part_of(name)].append((path, slice(None)))
     digest = hashlib.sha256()
-    for part, contents in pieces.items():
+    for part, of_part in pieces.items():
         size = 0
         with replacing(folder / f"{part}.tokens") as temporary, open(temporary, "wb") as out:
-            for path, content in contents:
-                content = path.read_bytes() if content is None else content
+            for path, piece in of_part:
+                content = path.read_bytes()[piece]
                 out.write(vocabulary.encode(content, path).tobytes())
                 digest.update(content)
                 size += len(content)
@@ -284,70 +258,52 @@ def part_of(name: str) -> str:
     return next(part for part, end in PARTS.items() if share < end)
 
 
+@dataclass(eq=False, kw_only=True)
 class Loader(data.Loader):
     """Iterates over a text in batches: (tokens int64 [B, T], the next tokens int64 [B · T]).
 
-    For training, T + 1 tokens from a random place on are one window; otherwise the windows follow
-    each other, and a rest that fills none is left out. Batch k of an epoch depends on the seed, the
-    epoch and k alone. With several ranks, each gets its own part of every batch.
+    For training, a window is T + 1 tokens from a random place on; otherwise the windows follow each
+    other, and a rest that fills none is dropped. Batch k of an epoch depends on the seed, the epoch
+    and k alone. With several ranks, each gets its own part of every batch.
 
-    Args:
+    Attributes:
         split: the text.
         batch_size: windows in a batch, on all ranks together.
         train: whether windows are drawn at random.
-        steps: batches of an epoch, if `train`; None: so many that they have the text's length.
         device: where the batches go.
-        seed, rank, world: as of `data.Loader`.
+        steps: batches of an epoch, if `train`; None: so many that they have the text's length.
+        count: windows in an epoch: what images are to other data.
     """
 
-    sample = 256  # windows have many labels each
+    device: torch.device
+    steps: int | None = None
+    sample: ClassVar[int] = 256  # windows have many labels each
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        train: bool,
-        device: torch.device,
-        steps: int | None = None,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.split, self.batch_size, self.train, self.seed = split, batch_size, train, seed
-        self.device, self.rank, self.world, self.epoch = device, rank, world, 0
-        self.count = len(split)  # windows, which are to a text what images are to other data
-        if train:
-            self.count = (steps or math.ceil(self.count / batch_size)) * batch_size
+    def __post_init__(self):
+        self.epoch, self.count, self.skipped = 0, len(self.split), set()
+        if self.train:
+            self.count = (self.steps or len(self)) * self.batch_size
 
     def labels_in(self, batch: int) -> int:
         return self.images_in(batch) * self.split.spec.context
 
-    @cached_property
-    def bits(self) -> float:
-        """Bits a byte for each nat a token."""
-        return len(self.split.tokens) / self.split.size / math.log(2)
-
     def measures(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What is told of a text: loss in nats a token, bits a byte, perplexity."""
+        """The metrics of text: loss in nats per token, bits per byte, perplexity."""
         loss = metrics["loss"]
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"loss": loss, "bits_a_byte": loss * self.bits, "perplexity": perplexity}
+        bits = loss * (len(self.split.tokens) / self.split.size / math.log(2))
+        return {"loss": loss, "bits_a_byte": bits, "perplexity": perplexity}
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        context = self.split.spec.context
-        starts = self._starts()
+        context, starts = self.split.spec.context, np.arange(self.count) * self.split.spec.context
+        if self.train:
+            draws = data.generator(f"{self.seed}/{self.epoch}")
+            last = len(self.split.tokens) - context
+            starts = torch.randint(last, (self.count,), generator=draws).numpy()
         for part in parts:
             places = starts[part, None] + np.arange(context + 1)
             windows = torch.from_numpy(self.split.tokens[places].astype(np.int64))
+            if self.device.type not in ("cpu", "mps"):  # so that the copy does not wait
+                windows = windows.pin_memory()
             windows = windows.to(self.device, non_blocking=True)
             yield windows[:, :-1], windows[:, 1:].flatten()
-
-    def _starts(self) -> np.ndarray:
-        """The place at which each window of the epoch begins, int64 [count]."""
-        context = self.split.spec.context
-        if not self.train:
-            return np.arange(self.count) * context
-        draws = data.generator(f"{self.seed}/{self.epoch}", torch.device("cpu"))
-        last = len(self.split.tokens) - context
-        return torch.randint(last, (self.count,), generator=draws).numpy()

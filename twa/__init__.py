@@ -7,7 +7,7 @@ of what came out. `TWA` is the optimizer alone, and `Subspace` the basis that it
 module `twa.reference` is the method on a page.
 """
 
-from twa.files.formats import CheckpointError
+from twa.files.reading import CheckpointError
 from twa.optimizer import TWA
 from twa.recipe import Recipe, best_start, rate_of
 from twa.subspace import Subspace

@@ -1,11 +1,10 @@
 """The transform that makes a basis of checkpoints, computed from their inner products.
 
-For n checkpoints `W ∈ R^{n×D}` the functions here see only n×n matrices, in float64 and for a
-batch of blocks at once: inner products of the differences `X = B W`, whose rows are `w_1`,
-`w_2 − w_1`, …, `w_n − w_{n−1}`. Checkpoints of one run differ by a thousandth of their norm, so
-that six digits of their own inner products would cancel; those of the differences keep theirs.
-`B` is lower triangular with a positive diagonal, so Gram–Schmidt yields the same basis from X as
-from W.
+The functions see only n×n matrices of the n checkpoints `W ∈ R^{n×D}`, in float64, for a batch of
+blocks at once. These are inner products of the differences `X = B W`, whose rows are `w_1`,
+`w_2 − w_1`, …, `w_n − w_{n−1}`: checkpoints of one run differ by a thousandth of their norm, so
+their own inner products would lose six digits by cancellation. `B` is lower triangular with a
+positive diagonal, so Gram–Schmidt of X yields the same basis as that of W.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# A checkpoint, or a direction, counts as dependent if its part outside the span of the ones before
-# is no larger than this, relative to the norm of a checkpoint; float32 weights round at 6e-8.
+# A checkpoint or direction counts as dependent if its part outside the span of the ones before is
+# no larger than this, relative to the norm of a checkpoint. Rounding to float32 changes it by 6e-8.
 DEPENDENT = 1e-6
-# A spread whose square is no number of float32, as that of a filter that weight decay took to 0.
+# The square of a smaller spread is 0 in float32, as for a filter that weight decay took to 0.
 NO_SPREAD = 1e-18
 # Rounding errors of the inner products, 1e-16 in float64, enter the basis multiplied by the square
-# of their amplification. Where that is larger than this, the inner products of the computed rows
-# are taken as well, and correct them.
+# of an amplification. If that is above this limit, the inner products of the computed rows are
+# taken as well, and correct the rows.
 AMPLIFICATION = 3e3
-# Up to this amplification float32 is enough; in the checkpoints of one run it is one to three.
+# Up to this amplification float32 is enough; the checkpoints of one run have one to three.
 SMALL_AMPLIFICATION = 4
 
 # products(None, dtype) is `X Xᵀ`, products(T, dtype) is `(T X)(T X)ᵀ` computed from the rows `T X`
@@ -36,23 +35,22 @@ def gram_schmidt(products: Products, single: bool) -> tuple[Tensor, Tensor, torc
     """Gram–Schmidt in the order of the checkpoints (Li et al., ICLR 2023, Section 3).
 
     With the Cholesky factor `X Xᵀ = L Lᵀ` the basis is `P = L⁻¹ X`. Where X is too close to
-    dependent for that, the factor of `X Xᵀ` with a small shift of its diagonal makes the rows
-    nearly orthonormal first, and their inner products tell which checkpoints are dependent (shifted
+    dependent for that, the factor of `X Xᵀ` with a small shift of its diagonal first makes the rows
+    nearly orthonormal, and their inner products show which checkpoints are dependent (shifted
     Cholesky QR: Fukaya et al., SIAM J. Sci. Comput. 2020).
 
     Args:
         single: whether to try inner products in float32 first.
 
     Returns:
-        T with `P = T X`, float64 [blocks, n, n]: the rows of the basis, then zero rows, as many as
-        checkpoints depend on the ones before them; which checkpoints do not, bool [blocks, n]; and
-        the dtype in which to compute `T X`.
+        T with `P = T X`, float64 [blocks, n, n], with a zero row at the end for each dependent
+        checkpoint; which checkpoints are independent, bool [blocks, n]; and the dtype for `T X`.
     """
     attempts = [(torch.float32, SMALL_AMPLIFICATION)] if single else []
     for dtype, limit in [*attempts, (torch.float64, AMPLIFICATION)]:
         gram = products(None, dtype)
         norms = _norms(gram)
-        transform, regular = _cholesky(gram, DEPENDENT * norms)
+        transform, regular = _inverse_cholesky(gram, DEPENDENT * norms)
         if regular.all() and _amplifications(transform, gram).max() < limit:
             return transform, torch.ones_like(norms, dtype=torch.bool), dtype
 
@@ -71,31 +69,32 @@ def gram_schmidt(products: Products, single: bool) -> tuple[Tensor, Tensor, torc
 def principal_directions(
     products: Products, components: int, dependent: float = DEPENDENT
 ) -> tuple[Tensor, Tensor]:
-    """The leading principal directions of the window centred on its mean, and its spread there.
+    """The leading principal directions of the window, centred on its mean, and its spread there.
 
-    Directions along which the checkpoints spread by no more than rounding are left out. The sign
-    of a direction is such that the last of its largest averaging weights is positive.
+    Directions along which the checkpoints spread by no more than rounding are dropped. The sign of
+    a direction makes the last of its largest averaging weights positive.
 
     Args:
-        components: how many directions to keep, at most n; a block that has fewer keeps these.
+        components: the number of directions to keep, at most n; a block may have fewer.
         dependent: the spread that is rounding, relative to the norm of a checkpoint.
 
     Returns:
-        T with `P = T X`, float64 [blocks, components, n], zero rows where a block has no such
-        direction. And the standard deviation of the checkpoints along each direction (the root of
-        their mean square, about the mean), float64 [blocks, components]; 0 for zero rows.
+        T with `P = T X`, float64 [blocks, components, n], with zero rows where a block has fewer
+        directions. And the standard deviation of the checkpoints along each direction (the root of
+        their mean square about the mean), float64 [blocks, components]; 0 for zero rows.
     """
     gram = products(None, torch.float64)
     n = gram.shape[1]
     identity = torch.eye(n, dtype=gram.dtype, device=gram.device)
-    centring = (identity - 1 / n).flip(1).cumsum(1).flip(1)  # From differences to W less its mean,
-    centring[:, 0] = 0  # in which w_1 has no part.
+    centring = (identity - 1 / n).flip(1).cumsum(1).flip(1)  # From X to W less its mean,
+    centring[:, 0] = 0  # which does not depend on w_1.
     values, vectors = torch.linalg.eigh(centring @ gram @ centring.mT)
     floor = dependent**2 * torch.maximum(_norms(gram).amax(dim=1).square(), values[:, -1])
     floor = floor.clamp(min=n * NO_SPREAD**2)
     values, vectors = values.flip(1)[:, :components], vectors.flip(2)[:, :, :components]
     values = values.where(values > floor[:, None], 0)
-    transform = (vectors * _signs(vectors)).mT @ centring * _rsqrt(values)[:, :, None]
+    inverse_roots = values.where(values > 0, torch.inf).rsqrt()
+    transform = (vectors * _signs(vectors)).mT @ centring * inverse_roots[:, :, None]
     if _amplifications(transform, gram).max() > AMPLIFICATION:
         gram = products(transform, torch.float64)
     else:
@@ -104,23 +103,19 @@ def principal_directions(
 
 
 def root_mean_squares(spread: Tensor) -> Tensor:
-    """In each block the root mean square in place of its positive elements, [blocks, rows]."""
-    there = spread > 0
-    mean = spread.square().sum(dim=1, keepdim=True) / there.sum(dim=1, keepdim=True).clamp(min=1)
-    return mean.sqrt() * there
+    """`spread` [blocks, rows], its positive elements replaced by their root mean square."""
+    positive = spread > 0
+    count = positive.sum(dim=1, keepdim=True).clamp(min=1)
+    return (spread.square().sum(dim=1, keepdim=True) / count).sqrt() * positive
 
 
 def mean_row(like: Tensor) -> Tensor:
-    """The transform whose one row `T X` is the mean of the checkpoints: float64 [blocks, 1, n].
-
-    Args:
-        like: [blocks, rows, n].
-    """
+    """The row T for which `T X` is the checkpoints' mean, [blocks, 1, n]; `like` has n columns."""
     return torch.full_like(like[:, :1], 1 / like.shape[2]).flip(2).cumsum(2).flip(2)
 
 
 def of_checkpoints(transform: Tensor) -> Tensor:
-    """The transform `T B` of the checkpoints W from that of their differences, `T`."""
+    """`T B`, which applies to the checkpoints W as `transform`, T, does to their differences X."""
     weights = transform.clone()
     weights[:, :, :-1] -= transform[:, :, 1:]
     return weights
@@ -132,16 +127,19 @@ def _norms(gram: Tensor) -> Tensor:
 
 
 def _amplifications(transform: Tensor, gram: Tensor) -> Tensor:
-    """How much larger rounding errors are in `T X` than in X, relative to the rows, [blocks].
+    """How much larger relative rounding errors are in `T X` than in X, [blocks].
 
-    It is the norm of the terms whose sum is a row of `T X`, of norm 1; the largest of all rows.
+    It is the largest norm of the terms whose sum is a row of `T X`; the row's own norm is 1.
     """
     squares = gram.diagonal(dim1=1, dim2=2)[:, :, None]
     return (transform.square() @ squares).amax(dim=(1, 2)).sqrt()
 
 
-def _cholesky(gram: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """L⁻¹ with `gram = L Lᵀ`, and which blocks have an L with a diagonal above `thresholds`."""
+def _inverse_cholesky(gram: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """L⁻¹ with `gram = L Lᵀ`, and which blocks have an L with a diagonal above `thresholds`.
+
+    It is zero in the other blocks.
+    """
     factor, info = torch.linalg.cholesky_ex(gram)
     regular = (info == 0) & (factor.diagonal(dim1=1, dim2=2) > thresholds).all(dim=1)
     transform = torch.zeros_like(gram)
@@ -156,12 +154,14 @@ def _inverse(factor: Tensor) -> Tensor:
 
 
 def _orthonormalising(gram: Tensor) -> Tensor:
-    """The matrix that makes nearly orthonormal rows, of inner products `gram`, orthonormal.
+    """The matrix that makes nearly orthonormal rows with inner products `gram` orthonormal.
 
     Zero rows stay zero.
     """
-    empty = gram.diagonal(dim1=1, dim2=2) == 0
-    matrix, regular = _cholesky(gram + torch.diag_embed(empty.to(gram)), gram.new_tensor(0.5))
+    zero = gram.diagonal(dim1=1, dim2=2) == 0
+    matrix, regular = _inverse_cholesky(
+        gram + torch.diag_embed(zero.to(gram)), gram.new_tensor(0.5)
+    )
     matrix[~regular] = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     return matrix
 
@@ -169,19 +169,15 @@ def _orthonormalising(gram: Tensor) -> Tensor:
 def _gram_schmidt_dropping(
     gram: Tensor, factor: Tensor, thresholds: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gram–Schmidt of the checkpoints in terms of other rows Y, with `X = factor @ Y`.
+    """Gram–Schmidt of the checkpoints in terms of rows Y, where `X = factor @ Y`.
 
-    Checkpoints whose part outside the span of the ones before is no larger than their entry of
-    `thresholds` [blocks, n] are left out.
-
-    Args:
-        gram: `Y Yᵀ`.
-        factor: lower triangular.
+    It drops checkpoints whose part outside the span of the ones before is no larger than their
+    entry of `thresholds` [blocks, n]. `gram` is `Y Yᵀ`; `factor` is lower triangular.
 
     Returns:
-        T with `P = T Y` and which checkpoints are kept, as `gram_schmidt`.
+        T with `P = T Y`, and which checkpoints are kept, as `gram_schmidt`.
     """
-    transform, regular = _cholesky(gram, thresholds / factor.diagonal(dim1=1, dim2=2))
+    transform, regular = _inverse_cholesky(gram, thresholds / factor.diagonal(dim1=1, dim2=2))
     kept = regular[:, None].expand_as(thresholds).clone()
     if regular.all():
         return transform, kept
@@ -197,7 +193,9 @@ def _gram_schmidt_dropping(
         keep[:, i] = square > thresholds[:, i].square()
         rows[:, i] = residual * torch.where(keep[:, i], square, torch.inf).rsqrt()[:, None]
         difference[keep[:, i]] = 0
-    transform[~regular], kept[~regular] = _zero_rows_last(rows, keep), keep
+    kept_first = keep.int().argsort(dim=1, descending=True, stable=True)
+    transform[~regular] = rows.gather(1, kept_first[:, :, None].expand_as(rows))
+    kept[~regular] = keep
     return transform, kept
 
 
@@ -210,14 +208,3 @@ def _signs(vectors: Tensor) -> Tensor:
     largest = sizes >= 0.999 * sizes.amax(dim=1, keepdim=True)
     last = largest.shape[1] - 1 - largest.flip(1).int().argmax(dim=1, keepdim=True)
     return vectors.gather(1, last).sign()
-
-
-def _rsqrt(values: Tensor) -> Tensor:
-    """`1 / sqrt(values)`, and 0 where a value is not positive."""
-    return values.where(values > 0, torch.inf).rsqrt()
-
-
-def _zero_rows_last(transform: Tensor, kept: Tensor) -> Tensor:
-    """The rows of `transform` that are `kept`, in their order, then the others."""
-    order = kept.int().argsort(dim=1, descending=True, stable=True)
-    return transform.gather(1, order[:, :, None].expand_as(transform))

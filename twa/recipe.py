@@ -139,7 +139,7 @@ class Recipe:
 
     - Start: the best average of the last checkpoints by `loss` (`best_start`).
     - Granularity: one set of coefficients for the model in fewer than 50 steps, one for each output
-      channel from there on.
+      channel from there on. Always one with SGD and others, and in the paper's coordinates.
     - Unit: with Adam or AdamW by layer or channel, in 50 steps or more on samples that are seen
       again and again, the block's standard deviation; otherwise that of each direction.
     - Learning rate: `rate_of` for Adam and AdamW, 0.1 for SGD.
@@ -160,7 +160,7 @@ class Recipe:
         granularity: "auto", as above, or "model", "layer" or "channel".
 
     Attributes:
-        granularity: "model", "layer" or "channel".
+        granularity: as given, or once `optimizer` was called what "auto" has become.
         start: the key of the start point, or what was given for it.
         start_losses: the losses that `best_start` compared; {} if it did not search.
         end_losses: the losses that `finish` compared, by name.
@@ -185,9 +185,7 @@ class Recipe:
             raise ValueError(f"granularity must be one of {allowed}, not {granularity!r}")
         rate_of(steps, samples)  # refuses negative numbers before anything is read
         self._model, self._checkpoints, self._loss = model, check_window(model, checkpoints), loss
-        self._steps, self._samples = steps, samples
-        automatic = "model" if steps < MANY_STEPS else "channel"
-        self.granularity = automatic if granularity == "auto" else granularity
+        self._steps, self._samples, self.granularity = steps, samples, granularity
         self.start, self.start_losses, self.end_losses = start, {}, {}
         self._optimizer: TWA | None = None
 
@@ -208,9 +206,11 @@ class Recipe:
         elif isinstance(start, int | float):
             start = average_of(start, self._checkpoints, self._model)
         adam, own_units = is_adam(base), arguments.get("extract", "PCA") == "PCA"
-        if own_units and arguments.get("unit") is None:
-            repeated = self._steps >= MANY_STEPS and self._samples < math.inf
-            block = adam and self.granularity != "model" and repeated
+        many = adam and own_units and self._steps >= MANY_STEPS
+        if self.granularity == "auto":
+            self.granularity = "channel" if many else "model"
+        if arguments.get("unit") is None:
+            block = many and self.granularity != "model" and self._samples < math.inf
             arguments["unit"] = "block" if block else "direction"
         if own_units and arguments.get("lr") is None:
             rate = rate_of(self._steps, self._samples, arguments["unit"]) if adam else RATE_OF_SGD

@@ -3,8 +3,7 @@
 #
 #     bash study.sh [SEED ...]        seeds 1 2 3 if left out; about 15 minutes of one core each
 #
-# What is finished is not run again, so it can be stopped and started at will, and several seeds can
-# run side by side (OMP_NUM_THREADS=1 then). Ends with the tables in README.md and docs/RESULTS.md.
+# What is finished is not run again; see ../all.sh. Ends with the tables of the pages.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../../env.sh
@@ -31,4 +30,4 @@ for seed; do
         cp "$dir/results.jsonl" "results/$seed.jsonl"
     done
 done
-"$PYTHON" ../evidence.py report
+"$PYTHON" ../report.py

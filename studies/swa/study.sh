@@ -3,9 +3,7 @@
 #
 #     bash study.sh [SEED ...]        seeds 1 2 3 if left out; about an hour of one core each
 #
-# What is in results/ is not run again, so it can be stopped and started at will, and seeds can run
-# side by side (OMP_NUM_THREADS=1 then) once the first has chosen the rival's rates. Ends with the
-# tables in README.md and docs/RESULTS.md.
+# What is in results/ is not run again; see ../all.sh. Ends with the tables of the pages.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ../../env.sh
@@ -54,10 +52,10 @@ for seed; do
         twa channel --granularity channel
         if [ ! -e "results/$run.sgd.$seed.json" ]; then
             train "$run" "${tail[@]}"
-            "$PYTHON" -u rival.py "$run" "$seed"
+            "$PYTHON" -u ../tail.py "$run" "$seed"
         fi
     done
     # The usual alternative to a tail: the rate falls to 0.01 · lr_init over all epochs.
     sgd sgd
 done
-"$PYTHON" ../evidence.py report
+"$PYTHON" ../report.py

@@ -1,20 +1,19 @@
-"""`Replicas`: ranks that hold the same model, and compute gradients of different data."""
+"""`Replicas`: ranks that have the same model and compute gradients of different data."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
 class Replicas:
-    """The ranks of `group`; this process alone if it is None.
+    """The ranks of `group`, or this process alone if it is None.
 
     Attributes:
-        count: their number.
+        count: the number of ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
@@ -28,24 +27,27 @@ class Replicas:
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """The first rank's `tensor`; its shape is the same on all ranks."""
+        """The first rank's `tensor`, whose shape is the same on all ranks."""
         tensor = tensor.contiguous()
         if self._group is not None:
             dist.broadcast(tensor, group=self._group, group_src=0)
         return tensor
 
     def check(self, own: Mapping[str, object]) -> None:
-        """Raises ValueError on all ranks if a value differs between them.
+        """Compares values between the ranks.
 
         Args:
-            own: this rank's values, by the names that the message uses.
+            own: this rank's values, by their names in the message.
+
+        Raises:
+            ValueError: a value differs; raised on all ranks.
         """
         if self._group is None:
             return
-        everyones: list = [None] * self.count
+        gathered: list = [None] * self.count
         mine = (f"rank {dist.get_rank()} ({socket.gethostname()})", dict(own))
-        dist.all_gather_object(everyones, mine, group=self._group)
-        (first, expected), *others = everyones
+        dist.all_gather_object(gathered, mine, group=self._group)
+        (first, expected), *others = gathered
         differences = []
         for rank, found in others:
             names = expected.keys() | found.keys()
@@ -55,12 +57,3 @@ class Replicas:
                 differences.append(f"{rank} has another {', '.join(different[:3])}{more}")
         if differences:
             raise ValueError(f"{'; '.join(differences)} than {first}")
-
-
-def hash_of(tensor: Tensor) -> Tensor:
-    """The sum of the bits of `tensor`, float32 [..., columns], over its last dimension: int64.
-
-    Tensors with other elements differ in it, except by chance; the order of elements is ignored.
-    """
-    parts = tensor.view(torch.int32).split(2**19, dim=-1)
-    return torch.stack([part.sum(-1, dtype=torch.int64) for part in parts]).sum(0)

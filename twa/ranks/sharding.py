@@ -1,8 +1,8 @@
-"""Sharded parameters: which rows of each this rank has, and sums over all ranks.
+"""Sharded parameters: the rows of each that this rank has, and sums over the ranks.
 
-FSDP2 (`torch.distributed.fsdp.fully_shard`) makes a parameter a `DTensor` that is divided along its
-first dimension, one shard a rank. The functions here also take ordinary tensors, as one shard.
-`torch.distributed` is imported only where a tensor is sharded: some builds of torch lack it.
+FSDP2 (`torch.distributed.fsdp.fully_shard`) turns a parameter into a `DTensor`, which is divided
+along its first dimension, one shard for each rank. The functions here treat any other tensor as a
+single shard. Only a `DTensor` makes them import `torch.distributed`, which some builds lack.
 """
 
 from __future__ import annotations
@@ -25,21 +25,16 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """The first row of this rank's shard in the whole tensor, divided as by `torch.chunk`.
-
-    Raises:
-        ValueError: it is not sharded along its first dimension.
-    """
+    """The index of the first row of this rank's shard in the whole tensor."""
     if not is_sharded(tensor):
         return 0
-    index = _sharded_by(tensor)
-    mesh = tensor.device_mesh
-    height = -(-len(tensor) // mesh.size(index))
-    return min(mesh.get_local_rank(index) * height, len(tensor))
+    dimension, mesh = _mesh_dimension(tensor), tensor.device_mesh
+    height = -(-len(tensor) // mesh.size(dimension))  # the shards are those of `torch.chunk`
+    return min(mesh.get_local_rank(dimension) * height, len(tensor))
 
 
 def part(whole: Tensor, like: Tensor) -> Tensor:
-    """The rows of `whole` that this rank has of `like`, a view; `whole` may be sharded itself."""
+    """The rows of `whole` that this rank has of `like`, a view; `whole` may be sharded too."""
     if not is_sharded(like) or is_sharded(whole):
         return local(whole)
     first = first_row(like)
@@ -52,37 +47,28 @@ def shard(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     from torch.distributed.tensor import DTensor
 
-    rows = whole if whole.shape != like.shape else part(whole, like)
-    return DTensor.from_local(
-        rows.to(like.device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    rows = (whole if whole.shape != like.shape else part(whole, like)).to(like.device)
+    placed = (like.device_mesh, like.placements)
+    return DTensor.from_local(rows, *placed, shape=like.shape, stride=like.stride())
 
 
-class Ranks:
-    """The ranks among which a model is sharded; this process alone if it is not.
-
-    Args:
-        model: a module of which no trainable parameter is sharded, or all are, by one mesh.
+class Shards:
+    """The ranks that a model is sharded among, or this process alone.
 
     Attributes:
         first: whether this rank is the first of them.
-        count: their number.
+        count: the number of ranks.
 
     Raises:
-        ValueError: some parameters are sharded and some are not, or not all by one mesh.
+        ValueError: the trainable parameters are not all sharded alike, or not by FSDP2.
     """
 
     def __init__(self, model: nn.Module):
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # without it, no module is sharded
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # Nothing is sharded before its import.
         self._modules = [m for m in model.modules() if fsdp and isinstance(m, fsdp.FSDPModule)]
         self.reshard()
         meshes = {
-            (p.device_mesh, _sharded_by(p)) if is_sharded(p) else None
+            (p.device_mesh, _mesh_dimension(p)) if is_sharded(p) else None
             for p in model.parameters()
             if p.requires_grad
         }
@@ -97,9 +83,9 @@ class Ranks:
         self.count = 1 if mesh is None else self._group.size()
 
     def reshard(self) -> None:
-        """Frees the gathered parameters that a forward pass without a backward pass leaves.
+        """Frees the gathered parameters that a forward pass without a backward pass leaves behind.
 
-        While they exist, the model computes with them and ignores what is written to the shards.
+        While they exist, the model uses them and ignores what is written to the shards.
         """
         for module in self._modules:
             module.reshard()
@@ -111,21 +97,25 @@ class Ranks:
         return tensor
 
     def share(self, free: int | None, device: torch.device, replicas: int) -> int | None:
-        """How much of `free` bytes on `device` each of the ranks on this machine can take."""
+        """The part of `free` bytes on `device` that each rank on this machine can use."""
         count = self.count * replicas
         if free is None or device.type != "cpu" or count == 1:
             return free
         return free // int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
-def _sharded_by(tensor: Tensor) -> int:
-    """The dimension of the mesh along which `tensor` is sharded."""
+def _mesh_dimension(tensor: Tensor) -> int:
+    """The dimension of the mesh along which `tensor` is sharded.
+
+    Raises:
+        ValueError: the tensor is not sharded once, along its first dimension.
+    """
     from torch.distributed.tensor import Shard
 
     sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if len(sharded) != 1 or tensor.placements[sharded[0]] != Shard(0):
         raise ValueError(
-            f"a parameter is placed as {tensor.placements}; one Shard(0), as fully_shard makes it, "
-            "is supported"
+            f"a parameter is placed as {tensor.placements}; what is supported is one Shard(0), as "
+            "fully_shard makes it"
         )
     return sharded[0]

@@ -1,14 +1,13 @@
-"""The columns of the basis, their order, and the blocks that they form.
+"""`Columns`: the order of the basis's columns, and the blocks that they form.
 
-The columns are the model's trainable parameters, one after the other; of a sharded model, this
-rank's shards of them. They form blocks (the whole model, a layer, or an output channel), each of
-which gets a basis of its own.
+The columns are the model's trainable parameters, one after the other, or this rank's shards of
+them. A block (the whole model, a layer or an output channel) has a basis of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -16,15 +15,14 @@ from torch import Tensor, nn
 
 from twa.files.fit import Fit
 from twa.files.reading import Stored, tensor_of
-from twa.ranks.sharding import Ranks, first_row, local, part
+from twa.ranks.sharding import Shards, first_row, local, part
 
 
 @dataclass(frozen=True)
 class Blocks:
     """`count` adjacent blocks of `width` columns each, from column `start` on.
 
-    `first` is the index of the first of them among all blocks of the model. The columns of a
-    `shared` block are spread over several ranks; any other block lies on this rank alone.
+    The first one is block `first` of the model. Several ranks have columns of a `shared` block.
     """
 
     first: int
@@ -35,7 +33,7 @@ class Blocks:
 
     @property
     def numbers(self) -> slice:
-        """Their indices among all blocks of the model, as a slice."""
+        """Their indices among all blocks of the model."""
         return slice(self.first, self.first + self.count)
 
     @property
@@ -43,48 +41,41 @@ class Blocks:
         """The column after the last."""
         return self.start + self.count * self.width
 
-    def follows(self, other: Blocks) -> bool:
-        """Whether `other` and these blocks can be merged: adjacent, equally wide and not shared."""
-        shared = self.shared or other.shared
-        return not shared and (other.numbers.stop, other.width) == (self.first, self.width)
-
     def split(self, columns: int) -> Iterator[Blocks]:
-        """Runs of these blocks of at most so many `columns`, or of one block that is wider."""
+        """These blocks in groups of at most `columns` columns; a wider block is alone."""
         step = max(1, columns // max(1, self.width))
         for skip in range(0, self.count, step):
             count, start = min(step, self.count - skip), self.start + skip * self.width
-            yield Blocks(self.first + skip, start, count, self.width, self.shared)
+            yield replace(self, first=self.first + skip, start=start, count=count)
 
 
 class Columns:
     """The layout of the columns.
 
-    The columns are the trainable parameters of `model`, each once, in the order of `state_dict` and
+    The columns are the trainable parameters of `model`, each once, in the order of `state_dict`,
     flattened in row-major order whatever their memory format. At granularity "channel" a weight
     whose output channels are in its second dimension is transposed first.
 
     Attributes:
-        ranks: the ranks among which the columns are divided.
-        names: the names of the trainable parameters in a `state_dict`, without the prefixes of
-            wrappers.
+        shards: the ranks that the model is sharded among.
+        names: the parameters' names in a `state_dict`, without the prefixes of wrappers.
         parameters: the trainable parameters, in the same order.
-        widths: the number of columns that each parameter has on this rank, two for a complex
-            number.
-        dtype: float64 if a parameter is (or complex128), else float32.
-        total: the number of columns on this rank.
-        layout: names and shapes of the parameters, for comparisons.
-        fit: reads from a checkpoint what the model takes.
-        blocks: the blocks at `granularity` that have columns on this rank. Adjacent blocks of equal
-            width are one item, except shared ones, so that these are the same items on every rank.
+        widths: the number of columns of each parameter on this rank, two for a complex number;
+            `total` is their sum.
+        dtype: float64 if a parameter is float64 or complex128, else float32.
+        layout: the parameters' names and shapes, to compare.
+        fit: finds in a checkpoint what the model needs.
+        blocks: the blocks that have columns on this rank. Adjacent ones of equal width are one
+            item; shared ones are not, so that they are the same items on every rank.
         count: the number of blocks of the whole model.
 
     Raises:
-        ValueError: the model has no trainable parameters, or one that is not in its
-            `state_dict`; or the output channels of a sharded weight are not its rows.
+        ValueError: the model has no trainable parameters; one is not in the model's `state_dict`;
+            or a sharded weight has its output channels in its second dimension.
     """
 
     def __init__(self, model: nn.Module, granularity: str = "model"):
-        self.ranks = Ranks(model)
+        self.shards = Shards(model)
         self.fit = Fit(model)
         # Matched by identity: some wrappers (activation checkpointing) change the names.
         missing = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -101,21 +92,17 @@ class Columns:
             raise ValueError("the model has no trainable parameters")
         self.layout = str([(*self.names, *(tuple(p.shape) for p in self.parameters))])
         for name, parameter in trained.items():
-            if id(parameter) in self._groups and self.ranks.count > 1:
+            if id(parameter) in self._groups and self.shards.count > 1:
                 raise ValueError(
                     f"{name}: its output channels are spread over the ranks; use granularity "
                     '"layer" or "model", or do not shard the model'
                 )
         self.blocks, self.count = self._blocks(granularity)
 
-    def batches(self, columns: int) -> Iterator[Blocks]:
-        """The blocks, some at a time: at most this many columns, or one block that is wider."""
-        return (batch for group in self.blocks for batch in group.split(columns))
-
     def arranged(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """A view of `tensor`, shaped as `parameter`, in whose row-major order the columns are.
+        """A view of `tensor`, shaped as `parameter`, with its elements in the columns' order.
 
-        Its last dimension is that of real and imaginary parts where `parameter` is complex.
+        If `parameter` is complex, its last dimension is that of real and imaginary parts.
         """
         if parameter.is_complex():
             tensor = torch.view_as_real(tensor.to(parameter.dtype).resolve_conj())
@@ -123,12 +110,12 @@ class Columns:
         return tensor if groups is None else tensor.unflatten(0, (groups, -1)).transpose(1, 2)
 
     def split(self, flat: Tensor) -> Iterator[Tensor]:
-        """Views of `flat` [D], one for each parameter or its shard, shaped as `arranged`."""
+        """Views of `flat` [D], one for each parameter or its shard, in the shape of `arranged`."""
         for columns, parameter in zip(flat.split(self.widths), self.parameters, strict=True):
             yield columns.view(self.arranged(local(parameter), parameter).shape)
 
     def read(self, state: Mapping[str, Tensor | Stored], start: int, row: Tensor) -> None:
-        """Copies the columns of `state`, which `fit` took, from `start` on until `row` is full."""
+        """Copies the columns of `state`, a result of `fit`, from `start` on until `row` is full."""
         begin = 0
         for key, parameter, width in zip(self.names, self.parameters, self.widths, strict=True):
             low, high = max(begin, start), min(begin + width, start + len(row))
@@ -147,67 +134,62 @@ class Columns:
         for number, parameters in self._parts(granularity):
             if not sum(p.numel() for p in parameters):
                 continue
-            if number > 1:  # The channels of a weight, each whole on one rank.
+            if number > 1:  # the channels of a weight, each of which is on one rank
                 (weight,) = parameters
-                rows = number if self.ranks.count == 1 else len(local(weight))
+                rows = number if self.shards.count == 1 else len(local(weight))
                 width = weight.numel() // number * (1 + weight.is_complex())
                 new = Blocks(count + first_row(weight), start, rows, width)
             else:
                 width = sum(self.arranged(local(p), p).numel() for p in parameters)
-                new = Blocks(count, start, 1, width, shared=self.ranks.count > 1)
-            count += number
-            if not new.count:
-                continue
-            start = new.stop
-            if blocks and new.follows(blocks[-1]):
-                last = blocks.pop()
-                new = Blocks(last.first, last.start, last.count + new.count, last.width)
-            blocks.append(new)
+                new = Blocks(count, start, 1, width, shared=self.shards.count > 1)
+            count, start, last = count + number, new.stop, blocks[-1] if blocks else None
+            separate = last is None or last.shared or new.shared
+            if not separate and (last.numbers.stop, last.width) == (new.first, new.width):
+                blocks[-1] = replace(last, count=last.count + new.count)
+            elif new.count:
+                blocks.append(new)
         return blocks, count
 
     def _parts(self, granularity: str) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        """The parameters in groups, in order, and the number of blocks that each group forms."""
-        if granularity == "model":
-            yield 1, self.parameters
-        elif granularity == "layer":
-            yield from ((1, layer) for layer in self._layers())
-        else:
-            for layer in self._layers():
-                for vectors, parameters in groupby(layer, key=lambda p: p.dim() < 2):
-                    if vectors:
-                        yield 1, list(parameters)
-                    else:
-                        yield from ((self._channels(p), [p]) for p in parameters)
+        """The parameters in groups, in order, with the number of blocks that each group forms."""
+        for layer in [self.parameters] if granularity == "model" else self._layers():
+            if granularity != "channel":
+                yield 1, layer
+                continue
+            for vectors, parameters in groupby(layer, key=lambda p: p.dim() < 2):
+                if vectors:
+                    yield 1, list(parameters)
+                else:
+                    yield from ((self._channels(p), [p]) for p in parameters)
 
     def _channels(self, weight: nn.Parameter) -> int:
-        """The number of output channels of a weight."""
         groups = self._groups.get(id(weight))
         return len(weight) if groups is None else groups * weight.shape[1]
 
     def _layers(self) -> list[list[nn.Parameter]]:
         """The parameters in groups, by the module that owns them.
 
-        A module that owns only vectors, such as batch norm, joins the layer before it, or the
-        first layer if there is none before.
+        A module that owns only vectors, such as batch norm, joins the layer before it. Those before
+        the first layer join that one.
         """
-        layers = []
-        leading = True
+        layers: list[list[nn.Parameter]] = []
+        leading = True  # Only vectors have come so far.
         named = zip(self.names, self.parameters, strict=True)
         for _, owned in groupby(named, key=lambda item: item[0].rpartition(".")[0]):
             parameters = [parameter for _, parameter in owned]
-            small = all(p.dim() < 2 for p in parameters)
-            if layers and (small or leading):
+            vectors = all(p.dim() < 2 for p in parameters)
+            if layers and (vectors or leading):
                 layers[-1] += parameters
             else:
                 layers.append(parameters)
-            leading = leading and small
+            leading = leading and vectors
         return layers
 
 
 def _transposed(model: nn.Module) -> dict[int, int]:
-    """The groups of the weights whose second dimension is their output channels, by id.
+    """The number of groups of each weight whose output channels are its second dimension, by id.
 
-    These are the transposed convolutions of torch, and `Conv1D` of transformers (GPT-2).
+    These are the weights of torch's transposed convolutions and of transformers' `Conv1D` (GPT-2).
     """
     groups = {}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""`Plan`: how a basis is built within the memory that is free, and what it takes."""
+"""`Plan`: how a basis is built, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from twa.storage.matrix import PIECE, TILE
 BITS = (32, 8, 4)
 CPU = torch.device("cpu")
 
-# Elements worked on at a time: in float64 they stay in the cache of a CPU; a GPU wants more.
+# The elements of a chunk: in float64 they fit the cache of a CPU; a GPU needs more to be busy.
 CHUNK = {"cpu": 2**19, "cuda": 2**24}
-# Columns in a float32 sum at most: the rounding of longer ones would show in the basis.
+# The most columns in a float32 sum: the rounding of longer sums would show in the basis.
 LONGEST = 2**13
-# A basis that cannot be built in place is built from a part of the columns of W at a time: one of
-# so many parts, or SMALL elements (256 MB) if that is more, as opening files takes time as well.
+# A basis that is not built in place is built from a part of the columns of W at a time: an eighth,
+# or SMALL elements (256 MB) if that is more, because opening files takes time as well.
 PARTS = 8
 SMALL = 2**26
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a basis of n checkpoints is built, and the bytes that it takes.
+    """How a basis is built, and how many bytes it takes.
 
     Attributes:
-        n: checkpoints of the window.
-        extract, components, bits: as of `Subspace`.
-        device: that of the model.
+        n: the number of checkpoints.
+        extract, components, bits: as for `Subspace`.
+        device: the model's device.
         dtype: of the checkpoints in memory, and of their mean.
     """
 
@@ -47,77 +47,65 @@ class Plan:
 
     @property
     def height(self) -> int:
-        """The most rows that a block of the basis has."""
+        """The largest number of rows that a block of the basis can have."""
         if self.extract == "Schmidt":
             return self.n
         return self.n - 1 if self.components is None else min(self.components, self.n - 1)
 
     @property
     def build_device(self) -> torch.device:
-        """Where the basis is built: for MPS, which has no float64, on the CPU."""
+        """The device on which the basis is built: the CPU for MPS, which has no float64."""
         return CPU if self.device.type == "mps" else self.device
 
     @property
     def in_place(self) -> bool:
-        """Whether the basis overwrites the rows that were read."""
+        """Whether the basis overwrites the checkpoints that were read."""
         same = self.bits == 32 == 8 * self.dtype.itemsize and self.build_device == self.device
         return same and self.height >= self.n - 1
 
     def chunk(self, blocks: list[Blocks]) -> int:
-        """The number of columns worked on at a time: tiles, and any block but a single one."""
+        """The number of columns in a chunk: whole tiles, and the widest of adjacent blocks."""
         chunk = CHUNK.get(self.device.type, CHUNK["cpu"]) // self.n
-        if self.device.type == "cpu" and self.extract == "Schmidt":  # the one that may try float32
+        if self.device.type == "cpu" and self.extract == "Schmidt":  # which may use float32
             chunk = min(chunk, LONGEST)
         narrow = [group.width for group in blocks if group.count > 1 and group.width < PIECE]
         return max([TILE, chunk // TILE * TILE, *narrow])
 
-    def width(self, total: int, chunk: int = 1) -> int:
-        """The number of columns, of `total`, that are in memory while the basis is built."""
-        return total if self.in_place else self.part(total, chunk)
-
     def part(self, total: int, chunk: int = 1) -> int:
-        """The number of columns, of `total`, that are in memory where few are enough."""
+        """The number of columns, of `total`, that are read at a time if not all are."""
         return min(total, max(chunk, math.ceil(total / PARTS), SMALL // self.n))
 
     def basis_bytes(self, total: int) -> int:
-        """What a basis of `total` columns takes, as `Subspace.nbytes`.
+        """The bytes of a basis of `total` columns, as `Subspace.nbytes`.
 
-        Many small blocks have a few more scales, of which there is one for each tile in a row.
+        It counts one scale for every `TILE` elements; many small blocks have a few more.
         """
         scales = 0 if self.bits == 32 else 4 * math.ceil(total / TILE)
         mean = self.dtype.itemsize * total if self.extract == "PCA" else 0
         return self.height * (total * self.bits // 8 + scales) + mean
 
     def build_bytes(self, total: int) -> int:
-        """What building it takes: the basis, and the columns that are in memory beside it."""
-        beside = 0 if self.in_place else self.dtype.itemsize * self.n * self.width(total)
-        return self.basis_bytes(total) + beside
+        """The bytes that building it takes: the basis, and the columns that are read beside it."""
+        read = 0 if self.in_place else self.dtype.itemsize * self.n * self.part(total)
+        return self.basis_bytes(total) + read
 
     def check(self, total: int, free: float | None, shards: int) -> None:
-        """Raises `MemoryError` if too little memory is free; says what would fit.
+        """Raises a `MemoryError` that names remedies if the basis does not fit.
 
-        Args:
-            total: columns on this rank.
-            free: bytes; None if unknown.
-            shards: ranks that the model is sharded among.
+        A rank, one of `shards`, has `total` columns and `free` bytes; None if that is unknown.
         """
 
         def needed(n: int, bits: int) -> int:
             plan = replace(self, n=n, bits=bits)
-            return plan.build_bytes(total) + 2 * 4 * total  # and a gradient, and the weights
+            return plan.build_bytes(total) + 2 * 4 * total  # a gradient and the weights
 
         n, bits = self.n, self.bits
         if free is None or needed(n, bits) <= free:
             return
-        remedies = []
-        fewer = max((k for k in range(2, n) if needed(k, bits) <= free), default=None)
-        if fewer:
-            remedies.append(f"{fewer} checkpoints")
-        smaller = [b for b in BITS if b < bits and needed(n, b) <= free]
-        if smaller:
-            remedies.append(f"bits={smaller[0]}")
+        fewer = [f"{k} checkpoints" for k in range(2, n) if needed(k, bits) <= free]
+        smaller = [f"bits={b}" for b in BITS if b < bits and needed(n, b) <= free]
         more = math.ceil(shards * needed(n, bits) / max(1, free))
-        remedies.append(f"{more} ranks with as much memory each")
+        remedies = [*fewer[-1:], *smaller[:1], f"{more} ranks with as much memory each"]
         share = f" (one of {shards} shards)" if shards > 1 else ""
         raise MemoryError(
             f"a basis of {n} checkpoints of {total:,} weights{share} at {bits} bits takes "
@@ -127,27 +115,24 @@ class Plan:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on `device`; None if unknown."""
+    """The number of bytes that can be allocated on `device`; None if unknown."""
     backend = torch.get_device_module(device)
     if hasattr(backend, "mem_get_info"):
         cached = backend.memory_reserved(device) - backend.memory_allocated(device)
         return backend.mem_get_info(device)[0] + cached
     if device.type != "cpu":
         return None
-    return min([psutil.virtual_memory().available, *left_by_control_groups()])
+    return min([psutil.virtual_memory().available, *free_in_control_groups()])
 
 
-def left_by_control_groups(
+def free_in_control_groups(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[int]:
-    """What each memory limit of this process's control groups leaves free, in bytes.
+    """The bytes that each memory limit of this process's control groups leaves free.
 
-    Containers and batch systems on Linux limit memory so, in version 1 or 2 of the interface. The
-    page cache counts as free, as the kernel drops it when memory is needed.
-
-    Args:
-        root: where the groups are mounted.
-        own: the file that names this process's groups.
+    Containers and batch systems on Linux limit memory in this way, in version 1 or 2 of the
+    interface. The page cache counts as free: the kernel drops it when memory is needed. The groups
+    are mounted at `root`; the file `own` names those of this process.
     """
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
