@@ -113,9 +113,9 @@ def load_into(
         key: sharding.part(tensor_of(value), fit.tensors[key])
         for key, value in fit(checkpoint, name).items()
     }
-    check_finite(state, name, fit.tensors)
     for key in [key for key in state if _is_equal_and_frozen(fit.tensors[key], state[key])]:
         del state[key]
+    check_finite(state, name, fit.tensors)
     # In the model's own `state_dict`, whose metadata holds the versions of the modules, but not
     # what else is in it: modules may save more than they load, as quantized ones do.
     own = model.state_dict()
