@@ -401,8 +401,9 @@ def test_rate_and_unit_that_are_left_out_are_those_for_steps_and_samples(
     parser = settings.parser_of(coefficients.Coefficients)
     args = coefficients.Coefficients(**vars(parser.parse_args(words.split())))
     window = [torch.nn.Linear(3, 2).state_dict() for _ in range(3)]
-    many = {"steps": 200, "samples": samples}
-    optimizer = coefficients.optimizer_of(args, torch.nn.Linear(3, 2), window, **many)
+    how = {"steps": 200, "samples": samples, "start": 1}
+    recipe = coefficients.recipe_of(args, torch.nn.Linear(3, 2), window, lambda: 0.0, **how)
+    optimizer = coefficients.optimizer_of(args, recipe)
     assert optimizer.subspace.unit == unit
     actual = optimizer.defaults["lr"]
     assert actual == optimizer.base.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-3)
