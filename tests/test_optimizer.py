@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import models
 from training import data
@@ -951,6 +953,39 @@ def test_a_callers_autocast_and_default_type_round_nothing(bits):
         torch.set_default_dtype(torch.float32)
     assert basis.nbytes == expected.subspace.nbytes
     assert basis.empty().dtype == torch.float32
+
+
+class Copies(TorchDispatchMode):
+    """Measures the largest tensor that is made, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        inputs = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
+        for made in tree_leaves(result):
+            storage = made.untyped_storage() if torch.is_tensor(made) else None
+            # What a file is mapped into takes no memory of its own.
+            if storage and storage.resizable() and storage.data_ptr() not in inputs:
+                self.largest = max(self.largest, made.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["adapters", "complete checkpoints"])
+def test_frozen_weights_are_not_copied(complete, tmp_path):
+    """The base model of a LoRA may fill the device once, and not twice."""
+    model = nn.Sequential(nn.Linear(1500, 1500), nn.Linear(1500, 4))
+    model[0].requires_grad_(False)
+    paths = [tmp_path / f"{i}.pt" for i in range(3)]
+    for path in paths:
+        state = {k: v.clone() for k, v in model.state_dict().items() if complete or k[0] == "1"}
+        state["1.weight"] += torch.randn(4, 1500)
+        torch.save(state, path)
+    with Copies() as copies:
+        TWA(model, paths, start=paths[0])
+    assert copies.largest < model[0].weight.nbytes / 2  # room for a mask of bools, not for a copy
 
 
 def test_frozen_parameters_stay_at_the_start():

@@ -206,17 +206,13 @@ class TWA(torch.optim.Optimizer):
         if self._start_point is self._model:
             return []
         trained = {id(parameter) for parameter in self.subspace.parameters}
-        state = self._model.state_dict(keep_vars=True).values()  # Extra state may be no tensor.
-        others = [t for t in state if isinstance(t, Tensor) and id(t) not in trained]
-        before = [local(tensor).clone() for tensor in others]
         start = self._start_point
         if start is None:
             start = average(self._checkpoints, self._model)
-        load_into(self._model, start)
         return [
             (tensor, old, tensor._version)
-            for tensor, old in zip(others, before, strict=True)
-            if not tensor.is_meta and not torch.equal(local(tensor), old)
+            for tensor, old in load_into(self._model, start)
+            if id(tensor) not in trained and not torch.equal(local(tensor), old)
         ]
 
     def add_param_group(self, param_group: dict) -> None:

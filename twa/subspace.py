@@ -257,7 +257,7 @@ class Subspace:
         else:
             products = self._shards.sum(torch.cat([products, extras]))
             extras.copy_(products[-len(extras) :])
-        products = products[self._index]
+        products = self._existing(products[: self._shape.numel()])
         return products if self.scale is None else products * self.scale
 
     @full_precision
@@ -297,7 +297,8 @@ class Subspace:
         squares = self._by_block(coefficients).square().sum(1)
         sizes = self._by_block(torch.ones_like(coefficients)).sum(1)
         factors = radius / (squares / sizes).sqrt()
-        coefficients *= factors.clamp(max=1)[self._index // self._shape[1]]
+        factors = factors.clamp(max=1)[:, None].expand(self._shape)
+        coefficients *= self._existing(factors.flatten())
 
     @full_precision
     def averaging_weights(self, coefficients: Tensor) -> Tensor:
@@ -376,8 +377,14 @@ class Subspace:
         names = hashlib.sha256(self._columns.layout.encode()).digest()[:8]
         return self._shards.sum(total).cpu() ^ int.from_bytes(names, "big", signed=True)
 
+    def _existing(self, rows: Tensor) -> Tensor:
+        """The numbers of rows that exist, from one for each of `height` rows of each block."""
+        return rows if len(self) == len(rows) else rows[self._index]
+
     def _by_block(self, coefficients: Tensor) -> Tensor:
         """`coefficients` as [blocks, height], zero where a block has no such row."""
+        if len(self) == self._shape.numel():
+            return coefficients.view(self._shape)
         padded = coefficients.new_zeros(self._shape.numel())
         padded[self._index] = coefficients
         return padded.view(self._shape)

@@ -91,14 +91,19 @@ def check_finite(
                 raise NotFiniteError(f"{name}: {key} holds NaN or infinity")
 
 
-def load_into(model: nn.Module, checkpoint: Checkpoint, name: str | None = None) -> None:
+def load_into(
+    model: nn.Module, checkpoint: Checkpoint, name: str | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Loads into `model` what `checkpoint` has of it; the model keeps the rest.
 
-    If anything fails, the model keeps all its values. Of a sharded model, each rank reads its own
-    part.
+    If anything fails, the model keeps all its values. Each rank of a sharded model reads its own
+    part. Frozen parameters that are equal already are not written.
 
     Args:
         name: the name of the checkpoint in messages, if it is not a path.
+
+    Returns:
+        the tensors of the model that were written, and their values before.
 
     Raises:
         CheckpointError: as `Fit`, or there is NaN or infinity in what would be loaded.
@@ -108,6 +113,8 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, name: str | None = None)
         key: sharding.part(tensor_of(value), fit.tensors[key])
         for key, value in fit(checkpoint, name).items()
     }
+    for key in [key for key in state if _is_equal_and_frozen(fit.tensors[key], state[key])]:
+        del state[key]
     check_finite(state, name, fit.tensors)
     # In the model's own `state_dict`, whose metadata holds the versions of the modules, but not
     # what else is in it: modules may save more than they load, as quantized ones do.
@@ -115,13 +122,27 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, name: str | None = None)
     own.clear()
     own.update({fit.keys[k]: sharding.shard(v, fit.tensors[k]) for k, v in state.items()})
     written = {id(fit.tensors[key]) for key in state}
-    with _restored_on_failure(model, written):
+    with _restored_on_failure(model, written) as before:
         model.load_state_dict(own, strict=False)
+    return before
+
+
+def _is_equal_and_frozen(own: Tensor, value: Tensor) -> bool:
+    """Whether `own` is a frozen parameter, of which a copy would be too large, with this value."""
+    if not isinstance(own, nn.Parameter) or own.requires_grad:
+        return False
+    own = sharding.local(own)
+    return own.shape == value.shape and torch.equal(own, value.to(own))
 
 
 @contextlib.contextmanager
-def _restored_on_failure(model: nn.Module, written: Collection[int]) -> Iterator[None]:
-    """If the block raises, the tensors of `model` with an `id` in `written` are what they were."""
+def _restored_on_failure(
+    model: nn.Module, written: Collection[int]
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Context after which the tensors of `model` with an `id` in `written` are restored if it fails.
+
+    Yields them and their values before.
+    """
     before = [
         (holder, name, tensor, sharding.local(tensor).clone())
         for module in model.modules()
@@ -130,7 +151,7 @@ def _restored_on_failure(model: nn.Module, written: Collection[int]) -> Iterator
         if id(tensor) in written
     ]
     try:
-        yield
+        yield [(tensor, values) for _, _, tensor, values in before]
     except BaseException:
         with torch.no_grad():
             for holder, name, tensor, values in before:
