@@ -688,9 +688,9 @@ def test_a_refusal_says_what_the_file_is(tmp_path, kind, name):
 INTRODUCTION = """\
 # Which checkpoints are read
 
-Written by `python tests/test_checkpoint_kinds.py` from the tests, which try each kind. What a file
-is, its first bytes say, and not its name. Nothing in a file is executed. Of a window, parameters
-are averaged; buffers are the last checkpoint's; dtypes are the model's.
+Written by `python tests/test_checkpoint_kinds.py` from the tests, which try each kind. The first
+bytes of a file decide what it is, and not its name. Nothing in a file is executed. Averages are
+taken of parameters; buffers are the last checkpoint's; dtypes are the model's.
 
 """
 

@@ -97,12 +97,11 @@ class Fit:
         found = {own: state[key] for own, key in keys.items()}
         odd = {k for k, t in self.tensors.items() if k not in found or found[k].shape != t.shape}
         spare = state.keys() - {key for own, key in keys.items() if own not in odd}
-        loaded = {}
-        if self._model is not None and odd and spare:
-            loaded = self._load(state, *views, odd, spare)
-            found |= loaded
-            if loaded and self._needed.isdisjoint(odd - loaded.keys()):
-                spare = set()
+        asks = self._model is not None and odd and spare
+        loaded = self._load(state, *views, odd, spare) if asks else {}
+        found |= loaded
+        if loaded and self._needed.isdisjoint(odd - loaded.keys()):
+            spare = set()
         reshaped = self._buffers & odd & found.keys() - loaded.keys()
         for key in reshaped:
             del found[key]
@@ -121,20 +120,18 @@ class Fit:
                         f"{name}: {first} and {other} differ there; in the model they are one"
                     )
         self._compared.add(name)
-        surplus = {key for key in spare if state[key].dtype.is_floating_point}
-        for new, why in (
-            (
-                surplus - {keys[key] for key in reshaped},
-                "ignored in the checkpoints, as the model has no such keys",
-            ),
-            (reshaped, "of another shape in the checkpoints; the model keeps its own"),
-        ):
-            new = sorted(new - self._ignored)
-            if new:
-                some = ", ".join(new[:5]) + (", …" if len(new) > 5 else "")
-                warnings.warn(f"{why}: {some}", stacklevel=3)
-                self._ignored.update(new)
+        shapes = {keys[key] for key in reshaped}
+        surplus = {key for key in spare - shapes if state[key].dtype.is_floating_point}
+        self._warn("ignored in the checkpoints, as the model has no such keys", surplus)
+        self._warn("of another shape in the checkpoints; the model keeps its own", reshaped)
         return found
+
+    def _warn(self, what: str, names: set[str]) -> None:
+        """Warns of the first of `names`, unless all have been in a warning before."""
+        if names - self._ignored:
+            some = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+            warnings.warn(f"{what}: {some}", stacklevel=4)
+            self._ignored |= names
 
     def _match(self, state: State) -> tuple[dict[str, str], View, View]:
         """The keys of `state` by the model's names for them, and the views of both by which."""

@@ -1,7 +1,8 @@
 """Files and folders of weights, read without executing anything that is in them.
 
 Each becomes nested dictionaries that end in tensors, which are mapped into memory, or in `Stored`
-ones: of a tensor nothing is read before it is used. What a file is, its first bytes say.
+ones: of a tensor nothing is read before it is used. The first bytes of a file decide what it is,
+and not its name.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ OTHERS = {
 def load(path: str | os.PathLike):
     """What `path` holds, on the CPU.
 
-    - A file of `torch.save`: whatever plain objects are in it (`weights_only=True`).
+    - A file of `torch.save`: the plain objects in it (`weights_only=True`).
     - A file of safetensors, an index of shards (`….index.json`), a folder of Hugging Face (a model,
       a Trainer's `checkpoint-*`, an adapter of PEFT): names to tensors.
-    - A folder of DCP: its tensors, nested as they were saved. What else it holds is pickled, and is
-      left out.
+    - A folder of DCP: its tensors, nested as they were saved. Everything else in
+      it is pickled, and ignored.
     - A folder of DeepSpeed in which one file holds the module (ZeRO 1 and 2): that file.
     - Any other folder: its only file of weights.
 

@@ -104,6 +104,7 @@ def by_transformers(
     path, module = _first(model, getattr(transformers, "PreTrainedModel", ()))
     if module is None:
         return {}
+    dtypes = {torch.float32, *(p.dtype for p in module.parameters() if p.is_floating_point())}
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
@@ -113,7 +114,7 @@ def by_transformers(
                 None,
                 config=copy.deepcopy(module.config),
                 state_dict={name: tensor_of(value) for name, value in state.items()},
-                dtype=module.dtype,
+                dtype=max(dtypes, key=lambda dtype: dtype.itemsize),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -136,22 +137,9 @@ def _loaded(
     module: nn.Module, wanted: Collection[str], load: Callable[[nn.Module], None]
 ) -> dict[str, Tensor]:
     """The tensors that `load` puts into a copy of `module`, by the names in its `state_dict`."""
-    memo: dict[int, object] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):
-            values = tensor.detach()
-            values = values.cpu().clone() if name in wanted else values.to("meta")
-            if isinstance(tensor, nn.Parameter):
-                values = nn.Parameter(values, requires_grad=tensor.requires_grad)
-            memo.setdefault(id(tensor), values)
-    for part in module.modules():  # other tensors, of which some cannot be copied
-        for holder in (vars(part), part._parameters, part._buffers):
-            for value in holder.values():
-                if isinstance(value, Tensor):
-                    memo.setdefault(id(value), value.detach())
     with _quiet("torch"), torch.no_grad():
         try:
-            target = copy.deepcopy(module, memo)
+            target = _copy(module, wanted)
         except Exception:  # some modules cannot be copied, as those that FSDP2 shards
             return {}
         before = target.state_dict(keep_vars=True)
@@ -168,6 +156,25 @@ def _loaded(
         if not same:
             found[key] = value.detach()
     return found
+
+
+def _copy(module: nn.Module, real: Collection[str]) -> nn.Module:
+    """A copy of `module`, on `meta` but for the tensors of the names `real`, on the CPU."""
+    memo: dict[int, object] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            values = tensor.detach()
+            there = name in real and not values.is_meta
+            values = values.cpu().clone() if there else values.to("meta")
+            if isinstance(tensor, nn.Parameter):
+                values = nn.Parameter(values, requires_grad=tensor.requires_grad)
+            memo.setdefault(id(tensor), values)
+    for part in module.modules():  # other tensors, of which some cannot be copied
+        for holder in (vars(part), part._parameters, part._buffers):
+            for value in holder.values():
+                if isinstance(value, Tensor):
+                    memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(module, memo)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A checkpoint as a `state_dict`: names to tensors, wherever they lie in a file or a mapping."""
+"""A checkpoint as a `state_dict`, found in a file or a mapping."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def name_of(checkpoint: Checkpoint, index: int | None = None) -> str:
 def load_state_dict(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The `state_dict` of `checkpoint`: a path is read, a mapping is searched.
 
-    It may be the value of one of `CONTAINERS`; mappings beside its tensors are left out. What
+    It may be the value of one of `CONTAINERS`; mappings beside its tensors are ignored. What
     wrappers insert (`INSERTED`) is removed from its keys, and so is `module.` where all have it.
 
     Raises:
