@@ -29,7 +29,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training import data, entry, image_folders
+from training import data, image_folders
+from training.run import run_script
 
 
 def write_photographs(directory: Path, count: int = 1000) -> None:
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -24,7 +24,7 @@ import torch
 from common import CPU, ROOT, Bench, Evenly, Records, clip, text
 from language_report import BUDGETS, SPACING, STEPS, WHOLE, WINDOW
 
-from training import entry
+from training.run import run_script
 from twa.files.checkpoints import load_into
 from twa.files.formats import load
 
@@ -55,7 +55,7 @@ class LanguageBench(Bench):
         self.first = None if seed == first else Records(RESULTS / f"{text_name}/seed{first}.json")
         if not self.checkpoint(STEPS).exists():
             where = ("--data-dir", folder) if folder else ()
-            common.run_script(
+            common.call_script(
                 *("lm/train.py", "--dir", self._folder, "--steps", STEPS, "--save-every", EVERY),
                 *("--test-every", 2000, "--batch-size", BATCH, "--lr", RATE, "--amp"),
                 *("--seed", seed, "--arch", "gpt", "--device", "cpu", "--resume", *where),
@@ -136,7 +136,7 @@ def core(bench: LanguageBench) -> None:
         bench.average(name, alpha)
     for steps in BUDGETS:
         for by in ("model", "channel", "layer") if steps in SOME else ("model", "channel"):
-            make = partial(bench.fit_twa, bench.window(), steps, granularity=by)
+            make = partial(bench.fit_twa, bench.window(), steps, by)
             bench.measure(f"TWA by {by} | {steps}", make)
         for start, shape in itertools.product(("last", "mean"), SHAPES):
             bench.decay(steps, shape, start)
@@ -193,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

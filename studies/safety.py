@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import utils
-from training import entry
 from training.files import save
 from training.loop import predict, reestimate_bn
+from training.run import run_script
 from twa.files.checkpoints import average, load_into
 
 RESULTS = ROOT / "studies/safety.json"
@@ -174,8 +174,7 @@ class SafetyBench(Bench):
                 points["end"] = self.judged()
                 after.append(float(points["end"][0][0].mean()))
 
-        made = self.fit_twa(window, steps, start, after_step=judge, granularity=granularity)
-        sample = made["ends"]
+        sample = self.fit_twa(window, steps, granularity, start=start, after_step=judge)["ends"]
         kept = min(sample, key=sample.get)
         if kept not in points:
             points[kept] = self.judged()
@@ -222,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -11,7 +11,7 @@ import argparse
 
 from common import CPU, ROOT, Bench, Records, data, images, sgd
 
-from training import entry
+from training.run import run_script
 from twa.files.checkpoints import load_into
 
 RATES = (0.005, 0.01, 0.02, 0.05)
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)
