@@ -137,9 +137,8 @@ class SafetyBench(Bench):
         reestimate_bn(self.model, self.train, self.amp, self.train.sample)
         found = []
         for judge in self.judges:
-            outputs, labels = map(
-                torch.cat, zip(*predict(self.model, judge, self.amp), strict=True)
-            )
+            pairs = predict(self.model, judge, self.amp)
+            outputs, labels = map(torch.cat, zip(*pairs, strict=True))
             losses = F.cross_entropy(outputs, labels, reduction="none")
             each = torch.stack([losses, outputs.argmax(1) == labels]).double()
             found.append(each.unflatten(1, (-1, judge.labels_in(0) // judge.images_in(0))).mean(2))
@@ -163,8 +162,8 @@ class SafetyBench(Bench):
         utils.set_seed(self.seed)
         count, start_name, granularity, epochs = setting.split()
         window, epoch = self.window(int(count)), len(self.train)
-        starts = {"last": lambda: window[-1], "SWA": lambda: average(window)}
-        start = starts.get(start_name, lambda: self.start(*window)[0])()
+        averaged = {"last": window[-1:], "SWA": window}.get(start_name)
+        start = average(averaged) if averaged else self.start(*window)[0]
         load_into(self.model, start)
         points, after = {"start": self.judged()}, []
         steps = max(1, round(float(epochs) * epoch))
