@@ -18,6 +18,7 @@ from torch import nn
 
 import models
 from training.parallel import size
+from training.settings import Parser
 from twa.storage.columns import Columns
 from twa.storage.memory import Plan
 
@@ -32,6 +33,7 @@ MEMORY, LINK, NETWORK, NODE = 3.35e12, 450e9, 50e9, 8  # bytes/s of and between 
 
 
 def main() -> None:
+    Parser(__doc__.partition("\n")[0]).parse_args()
     print("\n".join([*memory(), "", *sums(), "", *sharded()]))
 
 

@@ -56,6 +56,7 @@ from training.files import save, write_json
 from training.loop import autocast, evaluate, reestimate_bn
 from training.optimizers import SCHEDULES, schedule_of
 from training.run import run_script
+from training.settings import Parser
 from twa import TWA, rate_of
 from twa.files.checkpoints import load_into
 from utils import UserError
@@ -74,7 +75,7 @@ WIRES = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--archs", nargs="+", default=("PreResNet20", "studies.architectures:vgg"))
     add("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS), help="ways to train")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from studies.tables import markdown
 from training.parallel import size
+from training.settings import Parser
 
 CURVE = "curve"  # in place of a wire's name: the cell of a whole training
 CHANNEL = "TWA, replicated, by channel"
@@ -132,5 +133,7 @@ def draw(archs: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
+    parser, here = Parser(__doc__), Path(__file__).resolve().parent
+    parser.add_argument("folder", nargs="?", type=Path, default=here, help="of network.json")
+    folder = parser.parse_args().folder
     write_report(json.loads((folder / "network.json").read_text()), folder)

@@ -7,7 +7,6 @@ training images say of each solution goes to `studies/digits.json`, where a seed
 not run again. Test data choose nothing.
 """
 
-import argparse
 import shutil
 from functools import partial
 
@@ -15,6 +14,7 @@ from common import CPU, ROOT, Bench, Records, call_script, data, images
 from stages import FULL
 
 from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import Checkpoint, average, load_into
 
 RESULTS, WORK = ROOT / "studies/digits.json", ROOT / "results/digits"
@@ -59,7 +59,7 @@ def measured(seed: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=16, help="how many, from 1 on")
     records = Records(RESULTS)
     for seed in range(1, parser.parse_args().seeds + 1):

@@ -10,7 +10,6 @@ measures to `results/PART.DATA.ARCH.SEED.json` beside this file, one entry after
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tables import EPOCHS, HEAD, IMAGES
 
 from training.files import read_lines
 from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import Checkpoint, average, load_into
 
 RESULTS = ROOT / "studies/results"  # what was measured
@@ -160,7 +160,7 @@ PARTS = {"head": head, "units": units}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--part", choices=PARTS, default="head")
     parser.add_argument("--arch", default="PreResNet20", help="architecture, or module:function")
     parser.add_argument("--seed", type=int, default=1, help="of the run and of all that follows")

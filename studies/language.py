@@ -12,7 +12,6 @@ baselines by the validation text of the first seed of each text. TWA's own defau
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from common import CPU, ROOT, Bench, Evenly, Records, clip, text
 from language_report import BUDGETS, SPACING, STEPS, WHOLE, WINDOW
 
 from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import load_into
 from twa.files.formats import load
 
@@ -181,7 +181,7 @@ PARTS = {"core": core, "tuned": tuned, "schedule-free": schedule_free}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--text", choices=TEXTS, default="python", help="what the run learns")
     add("--seed", type=int, default=1, help="of the run and of all that follows")

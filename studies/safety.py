@@ -10,7 +10,6 @@ checkpoints go to `results/safety`. `python studies/report.py` makes the table.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -25,6 +24,7 @@ import utils
 from training.files import save
 from training.loop import predict, reestimate_bn
 from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import average, load_into
 
 RESULTS = ROOT / "studies/safety.json"
@@ -201,7 +201,7 @@ def padded(split: data.Split, size: int | None) -> data.Split:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(CASES))
     parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
     args = parser.parse_args()
