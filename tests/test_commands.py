@@ -56,6 +56,7 @@ SHORTER = {  # flags that come after a command's own, and win
     "lm/train.py": f"--steps 4 --save-every 2 --test-every 4 --batch-size 2 --warmup 0 {TEXT}",
     "lm/show.py": "",
     "docs/flags.py": "",
+    "tests/test_checkpoint_kinds.py": "",
     "benchmarks/needs.py": "",
 }
 IMAGENET = f"{TWA} --batch-size 32 --image-size 32"

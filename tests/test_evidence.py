@@ -15,6 +15,7 @@ import stages
 import tables
 import torch
 from test_data import idx
+from test_scripts import call
 
 from training import data
 
@@ -41,6 +42,15 @@ def test_the_page_of_the_network_is_that_of_the_measurements(tmp_path):
     folder = ROOT / "benchmarks"
     network_report.write_report(json.loads((folder / "network.json").read_text()), tmp_path)
     assert (tmp_path / "network.md").read_text() == (folder / "network.md").read_text()
+
+
+@pytest.mark.parametrize("folder", ["studies", "benchmarks"])
+def test_every_script_has_help(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        if "__main__" in path.read_text():
+            result = call(path.relative_to(ROOT), "--help")
+            assert result.status == 0, result.err
+            assert result.out.startswith(f"usage: {path.name}")
 
 
 def test_what_is_between_the_marks_of_a_page_is_replaced_and_nothing_else(tmp_path):
