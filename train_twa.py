@@ -83,29 +83,26 @@ def train_twa(args, run):
     layout, task = parallel.Layout(args), tasks.of(args, on_held_out=True)
     model = task.build(layout.shard)
     run.set_task(task, model)
-    sgd = report.SGDRun.read(Path(args.log_dir), task.unit)
-    task.check_run(sgd.arguments)
-    window = windows.Window(args)
-    window.verify()
+    sgd = report.SGDRun.read(Path(args.log_dir), task)
+    window = windows.Window(args).verified()
     spent = sgd.spent(window.last)
 
     def measured(weights) -> dict[str, float]:
         load_into(model, weights)
         return task.measure(model)
 
-    def measured_averages() -> dict[str, dict[str, float]]:
-        return {name: measured(weights) for name, weights in window.averages(model).items()}
+    def averages() -> dict[str, dict[str, float]]:
+        return {name: measured(mean) for name, mean in window.averages(model).items()}
 
-    averages = run.once("averages", measured_averages, window.paths)
-    solutions = {name: metrics | spent for name, metrics in averages.items()}
+    found = run.once("averages", averages, window.paths)
+    solutions = {name: metrics | spent for name, metrics in found.items()}
     if args.evaluate:
-        ranks.print_once(report.table(solutions), task.skipped())
-        return
+        return ranks.print_once(report.table(solutions), task.skipped())
     full, last = sgd.end, sgd.last_checkpoint(Path(args.save_dir))
     if last:
         full |= run.once("end of the run", lambda: measured(last), [last])
     start, losses, seconds = find_start(run, task, model, window)
-    name, named = window.start_name(start), window.named(losses)
+    name = window.start_name(start)
     if name not in solutions:
         weights = start if isinstance(start, Path) else average_of(start, window.paths, model)
         solutions[name] = run.once(name, lambda: measured(weights), window.files) | spent
@@ -116,37 +113,35 @@ def train_twa(args, run):
     recipe = coefficients.recipe_of(args, model, window.paths, lambda: task.loss(model), **how)
     optimizer = coefficients.optimizer_of(args, recipe, process_group=layout.group)
     seconds += time.perf_counter() - started
-    loaders, factor = (task.train, task.test), coefficients.factor_of(args)
-    trainer = Trainer.of(args, model, *loaders, optimizer, factor, top5=task.top5, name="TWA ")
+    how = {"factor": coefficients.factor_of(args), "top5": task.top5, "name": "TWA "}
+    trainer = Trainer.of(args, model, task.train, task.test, optimizer, **how)
     run.restore(trainer, recipe=recipe)
     run.start(
         f"{args.arch} on {args.datasets}: TWA over checkpoints {window.first} to {window.last} "
         f"from {name}: {coefficients.described(optimizer)} in {seconds:.1f} s",
-        *(layout.line, coefficients.comparison("start", named)),
+        *(layout.line, coefficients.comparison("start", losses)),
         *(f"note: {note}" for note in sgd.notes(args)),
     )
     run.train()
-
     started, build_seconds = time.perf_counter(), seconds
     end = recipe.finish(lambda: task.loss(model, last=True))
     run.log.line(coefficients.comparison("end", end))
     seconds += sum(m["seconds"] for m in run.log.epochs) + time.perf_counter() - started
-    cost = task.cost(args.epochs, steps) | {"seconds": seconds}
-    solutions["TWA"] = task.measure(model) | report.more(spent, **cost)
+    cost = report.more(spent, **task.cost(args.epochs, steps), seconds=seconds)
+    solutions["TWA"] = task.measure(model) | cost
     ranks.save_model(model, run.folder / "twa.pt")
     results = {
         "results": solutions,
         "averaging_weights": coefficients.averaging_weights(optimizer, window.paths),
         **{"epochs": args.epochs, "seconds": seconds, "build_seconds": build_seconds},
         **{"lr": optimizer.defaults["lr"], "start": name, "granularity": recipe.granularity},
-        **{"sample_losses": {"start": named, "end": end}, "sgd": full},
+        **{"sample_losses": {"start": losses, "end": end}, "sgd": full},
     }
-    run.log.line(report.write_results(run.folder, results, sgd, task))
-    run.log.line(task.skipped())
+    run.log.line(report.write_results(run.folder, results, sgd, task), task.skipped())
 
 
-def find_start(run, task, model, window) -> tuple[float | Path, dict[float, float], float]:
-    """The start point; the losses by which it was chosen, and the seconds that this took."""
+def find_start(run, task, model, window) -> tuple[float | Path, dict[str, float], float]:
+    """The start point, the losses by which it was chosen, by name, and the seconds this took."""
 
     def search() -> dict:
         started = time.perf_counter()
@@ -156,7 +151,8 @@ def find_start(run, task, model, window) -> tuple[float | Path, dict[float, floa
     if window.start is not None:
         return window.start, {}, 0.0
     found = run.once("start", search, window.paths)
-    return min(found["losses"], key=found["losses"].get), found["losses"], found["seconds"]
+    start = min(found["losses"], key=found["losses"].get)
+    return start, window.named(found["losses"]), found["seconds"]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ normalise) and a DataLoader with worker processes. For image folders both loader
 files with as many workers; otherwise this project's has one thread.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -29,7 +28,9 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training import data, entry, image_folders
+from training import data, image_folders
+from training.run import run_script
+from training.settings import Parser
 
 
 def write_photographs(directory: Path, count: int = 1000) -> None:
@@ -59,7 +60,7 @@ def measure(make: Callable[[], Iterable], batches: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     names = [name for name in data.DATASETS if hasattr(torchvision.datasets, name)]
     names.append(image_folders.NAME)
     parser.add_argument("--datasets", default="FashionMNIST", choices=names, help="data set")
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

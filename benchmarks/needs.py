@@ -18,6 +18,7 @@ from torch import nn
 
 import models
 from training.parallel import size
+from training.settings import Parser
 from twa.storage.columns import Columns
 from twa.storage.memory import Plan
 
@@ -32,6 +33,7 @@ MEMORY, LINK, NETWORK, NODE = 3.35e12, 450e9, 50e9, 8  # bytes/s of and between 
 
 
 def main() -> None:
+    Parser(__doc__.partition("\n")[0]).parse_args()
     print("\n".join([*memory(), "", *sums(), "", *sharded()]))
 
 
@@ -89,10 +91,10 @@ def sharded() -> Iterator[str]:
                 basis = plan.basis_bytes(own)
                 wire = 8 * (weights + plan.height + 4) * (gpus - 1) / gpus
                 # Activations come on top of the memory; the mean of the window is not read.
-                held = basis + vectors + 4 * weights, plan.build_bytes(own) + vectors
+                taken = basis + vectors + 4 * weights, plan.build_bytes(own) + vectors
                 reading = 2 * (basis - 4 * own) / MEMORY
                 sending = wire / (LINK if gpus <= NODE else NETWORK)
-                sizes = [f"{each / 1e9:.3g}" for each in (basis, *held, wire)]
+                sizes = [f"{each / 1e9:.3g}" for each in (basis, *taken, wire)]
                 times = [f"{1e3 * t:.2g}" for t in (reading, sending, reading + sending)]
                 yield row(name, count, gpus, bits, *sizes, *times)
 

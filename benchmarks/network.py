@@ -50,12 +50,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
-from studies.common import CPU, ROOT, Bench, run_script, sgd
-from training import data, entry, ranks
-from training.files import save
-from training.logs import write_json
+from studies.common import CPU, ROOT, Bench, call_script, sgd
+from training import data, ranks
+from training.files import save, write_json
 from training.loop import autocast, evaluate, reestimate_bn
 from training.optimizers import SCHEDULES, schedule_of
+from training.run import run_script
+from training.settings import Parser
 from twa import TWA, rate_of
 from twa.files.checkpoints import load_into
 from utils import UserError
@@ -74,7 +75,7 @@ WIRES = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--archs", nargs="+", default=("PreResNet20", "studies.architectures:vgg"))
     add("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS), help="ways to train")
@@ -122,7 +123,7 @@ def prepare(args: argparse.Namespace, arch: str) -> None:
     folder = head_of(args, arch)
     if (folder / "start.pt").exists():
         return
-    run_script(
+    call_script(
         *("train_sgd_cifar.py", "--datasets", "FashionMNIST", "--amp", "--batch-size", BATCH),
         *("--model-factory" if ":" in arch else "--arch", arch, "--epochs", args.head),
         *("--saves-per-epoch", SAVES, "--schedule", "constant", "--images", args.images),
@@ -438,4 +439,4 @@ WAYS = {
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

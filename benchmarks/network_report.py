@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 
 from studies.tables import markdown
 from training.parallel import size
+from training.settings import Parser
 
 CURVE = "curve"  # in place of a wire's name: the cell of a whole training
 CHANNEL = "TWA, replicated, by channel"
 TWAS = ("TWA, replicated", "TWA, replicated, by layer", CHANNEL, f"{CHANNEL}, twice the steps")
-RIVALS = ("SGD, DDP", "SGD, PowerSGD of rank 2", "local SGD, H = 10", "local SGD, H = 100")
+BASELINES = ("SGD, DDP", "SGD, PowerSGD of rank 2", "local SGD, H = 10", "local SGD, H = 100")
 
 
 def write_report(results: dict, folder: Path) -> None:
@@ -77,28 +78,28 @@ def goals_table(curves: dict, wires: list[str]) -> list[str]:
 
 
 def crossings_table(curves: dict, wires: list[str]) -> list[str]:
-    """The rate of the wire below which TWA's end is better than what a rival has by then."""
+    """The rate of the wire below which TWA's end is better than what a baseline has by then."""
     mine = [way for way in TWAS if way in curves]
     rows = [
-        [rival, *(crossing(curves[rival], curves[way], wires[0]) for way in mine)]
-        for rival in RIVALS
-        if rival in curves
+        [baseline, *(crossing(curves[baseline], curves[way], wires[0]) for way in mine)]
+        for baseline in BASELINES
+        if baseline in curves
     ]
     return markdown(["has the loss at the end of", *mine], rows)
 
 
-def crossing(rival: dict, mine: dict, wire: str) -> str:
-    """The rate at which `rival` reaches the loss at the end of `mine` in the same seconds.
+def crossing(baseline: dict, mine: dict, wire: str) -> str:
+    """The rate at which `baseline` reaches the loss at the end of `mine` in the same seconds.
 
     A step takes what it takes without a limit, and its bytes at the rate.
     """
     end = mine[CURVE][CURVE][-1]
-    tests = rival[CURVE][CURVE]
+    tests = baseline[CURVE][CURVE]
     steps = next((test["step"] for test in tests if test["loss"] <= end["loss"]), None)
     if steps is None:
         return "never"
-    more_bytes = steps * rival[wire]["bytes"] - end["step"] * mine[wire]["bytes"]
-    seconds_left = end["step"] * mine[wire]["seconds"] - steps * rival[wire]["seconds"]
+    more_bytes = steps * baseline[wire]["bytes"] - end["step"] * mine[wire]["bytes"]
+    seconds_left = end["step"] * mine[wire]["seconds"] - steps * baseline[wire]["seconds"]
     if seconds_left <= 0:
         return "later at every rate" if more_bytes > 0 else "later above some rate"
     if more_bytes <= 0:
@@ -132,5 +133,7 @@ def draw(archs: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
+    parser, here = Parser(__doc__), Path(__file__).resolve().parent
+    parser.add_argument("folder", nargs="?", type=Path, default=here, help="of network.json")
+    folder = parser.parse_args().folder
     write_report(json.loads((folder / "network.json").read_text()), folder)

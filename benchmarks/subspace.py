@@ -8,7 +8,6 @@ folder; every basis is built from these files in a fresh process, whose peak mem
 products are then timed side by side in one process, in turns. The table is Markdown.
 """
 
-import argparse
 import math
 import multiprocessing
 import random
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training.settings import Parser
 from twa import Subspace
 
 SEED = 1
@@ -33,10 +33,7 @@ SCHMIDT = "Gram–Schmidt"
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--checkpoints", type=int, default=100, help="how many, n")
     parser.add_argument("--weights", type=int, default=10_000_000, help="of the model, about")
     parser.add_argument("--layers", type=int, default=50, help="of the model")
@@ -70,7 +67,7 @@ def main():
 
 
 def print_table(args, builds: dict, exact: dict, products: dict):
-    """A row for each way to make and hold the basis."""
+    """Prints a row for each way to build and store the basis."""
     total = sum(p.numel() for p in make_model(args, "meta").parameters())
     print(
         f"{args.checkpoints} checkpoints of {total:,} weights, steps of {args.step:g} of the norm; "
@@ -171,13 +168,8 @@ def exactness(folder: str, args) -> dict[str, float]:
     errors = {RELEASE: orthogonality(release_basis(folder, args))}
     for name, options in (("32 bits", {}), (SCHMIDT, {"extract": "Schmidt"})):
         subspace = Subspace(make_model(args), checkpoints(folder, args), **options)
-        errors[name] = orthogonality(stored(subspace))
+        errors[name] = orthogonality(subspace._matrix.rows)
     return errors
-
-
-def stored(subspace: Subspace) -> Tensor:
-    """The matrix of a basis of 32 bits."""
-    return subspace._matrix.rows
 
 
 def orthogonality(basis: Tensor) -> float:
@@ -198,7 +190,7 @@ def time_products(folder: str, args, options: dict) -> tuple[float, float, float
     torch.manual_seed(SEED)
     subspace = Subspace(model, paths, **options)
     exact = Subspace(model, paths, extract=options.get("extract", "PCA"))
-    matrix = stored(exact)
+    matrix = exact._matrix.rows
     gradients, coefficients = torch.randn(matrix.shape[1]), torch.randn(len(matrix))
     out = torch.empty_like(gradients)  # Allocated before, as in a training loop.
 
@@ -210,23 +202,18 @@ def time_products(folder: str, args, options: dict) -> tuple[float, float, float
         torch.mv(matrix, gradients)
         torch.mv(matrix.T, coefficients, out=out)
 
-    turns = {
-        "subspace": lambda: both(subspace),
-        "passes": passes,
-        "exact": lambda: both(exact),
-    }
-    seconds = {name: [] for name in turns}
+    turns = {lambda: both(subspace): [], passes: [], lambda: both(exact): []}
     for repeat in range(args.repeats + 1):
-        for name, turn in turns.items():
+        for turn, seconds in turns.items():
             start = time.perf_counter()
             turn()
             if repeat:  # The first turn compiles.
-                seconds[name].append(time.perf_counter() - start)
+                seconds.append(time.perf_counter() - start)
     error = math.nan
     if len(subspace) == len(exact):
         reference = exact.expand(coefficients)
         error = float((subspace.expand(coefficients) - reference).norm() / reference.norm())
-    return *(statistics.median(values) for values in seconds.values()), error
+    return *map(statistics.median, turns.values()), error
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def write(model: torch.nn.Module, tokens: list[int], count: int, context: int) -
 
 def main():
     args = Settings.parse()
-    run, decay = (report.SGDRun.read(path, "steps") for path in (args.dir, args.decay_dir))
+    run, decay = (report.SGDRun.read(path, unit="steps") for path in (args.dir, args.decay_dir))
     twa = read_json(args.out / "twa.json")
     for path, found in ((args.dir, run.end), (args.decay_dir, decay.end), (args.out, twa)):
         if not found:

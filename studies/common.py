@@ -7,25 +7,23 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import utils
 from training import data, text
-from training.coefficients import LateMean, keep_best, unit_of
-from training.logs import write_json
+from training.files import write_json
 from training.loop import autocast, build, evaluate, reestimate_bn, sample_loss
 from training.optimizers import SCHEDULES, schedule_of
-from twa import TWA, best_start, rate_of
+from twa import Recipe, best_start
 from twa.files.checkpoints import Checkpoint, load_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,8 +68,7 @@ class Bench:
     def _start(self, *window: Path) -> tuple[Checkpoint, dict, float]:
         """The best average of the last checkpoints, the losses compared for it, the seconds."""
         started = time.process_time()
-        start, losses = best_start(self.model, window, self.sample_loss)
-        return start, losses, time.process_time() - started
+        return *best_start(self.model, window, self.sample_loss), time.process_time() - started
 
     def sample_loss(self, last: bool = False) -> float:
         """The model's loss on a sample of training data, the first part of it or the last."""
@@ -106,37 +103,35 @@ class Bench:
         self,
         window: Sequence[Path],
         steps: int,
-        start: Checkpoint | None = None,
+        granularity: str = "model",
         unit: str | None = None,
+        start: Checkpoint | None = None,
         after_step: Callable[[int], None] = lambda step: None,
-        **basis,
     ) -> dict:
-        """Trains coefficients by the recipe of `train_twa.py`; the model ends at the best point.
+        """Trains coefficients by `Recipe`; the model ends at the best point.
 
         Args:
-            start: None: the best average of the last checkpoints.
-            unit: None: as the recipe chooses it.
-            basis: further arguments of `TWA`.
+            unit: None for the recipe's choice.
+            start: None for the best average of the last checkpoints.
 
         Returns:
-            The losses by which start and end were chosen, and the seconds of the processor.
+            The losses by which start and end were chosen, and seconds of CPU time.
         """
         starts, choosing = {}, 0.0
         if start is None:
             start, starts, choosing = self.start(*window)
         started = time.process_time()
-        unit = unit or unit_of(basis.get("granularity", "model"), steps, self.samples)
-        rate = rate_of(steps, self.samples, unit)
-        optimizer = TWA(self.model, window, start=start, unit=unit, lr=rate, **basis)
-        late, built = LateMean(optimizer, steps), time.process_time()
+        how = {"steps": steps, "samples": self.samples, "granularity": granularity}
+        recipe = Recipe(self.model, window, self.sample_loss, start=start, **how)
+        optimizer, built = recipe.optimizer(unit=unit), time.process_time()
         self.fit(optimizer, steps, after_step=after_step)
         trained = time.process_time()
-        ends = keep_best(optimizer, late, lambda: self.sample_loss(last=True))
+        ends = recipe.finish(lambda: self.sample_loss(last=True))
         choosing += time.process_time() - trained
         seconds = {"building": built - started, "training": trained - built}
         return {
             "steps": steps,
-            "lr": rate,
+            "lr": optimizer.defaults["lr"],
             "coefficients": len(optimizer.coefficients),
             "seconds": {"choosing": choosing, **seconds},
             "starts": {str(name): loss for name, loss in starts.items()},
@@ -159,8 +154,9 @@ class Evenly(text.Loader):
         self._stride = max(1, self.count // windows)
         self.count //= self._stride
 
-    def _starts(self) -> np.ndarray:
-        return super()._starts() * self._stride
+    def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        by = self._stride
+        return super()._load(slice(part.start * by, part.stop * by, by) for part in parts)
 
 
 def clip(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
@@ -177,7 +173,7 @@ def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
 
 
-def run_script(name: str, *words: object) -> None:
+def call_script(name: str, *words: object) -> None:
     """Runs a script of the project, by its path in the repository."""
     subprocess.run([sys.executable, str(ROOT / name), *map(str, words)], cwd=ROOT, check=True)
 

@@ -7,21 +7,21 @@ training images say of each solution goes to `studies/digits.json`, where a seed
 not run again. Test data choose nothing.
 """
 
-import argparse
 import shutil
 from functools import partial
 
-from common import CPU, ROOT, Bench, Records, data, images, run_script
+from common import CPU, ROOT, Bench, Records, call_script, data, images
 from stages import FULL
 
-from training import entry
+from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import Checkpoint, average, load_into
 
 RESULTS, WORK = ROOT / "studies/digits.json", ROOT / "results/digits"
 IMAGES, EPOCHS, HEAD = 600, 60, 30
 
 TWA = {
-    "TWA by model, 5 epochs": ("--epochs", 5),
+    "TWA by model, 5 epochs": ("--epochs", 5, "--granularity", "model"),
     "TWA by layer, 10 epochs": ("--epochs", 10, "--granularity", "layer"),
     "TWA by channel, 10 epochs": ("--epochs", 10, "--granularity", "channel"),
 }
@@ -34,7 +34,7 @@ def measured(seed: int) -> dict[str, list[float]]:
     flags = ("--datasets", "Digits", "--arch", "PreResNet20", "--images", IMAGES)
     flags += ("--batch-size", 32, "--seed", seed, "-p", 100, "--resume")
     flags += ("--save-dir", folder / "checkpoints", "--log-dir", folder)
-    run_script("train_sgd_cifar.py", *flags, "--epochs", EPOCHS, "--lr", 0.1)
+    call_script("train_sgd_cifar.py", *flags, "--epochs", EPOCHS, "--lr", 0.1)
     solutions: dict[str, Checkpoint] = {
         "last checkpoint of the head": checkpoints[HEAD],
         "mean of its last 5": average(checkpoints[HEAD - 4 : HEAD + 1]),
@@ -43,7 +43,7 @@ def measured(seed: int) -> dict[str, list[float]]:
     for name, settings in TWA.items():
         out = folder / name.replace(" ", "_")
         window = ("--params_start", 0, "--params_end", HEAD + 1, "--out", out)
-        run_script("train_twa.py", *flags, *window, *settings)
+        call_script("train_twa.py", *flags, *window, *settings)
         solutions[name] = out / "twa.pt"
     solutions[FULL] = checkpoints[EPOCHS]
     training, _ = data.load("Digits", "", CPU)
@@ -59,7 +59,7 @@ def measured(seed: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=16, help="how many, from 1 on")
     records = Records(RESULTS)
     for seed in range(1, parser.parse_args().seeds + 1):
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -10,15 +10,16 @@ measures to `results/PART.DATA.ARCH.SEED.json` beside this file, one entry after
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 
 import tables
-from common import CPU, ROOT, Bench, Records, data, ema, images, run_script, sgd, weighted
+from common import CPU, ROOT, Bench, Records, call_script, data, ema, images, sgd, weighted
 from tables import EPOCHS, HEAD, IMAGES
 
-from training import entry, logs
+from training.files import read_lines
+from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import Checkpoint, average, load_into
 
 RESULTS = ROOT / "studies/results"  # what was measured
@@ -65,16 +66,16 @@ class HeadBench(Bench):
     def sgd_run(self, epochs: int, saves: int) -> list[dict]:
         """The metrics of an SGD run with its whole schedule; trains it unless it is finished."""
         folder = self._folder / f"sgd{epochs}"
-        metrics = logs.read_lines(folder / "metrics.jsonl")
+        metrics = read_lines(folder / "metrics.jsonl")
         if len(metrics) < epochs:
             model = ("--model-factory" if ":" in self.arch else "--arch", self.arch)
-            run_script(
+            call_script(
                 *("train_sgd_cifar.py", "--datasets", "FashionMNIST", *model, "--amp"),
                 *("--images", IMAGES, "--data-dir", self.data_dir, "--randomseed", self.seed),
                 *("--batch-size", BATCH, "--epochs", epochs, "--saves-per-epoch", saves),
                 *("--save-dir", folder, "--log-dir", folder, "--resume", "-p", 1000),
             )
-            metrics = logs.read_lines(folder / "metrics.jsonl")
+            metrics = read_lines(folder / "metrics.jsonl")
         return metrics
 
     def sgd_end(self, epochs: int, saves: int) -> dict:
@@ -99,8 +100,7 @@ class HeadBench(Bench):
 
     def twa(self, epochs: float, granularity: str = "model", unit: str | None = None) -> dict:
         """The entry of TWA by the recipe of `train_twa.py`."""
-        basis = {"granularity": granularity, "unit": unit}
-        made = self.fit_twa(self.window, self.steps_of(epochs), **basis)
+        made = self.fit_twa(self.window, self.steps_of(epochs), granularity, unit)
         made["seconds"] = sum(made["seconds"].values())
         return made | self.measured(self.judge) | {"epochs": HEAD + epochs}
 
@@ -160,7 +160,7 @@ PARTS = {"head": head, "units": units}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--part", choices=PARTS, default="head")
     parser.add_argument("--arch", default="PreResNet20", help="architecture, or module:function")
     parser.add_argument("--seed", type=int, default=1, help="of the run and of all that follows")
@@ -170,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -8,18 +8,7 @@ from pathlib import Path
 
 import tables
 from matplotlib.figure import Figure
-from tables import (
-    ADVISED,
-    BY_CHANNEL,
-    BY_MODEL,
-    EPOCHS,
-    TUNED,
-    Runs,
-    markdown,
-    scores,
-    table,
-    values,
-)
+from tables import ADVISED, BY_CHANNEL, BY_MODEL, TUNED, Runs, markdown, scores, table, values
 
 ACCURACY = """\
 Test accuracy (%) after so many epochs more; and from which on it is the full run's,
@@ -36,7 +25,10 @@ def sections(studies: dict[str, Runs], figures: Path, page: Path) -> list[str]:
         draw(runs, path)
         accuracy, loss = scores(runs, "SGD")
         lines += [f"### {study}, {tables.seeds(runs)}", ""]
-        lines += [f"Full run, {EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:", ""]
+        lines += [
+            f"Full run, {tables.EPOCHS} epochs: {accuracy} %, test loss {loss}. After the head:",
+            "",
+        ]
         headings = ("solution", "test accuracy (%)", "test loss")
         lines += markdown(headings, [(name, *scores(runs, name)) for name in tables.averages(runs)])
         lines += ["", ACCURACY, "", *with_full_run(runs), ""]

@@ -12,7 +12,6 @@ baselines by the validation text of the first seed of each text. TWA's own defau
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
@@ -24,7 +23,8 @@ import torch
 from common import CPU, ROOT, Bench, Evenly, Records, clip, text
 from language_report import BUDGETS, SPACING, STEPS, WHOLE, WINDOW
 
-from training import entry
+from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import load_into
 from twa.files.formats import load
 
@@ -55,7 +55,7 @@ class LanguageBench(Bench):
         self.first = None if seed == first else Records(RESULTS / f"{text_name}/seed{first}.json")
         if not self.checkpoint(STEPS).exists():
             where = ("--data-dir", folder) if folder else ()
-            common.run_script(
+            common.call_script(
                 *("lm/train.py", "--dir", self._folder, "--steps", STEPS, "--save-every", EVERY),
                 *("--test-every", 2000, "--batch-size", BATCH, "--lr", RATE, "--amp"),
                 *("--seed", seed, "--arch", "gpt", "--device", "cpu", "--resume", *where),
@@ -136,7 +136,7 @@ def core(bench: LanguageBench) -> None:
         bench.average(name, alpha)
     for steps in BUDGETS:
         for by in ("model", "channel", "layer") if steps in SOME else ("model", "channel"):
-            make = partial(bench.fit_twa, bench.window(), steps, granularity=by)
+            make = partial(bench.fit_twa, bench.window(), steps, by)
             bench.measure(f"TWA by {by} | {steps}", make)
         for start, shape in itertools.product(("last", "mean"), SHAPES):
             bench.decay(steps, shape, start)
@@ -181,7 +181,7 @@ PARTS = {"core": core, "tuned": tuned, "schedule-free": schedule_free}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--text", choices=TEXTS, default="python", help="what the run learns")
     add("--seed", type=int, default=1, help="of the run and of all that follows")
@@ -193,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -145,9 +145,7 @@ def seconds(runs: Runs) -> list[str]:
         cells = []
         for steps in BUDGETS:
             parts = values(runs, f"{name} | {steps}", "seconds")
-            kinds = [
-                kind for kind in ("choosing", "building", "training") if kind in (*parts, {})[0]
-            ]
+            kinds = [k for k in ("choosing", "building", "training") if k in (*parts, {})[0]]
             means = (statistics.mean(part[kind] for part in parts) for kind in kinds)
             cells.append(" + ".join(f"{mean:.0f}" for mean in means) or "–")
         rows.append((name.replace(", rate x 1", ""), *cells))

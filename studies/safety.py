@@ -10,7 +10,6 @@ checkpoints go to `results/safety`. `python studies/report.py` makes the table.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -22,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import utils
-from training import entry
 from training.files import save
 from training.loop import predict, reestimate_bn
+from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import average, load_into
 
 RESULTS = ROOT / "studies/safety.json"
@@ -137,9 +137,8 @@ class SafetyBench(Bench):
         reestimate_bn(self.model, self.train, self.amp, self.train.sample)
         found = []
         for judge in self.judges:
-            outputs, labels = map(
-                torch.cat, zip(*predict(self.model, judge, self.amp), strict=True)
-            )
+            pairs = predict(self.model, judge, self.amp)
+            outputs, labels = map(torch.cat, zip(*pairs, strict=True))
             losses = F.cross_entropy(outputs, labels, reduction="none")
             each = torch.stack([losses, outputs.argmax(1) == labels]).double()
             found.append(each.unflatten(1, (-1, judge.labels_in(0) // judge.images_in(0))).mean(2))
@@ -163,8 +162,8 @@ class SafetyBench(Bench):
         utils.set_seed(self.seed)
         count, start_name, granularity, epochs = setting.split()
         window, epoch = self.window(int(count)), len(self.train)
-        starts = {"last": lambda: window[-1], "SWA": lambda: average(window)}
-        start = starts.get(start_name, lambda: self.start(*window)[0])()
+        averaged = {"last": window[-1:], "SWA": window}.get(start_name)
+        start = average(averaged) if averaged else self.start(*window)[0]
         load_into(self.model, start)
         points, after = {"start": self.judged()}, []
         steps = max(1, round(float(epochs) * epoch))
@@ -174,8 +173,7 @@ class SafetyBench(Bench):
                 points["end"] = self.judged()
                 after.append(float(points["end"][0][0].mean()))
 
-        made = self.fit_twa(window, steps, start, after_step=judge, granularity=granularity)
-        sample = made["ends"]
+        sample = self.fit_twa(window, steps, granularity, start=start, after_step=judge)["ends"]
         kept = min(sample, key=sample.get)
         if kept not in points:
             points[kept] = self.judged()
@@ -203,7 +201,7 @@ def padded(split: data.Split, size: int | None) -> data.Split:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(CASES))
     parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
     args = parser.parse_args()
@@ -222,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -6,14 +6,18 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from twa.recipe import MANY_STEPS
+
 Runs = list[dict[str, dict]]  # the entries of each seed
 EPOCHS, HEAD = 24, 12  # of the full run, and of those that leave the checkpoints
 IMAGES, STEPS = 12_000, 94  # of the head stage's training set, and of an epoch
-MANY_STEPS = 50  # from so many on, TWA is advised by channel
 SPREAD = "TWA, in units of the spread"  # nothing tuned
 BY_CHANNEL, BY_MODEL = f"{SPREAD}, by channel", f"{SPREAD}, by model"
 ADVISED = f"{SPREAD}, as advised"  # by channel from MANY_STEPS on, in fewer by model
@@ -23,7 +27,7 @@ TUNED = "SGD, decaying, from the best mean, tuned rate"
 def read(measurements: Path, part: str) -> dict[str, Runs]:
     """What `PART.DATA.ARCH.SEED.json` in a folder say, by "ARCH on DATA".
 
-    A seed that lacks entries is left out: means are over the same seeds.
+    Seeds that lack entries are skipped: means are over the same seeds.
     """
     found: dict[str, Runs] = {}
     for path in sorted(measurements.glob(f"{part}.*.json")):

@@ -7,18 +7,17 @@ RUN names an SWA run of swa/study.sh. The rate falls linearly, in seed 1 from ea
 take the one with seed 1's lowest test loss, which favours the baseline.
 """
 
-import argparse
-
 from common import CPU, ROOT, Bench, Records, data, images, sgd
 
-from training import entry
+from training.run import run_script
+from training.settings import Parser
 from twa.files.checkpoints import load_into
 
 RATES = (0.005, 0.01, 0.02, 0.05)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("run", help="an SWA run of swa/study.sh: swa0.05 or swa0.1")
     parser.add_argument("seed", type=int)
     run, seed = vars(parser.parse_args()).values()
@@ -38,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    run_script(main)

@@ -3,7 +3,6 @@
 They are forked from one process that has imported everything.
 """
 
-import argparse
 import contextlib
 import functools
 import multiprocessing
@@ -17,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from train_sgd_cifar import Settings
 from training import data
 from training.loop import Trainer
 from training.run import Run
@@ -103,15 +104,15 @@ def run_slowly(script: str, *args: str) -> None:
 @contextlib.contextmanager
 def small_run(folder: Path, model: torch.nn.Module, resume: str | None = None, **flags):
     """A run of `model` on ten digits, in `folder`, before it starts."""
-    off = dict.fromkeys(("split", "wandb", "tensorboard", "overwrite"), False)
-    args = argparse.Namespace(resume=resume, log_name="log", save_dir=str(folder), **off, **flags)
-    args.log_dir = args.save_dir
+    args = Settings(resume=resume, save_dir=str(folder), log_dir=str(folder), **flags)
     split, _ = data.load("Digits", "", torch.device("cpu"))
     loader = data.Loader(split.part(slice(10)), 5, train=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     with Run(args, folder, "--save-dir") as run:
-        run.set_data(model, loader, loader)
+        cpu = torch.device("cpu")
+        task = SimpleNamespace(device=cpu, train=loader, test=loader, training=loader.split)
+        run.set_task(task, model)
         run.restore(Trainer(model, loader, loader, optimizer, scheduler, epochs=2))
         yield run
 

@@ -79,8 +79,8 @@ def recorded(document: str, imagenet: Path, folder: Path) -> list[tuple[Path, li
     """What the document's commands start; see `started_by`."""
     script = ""
     for command in commands(document):
-        told = command.replace("/path/to/imagenet", str(imagenet))
-        script += f"cd '{folder_of(document, command)}'\n{told}\n"
+        completed = command.replace("/path/to/imagenet", str(imagenet))
+        script += f"cd '{folder_of(document, command)}'\n{completed}\n"
     return started_by(script, folder, document)
 
 

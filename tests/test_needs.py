@@ -48,6 +48,6 @@ def test_a_block_has_as_many_coefficients_as_computed(granularity, components):
     assert len(subspace) == needs.coefficients(model(), granularity, components or 12)
 
 
-def test_sizes_are_told_with_three_digits():
-    told = [size(count) for count in (0, 412, 999, 1000, 60_912_345, 1e12)]
-    assert told == ["0 B", "412 B", "999 B", "1 kB", "60.9 MB", "1 TB"]
+def test_sizes_have_three_digits():
+    shown = [size(count) for count in (0, 412, 999, 1000, 60_912_345, 1e12)]
+    assert shown == ["0 B", "412 B", "999 B", "1 kB", "60.9 MB", "1 TB"]

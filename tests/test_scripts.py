@@ -29,6 +29,7 @@ import utils
 from training import coefficients, data, logs, settings
 from training.files import save
 from training.loop import evaluate, reestimate_bn, sample_loss
+from twa import Recipe
 from twa.files.checkpoints import average, load_into, load_state_dict
 
 SGD, TWA, SWA = "train_sgd_cifar.py", "train_twa.py", "swa/train.py"
@@ -401,11 +402,45 @@ def test_rate_and_unit_that_are_left_out_are_those_for_steps_and_samples(
     parser = settings.parser_of(coefficients.Coefficients)
     args = coefficients.Coefficients(**vars(parser.parse_args(words.split())))
     window = [torch.nn.Linear(3, 2).state_dict() for _ in range(3)]
-    many = {"steps": 200, "samples": samples}
-    optimizer = coefficients.optimizer_of(args, torch.nn.Linear(3, 2), window, **many)
+    how = {"steps": 200, "samples": samples, "start": 1}
+    recipe = coefficients.recipe_of(args, torch.nn.Linear(3, 2), window, lambda: 0.0, **how)
+    optimizer = coefficients.optimizer_of(args, recipe)
     assert optimizer.subspace.unit == unit
     actual = optimizer.defaults["lr"]
     assert actual == optimizer.base.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("epochs, granularity", [(2, "model"), (7, "channel")])
+def test_the_package_alone_gives_the_weights_of_the_script(run, epochs, granularity):
+    """The README's table by `twa` and torch, here on Digits: 16 and 56 steps."""
+    succeed(call(TWA, *where(run), "--params_end", 5, "--epochs", epochs, "--device", "cpu"))
+
+    model, (train, _), steps = preresnet(), loaders(), epochs * 8
+    checkpoints = [run / f"checkpoints/{i}.pt" for i in range(5)]
+
+    def loss() -> float:
+        train.set_epoch(0)  # whose draws no training uses
+        torch.optim.swa_utils.update_bn(list(train), model)
+        return evaluate(model.eval(), train)["loss"]
+
+    recipe = Recipe(model, checkpoints, loss, steps=steps, samples=len(train.split))
+    optimizer = recipe.optimizer()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for epoch in range(1, epochs + 1):
+        train.set_epoch(epoch)
+        model.train()
+        for images, labels in train:
+            losses = torch.nn.functional.cross_entropy(model(images), labels, reduction="sum")
+            (losses * (1 / len(labels))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    recipe.finish(loss)
+
+    assert recipe.granularity == granularity
+    written = torch.load(run / "twa.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, written[name])
 
 
 def test_one_checkpoint_has_a_direction_in_the_papers_coordinates_alone(run):

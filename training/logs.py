@@ -58,9 +58,9 @@ class RunLog:
             folder = directory / f"{prefix}tensorboard"
             self._board = SummaryWriter(str(folder), purge_step=done + 1)
 
-    def line(self, text: str | None) -> None:
-        """Writes a line, or nothing for None."""
-        if self._writes and text is not None:
+    def line(self, *texts: str | None) -> None:
+        """Writes a line for each text that is not None."""
+        for text in filter(None, texts if self._writes else ()):
             print(text, flush=True)
             append(self._log, text + "\n")
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from training import flags, ranks
 from training.files import read_json, read_lines, replacing, write_json
 from training.logs import format_metric
+from training.tasks import Task
 from utils import UserError
 
 # One colour a method in every figure.
@@ -36,12 +37,16 @@ class SGDRun:
     unit: str = "epochs"  # of what is spent, in results: "epochs" or "steps"
 
     @classmethod
-    def read(cls, log_dir: Path, unit: str = "epochs") -> "SGDRun":
+    def read(cls, log_dir: Path, task: Task | None = None, unit: str = "epochs") -> "SGDRun":
         """Reads the files of the run, if they are there.
 
+        Args:
+            task: what the run has to go with; None for whatever has this `unit`.
+
         Raises:
-            UserError: they are damaged, or of a run on text where `unit` is "epochs", or on images.
+            UserError: they are damaged, or of a run on other data.
         """
+        unit = task.unit if task else unit
         arguments = read_json(log_dir / "run.json").get("arguments", {})
         on_text = arguments.get("datasets") == flags.TEXT
         if arguments and on_text != (unit == "steps"):
@@ -50,6 +55,8 @@ class SGDRun:
         # Without the arguments the steps of an epoch are not known.
         known = arguments or unit == "epochs"
         metrics = read_lines(log_dir / "metrics.jsonl", "epoch", "seconds") if known else []
+        if task:
+            task.check_run(arguments)
         return cls(metrics, arguments, unit)
 
     @property

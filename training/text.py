@@ -295,7 +295,8 @@ class Loader(data.Loader):
         return {"loss": loss, "bits_a_byte": bits, "perplexity": perplexity}
 
     def _load(self, parts: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        context, starts = self.split.spec.context, np.arange(self.count) * self.split.spec.context
+        context = self.split.spec.context
+        starts = np.arange(len(self.split)) * context
         if self.train:
             draws = data.generator(f"{self.seed}/{self.epoch}")
             last = len(self.split.tokens) - context

@@ -91,8 +91,8 @@ class Window:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def verify(self) -> None:
-        """Reads each file once, on one of the ranks, and drops copies of others.
+    def verified(self) -> "Window":
+        """This window, once each file was read, on one of the ranks, without copies of others.
 
         Raises:
             CheckpointError: a file is damaged.
@@ -103,6 +103,7 @@ class Window:
             if ranks.rank():  # the first rank warns
                 warnings.simplefilter("ignore")
             self.paths = without_copies(self.paths)
+        return self
 
     @property
     def files(self) -> list[Path]:

@@ -48,7 +48,7 @@ for seed; do
         twa paper $paper --schedule step --train_start $epochs --wd 5e-5
         twa mean $paper --schedule linear --train_start -1 --wd 1e-5
         # Coefficients in units of the window's spread, nothing chosen.
-        twa spread
+        twa spread --granularity model
         twa channel --granularity channel
         if [ ! -e "results/$run.sgd.$seed.json" ]; then
             train "$run" "${tail[@]}"

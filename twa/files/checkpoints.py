@@ -139,9 +139,9 @@ def _is_equal_and_frozen(own: Tensor, value: Tensor) -> bool:
 def _restored_on_failure(
     model: nn.Module, written: Collection[int]
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Context after which the tensors of `model` with an `id` in `written` are restored if it fails.
+    """Context that yields the tensors with an `id` in `written` and their values before.
 
-    Yields them and their values before.
+    If the block raises, it restores these values.
     """
     before = [
         (holder, name, tensor, sharding.local(tensor).clone())
