@@ -813,6 +813,8 @@ def flip_everywhere(kind: str, folder: Path, count: int) -> None:
     verify(path)
     for codec in ("cp437", "raw_unicode_escape", "latin_1", "ascii"):
         codecs.lookup(codec)  # Imported now: zip archives and pickles may name them.
+    repr(torch.ones(1))  # Imports what torch prints tensors with, as some of its errors do,
+    importlib.import_module("torch.nested._internal.ops")  # and what compares nested ones.
     sys.addaudithook(hook)
     for _ in range(count):
         file = draw.choice(files)

@@ -107,7 +107,8 @@ def _whole(name: str, value: Tensor, in_memory: bool) -> Tensor:
         return value
     sizes = zip(value.placements, value.device_mesh.mesh.shape, strict=True)
     if not any(size > 1 and not placement.is_replicate() for placement, size in sizes):
-        return value.to_local()
+        with torch.no_grad():  # by which it is read as it lies there
+            return value.to_local()
     count, rank = value.device_mesh.size(), re.search(r"(.*rank\D?)(\d+)(.*)", name)
     there = [Path(f"{rank[1]}{i}{rank[3]}") for i in range(count)] if rank else []
     missing = [path.name for path in there if not path.exists()]

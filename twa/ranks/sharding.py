@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a `DTensor`."""
-    return hasattr(tensor, "device_mesh")
+    return hasattr(type(tensor), "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
