@@ -314,7 +314,7 @@ def test_a_resumed_twa_measures_and_searches_nothing_twice(whole, tmp_path, monk
             patch.setattr(twa, "best_start", MagicMock(side_effect=Interrupted))
             call(*command)
         assert "model" not in load(folder / "twa_state.pt")
-    monkeypatch.setattr(windows, "averages_of", None)
+    monkeypatch.setattr(windows.Window, "averages", None)
     succeed(call(*command))
     assert_same_results("TWA", folder, whole["TWA"])
     found, expected = (json.loads((f / "twa.json").read_text()) for f in (folder, whole["TWA"]))

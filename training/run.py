@@ -202,7 +202,8 @@ class Run:
     def __exit__(self, _, error: BaseException | None, __) -> None:
         if self._early and isinstance(error, Exception) and ranks.first():
             self._path.unlink(missing_ok=True)  # what mends the error may change the results
-        self._trainer = None  # Its loaders refer to the run: the cycle would keep basis and model.
+        # Loaders refer to the run: these cycles would keep basis and model in memory.
+        self._trainer, self._parts = None, {}
         self._unlock()
 
     def _read(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -219,7 +220,9 @@ class Recipe:
         optimizer = TWA(self._model, self._checkpoints, base, start=start, **arguments)
         self._optimizer, self._done = optimizer, 0
         self._late_mean = torch.zeros_like(optimizer.coefficients)
-        optimizer.register_step_post_hook(lambda *_: self._follow())
+        # Without a reference cycle, which would keep basis and model in memory.
+        follow = weakref.WeakMethod(self._follow)
+        optimizer.register_step_post_hook(lambda *_: follow() and follow()())
         return optimizer
 
     @torch.no_grad()

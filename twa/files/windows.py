@@ -38,11 +38,12 @@ def numbered(folder: Path) -> dict[int, Path]:
     """
     kinds: dict[tuple, dict[tuple[int, ...], Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        suffix = "/" if path.is_dir() else path.suffix
-        parts = re.findall(r"\d+|[a-z]+", path.name.lower() if suffix == "/" else path.stem.lower())
+        suffix = path.suffix if path.suffix in SUFFIXES else "/" if path.is_dir() else None
+        name = path.name if suffix == "/" else path.stem
+        parts = re.findall(r"\d+|[a-z]+", name.lower())
         words = tuple(part for part in parts if not part.isdecimal())
         numbers = tuple(int(part) for part in parts if part.isdecimal())
-        if numbers and WORDS.issuperset(words) and suffix in (*SUFFIXES, "/"):
+        if numbers and WORDS.issuperset(words) and suffix:
             same = kinds.setdefault((words, suffix, len(numbers)), {}).setdefault(numbers, path)
             if same != path:
                 raise CheckpointError(f"{path}: has the same number as {same.name}; move one away")
