@@ -81,7 +81,7 @@ def make_model(name: str) -> nn.Module:
 
 
 def checkpoints(folder: Path, name: str) -> list[Path]:
-    """A random walk of small steps; the fifth checkpoint is a duplicate of the fourth."""
+    """A random walk of small steps; the fifth checkpoint is a multiple of the fourth."""
     paths = [folder / f"{name}.{i}.pt" for i in range(CHECKPOINTS)]
     if not paths[-1].exists():
         torch.manual_seed(1)
@@ -90,7 +90,8 @@ def checkpoints(folder: Path, name: str) -> list[Path]:
             for value in state.values():
                 if value.is_floating_point() and i != 4:
                     value += 0.02 * value.std(correction=0) * torch.randn_like(value).abs()
-            torch.save(state, path)
+            multiple = {key: value * (1 + 2**-6) for key, value in state.items()}
+            torch.save(multiple if i == 4 else state, path)
     return paths
 
 
