@@ -81,20 +81,17 @@ def make_model(name: str) -> nn.Module:
 
 
 def checkpoints(folder: Path, name: str) -> list[Path]:
-    """A random walk of small steps; the fifth checkpoint continues the last one's step."""
+    """A random walk of small steps; the fifth checkpoint is a multiple of the fourth."""
     paths = [folder / f"{name}.{i}.pt" for i in range(CHECKPOINTS)]
     if not paths[-1].exists():
         torch.manual_seed(1)
         state = make_model(name).state_dict()
-        steps: dict[str, Tensor] = {}
         for i, path in enumerate(paths):
-            for key, value in state.items():
-                if not value.is_floating_point():
-                    continue
-                if i != 4:  # which depends on the two before it
-                    steps[key] = 0.02 * value.std(correction=0) * torch.randn_like(value).abs()
-                value += steps[key]
-            torch.save(state, path)
+            for value in state.values():
+                if value.is_floating_point() and i != 4:
+                    value += 0.02 * value.std(correction=0) * torch.randn_like(value).abs()
+            multiple = {key: value * (1 + 2**-6) for key, value in state.items()}
+            torch.save(multiple if i == 4 else state, path)
     return paths
 
 
