@@ -22,7 +22,7 @@ from training.loop import Trainer
 from training.run import Run, run_script
 from training.settings import flag, free
 from twa import best_start
-from twa.files.checkpoints import load_into
+from twa.checkpoints import load_into
 from twa.recipe import average_of
 from utils import UserError
 

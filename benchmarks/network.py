@@ -58,7 +58,7 @@ from training.optimizers import SCHEDULES, schedule_of
 from training.run import run_script
 from training.settings import Parser
 from twa import TWA, rate_of
-from twa.files.checkpoints import load_into
+from twa.checkpoints import load_into
 from utils import UserError
 
 BATCH = 128  # images a step, of all ranks together

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from twa import TWA
-from twa.files.checkpoints import average
+from twa.checkpoints import average
 
 HEAD_EPOCHS, TWA_EPOCHS = 8, 4
 

@@ -20,7 +20,7 @@ from training import report, settings, text
 from training.files import read_json, write_json
 from training.run import run_script
 from training.settings import REQUIRED, flag
-from twa.files.checkpoints import average, load_into
+from twa.checkpoints import average, load_into
 from utils import UserError
 
 

@@ -23,8 +23,8 @@ from training import flags, sgd, tasks, text
 from training.optimizers import SCHEDULES
 from training.run import Run, run_script
 from training.settings import REQUIRED, derived, flag, free
-from twa.files.checkpoints import load_into
-from twa.files.formats import load
+from twa.checkpoints import load_into
+from twa.formats import load
 from utils import UserError
 
 

@@ -33,8 +33,8 @@ from training.loop import Diverged, Trainer, describe
 from training.optimizers import SCHEDULES
 from training.run import lock, run_script
 from training.settings import REQUIRED, flag
-from twa.files.checkpoints import CheckpointError, load_into
-from twa.files.formats import verify
+from twa.checkpoints import CheckpointError, load_into
+from twa.formats import verify
 from utils import UserError
 
 

@@ -40,7 +40,7 @@ from training.optimizers import SCHEDULES
 from training.run import lock, run_script
 from training.settings import REQUIRED, derived, flag
 from twa.files.checkpoints import Checkpoint, average, load_into, without_copies
-from twa.files.formats import verify
+from twa.formats import verify
 from twa.optimizer import RATE
 from twa.recipe import RATE_OF_SGD
 from twa.subspace import GRANULARITIES

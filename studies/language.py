@@ -25,8 +25,8 @@ from language_report import BUDGETS, SPACING, STEPS, WHOLE, WINDOW
 
 from training.run import run_script
 from training.settings import Parser
-from twa.files.checkpoints import load_into
-from twa.files.formats import load
+from twa.checkpoints import load_into
+from twa.formats import load
 
 RESULTS, WORK = ROOT / "studies/lm", ROOT / "results/lm_study"
 # The folder of each text, and the seed that its rates are tuned with, which is measured first.

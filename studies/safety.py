@@ -25,7 +25,7 @@ from training.files import save
 from training.loop import predict, reestimate_bn
 from training.run import run_script
 from training.settings import Parser
-from twa.files.checkpoints import average, load_into
+from twa.checkpoints import average, load_into
 
 RESULTS = ROOT / "studies/safety.json"
 WORK = ROOT / "results/safety"

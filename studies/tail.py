@@ -11,7 +11,7 @@ from common import CPU, ROOT, Bench, Records, data, images, sgd
 
 from training.run import run_script
 from training.settings import Parser
-from twa.files.checkpoints import load_into
+from twa.checkpoints import load_into
 
 RATES = (0.005, 0.01, 0.02, 0.05)
 

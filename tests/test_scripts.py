@@ -26,7 +26,7 @@ from processes import ROOT, Result
 
 import models
 import utils
-from training import coefficients, data, logs, settings
+from training import coefficients, data, logs, settings, windows
 from training.files import save
 from training.loop import evaluate, reestimate_bn, sample_loss
 from twa import Recipe
@@ -449,6 +449,13 @@ def test_one_checkpoint_has_a_direction_in_the_papers_coordinates_alone(run):
     assert "two checkpoints" in line
     succeed(call(TWA, *where(run), *window, "--extract", "Schmidt", "--opt", "SGD", "--lr", 0.01))
     assert json.loads((run / "twa.json").read_text())["averaging_weights"].keys() == {"4.pt"}
+
+
+def test_a_start_within_the_window_is_verified_once(run, monkeypatch):
+    verified = []
+    monkeypatch.setattr(windows, "verify", lambda path: verified.append(path.name))
+    succeed(call(TWA, *where(run), "--params_end", 5, "--train_start", 3, "--epochs", 0))
+    assert verified == ["0.pt", "1.pt", "2.pt", "3.pt", "4.pt"]
 
 
 def test_zero_epochs_of_twa_report_the_start_point(run):

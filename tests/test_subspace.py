@@ -1,5 +1,6 @@
 """The basis against plain float64 references: exact, complete, small, at every precision."""
 
+import gc
 import math
 import os
 
@@ -303,6 +304,30 @@ def test_memory_is_what_the_bits_say(bits):
         ideal = directions * row * bits / 32
         basis = Subspace(model, states, extract=extract, bits=bits)
         assert ideal <= basis.nbytes - mean <= 1.05 * ideal
+
+
+def live_bytes() -> int:
+    """The memory of all tensors that are reachable."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_nothing_but_the_basis_stays_in_memory(bits, tmp_path):
+    """By channel, what the averaging weights are computed from would be larger than 4 bits."""
+    model = nn.Sequential(nn.Conv2d(16, 200, 3), nn.BatchNorm2d(200))
+    window = [tmp_path / f"{i}.pt" for i in range(30)]
+    for path, state in zip(window, walk(model, 30), strict=True):
+        torch.save(state, path)
+    del state
+    before = live_bytes()
+    basis = Subspace(model, window, granularity="channel", bits=bits)
+    kept, numbers = live_bytes() - before, 4 * len(basis)
+    assert basis.nbytes <= kept <= basis.nbytes + 4 * numbers
+    assert basis.averaging_weights(torch.zeros(len(basis))).shape == (201, 30)
+    assert live_bytes() - before <= kept
 
 
 def compile_small(monkeypatch) -> None:

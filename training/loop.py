@@ -17,7 +17,7 @@ from training import data, ranks, text
 from training.logs import format_metric
 from training.optimizers import schedule_of
 from twa import TWA
-from twa.files.checkpoints import NotFiniteError
+from twa.checkpoints import NotFiniteError
 from utils import UserError
 
 

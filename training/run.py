@@ -21,8 +21,8 @@ from training.loop import Trainer
 from training.signals import Signals, Stopped, ignore
 from training.tasks import Task
 from twa.files.checkpoints import check_finite, load_into
-from twa.files.formats import load, verify
 from twa.files.reading import CheckpointError, one_line
+from twa.formats import load, verify
 from utils import UserError, make_directory
 
 try:

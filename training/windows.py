@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from training import ranks
 from training.settings import Settings, flag
 from twa.files.checkpoints import last_means, without_copies
-from twa.files.formats import verify
 from twa.files.windows import numbered
+from twa.formats import verify
 from twa.recipe import start_name
 from utils import UserError
 
