@@ -120,7 +120,7 @@ def train_twa(args, run):
         f"{args.arch} on {args.datasets}: TWA over checkpoints {window.first} to {window.last} "
         f"from {name}: {coefficients.described(optimizer)} in {seconds:.1f} s",
         *(layout.line, coefficients.comparison("start", losses)),
-        *(f"note: {note}" for note in sgd.notes(args)),
+        *(f"note: {note}" for note in (*window.notes, *sgd.notes(args))),
     )
     run.train()
     started, build_seconds = time.perf_counter(), seconds

@@ -451,6 +451,16 @@ def test_one_checkpoint_has_a_direction_in_the_papers_coordinates_alone(run):
     assert json.loads((run / "twa.json").read_text())["averaging_weights"].keys() == {"4.pt"}
 
 
+def test_a_copy_of_a_checkpoint_counts_once_and_the_log_says_so(run):
+    shutil.copy(run / "checkpoints/3.pt", run / "checkpoints/4.pt")
+    result = succeed(call(TWA, *where(run), "--params_end", 5, "--epochs", 0))
+    (note,) = [line for line in result.out.splitlines() if "counts once" in line]
+    assert note.startswith("note: ") and note.endswith("4.pt is " + str(run / "checkpoints/3.pt"))
+    assert result.err == ""
+    weights = json.loads((run / "twa.json").read_text())["averaging_weights"]
+    assert weights.keys() == {"0.pt", "1.pt", "2.pt", "3.pt"}
+
+
 def test_a_start_within_the_window_is_verified_once(run, monkeypatch):
     verified = []
     monkeypatch.setattr(windows, "verify", lambda path: verified.append(path.name))

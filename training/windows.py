@@ -54,6 +54,7 @@ class Window:
     Attributes:
         paths: of the checkpoints, which are not opened.
         first, last: the numbers at the ends of the window.
+        notes: for the log: which checkpoints are copies of others.
 
     Raises:
         UserError: the window is empty, shorter than `--start-average`, or lacks a checkpoint.
@@ -77,7 +78,7 @@ class Window:
         if not self.paths:
             name = _called(example, "N").name
             raise UserError(f"{folder}: no {name} with N in [{start}, {end}); {contents}")
-        self.first, self.last = start, end - 1
+        self.first, self.last, self.notes = start, end - 1, []
         self._start, count = args.start, args.start_average
         if count and count > len(self.paths):
             raise UserError(f"--start-average: the window has only {len(self.paths)} checkpoints")
@@ -99,10 +100,10 @@ class Window:
         """
         for path in list(dict.fromkeys(self.files))[ranks.rank() :: ranks.world()]:
             verify(path)
-        with warnings.catch_warnings():
-            if ranks.rank():  # the first rank warns
-                warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
             self.paths = without_copies(self.paths)
+        self.notes = [str(warning.message) for warning in found]
         return self
 
     @property
