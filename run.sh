@@ -33,8 +33,8 @@ if [ "$datasets" = ImageNet ]; then # as in the paper: TWA on the first 60 epoch
     common+=(--batch-size 256 --amp)
     "$PYTHON" -u train_sgd_imagenet.py "$data_dir" --epochs 90 --saves-per-epoch 5 --lr 0.1 \
         --wd 0.0001 "${common[@]}"
-    twa --epochs 2 --params_start 0 --params_end 301 --out "$OUT/60+2"
-    twa --epochs 1 --params_start 301 --params_end 451 --out "$OUT/90+1"
+    twa --epochs 2 --granularity model --params_start 0 --params_end 301 --out "$OUT/60+2"
+    twa --epochs 1 --granularity model --params_start 301 --params_end 451 --out "$OUT/90+1"
     exit
 fi
 

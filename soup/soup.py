@@ -286,7 +286,9 @@ def train_coefficients(
     loss = partial(sample_loss, model, train, args.amp)
     recipe = coefficients.recipe_of(args, model, paths, loss, **how)
     # The models are no trajectory: unit and learning rate do not follow from the steps.
-    rate = args.lr or (RATE_OF_SGD if args.opt == "SGD" else RATE)
+    rate = args.lr
+    if rate is None:
+        rate = RATE_OF_SGD if args.opt == "SGD" else RATE
     optimizer = coefficients.optimizer_of(args, recipe, unit=args.unit or "direction", lr=rate)
     print(f"{name}: {coefficients.described(optimizer)}")
     factor = SCHEDULES[args.schedule]

@@ -290,3 +290,79 @@ def test_a_resumed_recipe_ends_as_an_uninterrupted_one():
         recipe.finish(lambda values=values: next(values))
         ends.append(optimizer.coefficients.detach().clone())
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_what_finish_measured_is_what_it_leaves():
+    """Batch norm's statistics too, if the loss re-estimates them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    images, labels = 3 * torch.randn(256, 8), torch.randint(3, (256,))
+    optimizer, window = torch.optim.SGD(model.parameters(), 0.1), []
+    for _ in range(5):
+        for _ in range(8):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        window.append(copy.deepcopy(model.state_dict()))
+    model.zero_grad()
+
+    def loss() -> float:
+        torch.optim.swa_utils.update_bn([images], model)
+        return F.cross_entropy(model.eval()(images), labels).item()
+
+    recipe = Recipe(model, window, loss, steps=8, start=5)
+    train(model, recipe.optimizer(lr=0.3), (images, labels), range(8))
+    losses = recipe.finish()
+    assert min(losses, key=losses.get) != "start"
+    assert F.cross_entropy(model.eval()(images), labels).item() == min(losses.values())
+
+
+@pytest.mark.parametrize(
+    "base, error",
+    [
+        (torch.optim.RMSprop, "RMSprop needs lr"),
+        (torch.optim.LBFGS, "LBFGS needs lr"),
+        (functools.partial(torch.optim.AdamW, lr=0.003), None),
+    ],
+)
+def test_a_rate_that_the_recipe_does_not_know_is_not_made_up(base, error):
+    model, window, _ = run()
+    recipe = Recipe(model, window, lambda: 0.0, steps=800, start=1)
+    if error:
+        with pytest.raises(ValueError, match=error):
+            recipe.optimizer(base)
+    else:
+        assert recipe.optimizer(base).param_groups[0]["lr"] == 0.003
+
+
+def test_a_granularity_of_the_optimizer_is_that_of_the_recipe():
+    model, window, _ = run()
+    recipe = Recipe(model, window, lambda: 0.0, steps=500, samples=50_000, start=1)
+    optimizer = recipe.optimizer(granularity="model")
+    assert (recipe.granularity, optimizer.subspace.unit) == ("model", "direction")
+    assert optimizer.param_groups[0]["lr"] == rate_of(500, 50_000)
+
+
+@pytest.mark.parametrize("key", [0, -2, 2.5, 100])
+def test_a_key_that_is_no_average_is_refused(key):
+    model, window, _ = run()
+    with pytest.raises(ValueError, match=f"start {key} is neither a decay"):
+        Recipe(model, window, lambda: 0.0, steps=5, start=key).optimizer()
+
+
+def test_finish_needs_an_optimizer():
+    model, window, _ = run()
+    with pytest.raises(RuntimeError, match="optimizer"):
+        Recipe(model, window, lambda: 0.0, steps=5).finish()
+
+
+def test_averaging_weights_of_a_checkpoint_that_has_changed_are_refused(tmp_path):
+    model, window, _ = run()
+    paths = [tmp_path / f"{i}.pt" for i in range(len(window))]
+    for path, state in zip(paths, window, strict=True):
+        save(state, path)
+    optimizer = Recipe(model, paths, lambda: 0.0, steps=5, start=1).optimizer()
+    assert optimizer.averaging_weights().sum().item() == pytest.approx(1)
+    save(window[0], paths[3])
+    with pytest.raises(CheckpointError, match=r"3\.pt: has changed since the basis was built"):
+        optimizer.averaging_weights()

@@ -461,6 +461,14 @@ def test_a_copy_of_a_checkpoint_counts_once_and_the_log_says_so(run):
     assert weights.keys() == {"0.pt", "1.pt", "2.pt", "3.pt"}
 
 
+@pytest.mark.parametrize("name", ["60+2", "1", "epoch2"])
+def test_results_may_lie_in_a_folder_beside_the_checkpoints(run, name):
+    out = run / "checkpoints" / name
+    for _ in range(2):  # the second time it holds what the first has written
+        succeed(call(TWA, *where(run), "--params_end", 5, "--epochs", 0, "--out", out))
+    assert (out / "twa.pt").exists()
+
+
 def test_a_start_within_the_window_is_verified_once(run, monkeypatch):
     verified = []
     monkeypatch.setattr(windows, "verify", lambda path: verified.append(path.name))

@@ -64,12 +64,16 @@ def test_an_empty_or_missing_folder_holds_no_checkpoints(tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [("1.pt", "checkpoint-1/"), ("1.pt", "2.pth"), ("epoch-1.pt", "step-1.pt"), ("1.pt", "2/")],
+    [("1.pt", "checkpoint-1/"), ("1.pt", "2.pth"), ("epoch-1.pt", "step-1.pt")],
 )
 def test_kinds_that_are_mixed_are_refused_in_words(tmp_path, names):
     message = refusal(numbered, touched(tmp_path, *names))
     assert message.startswith(f"{tmp_path}: holds checkpoints of several kinds")
     assert all(name.rstrip("/") in message for name in names)
+
+
+def test_a_folder_of_results_beside_files_is_no_checkpoint(tmp_path):
+    assert numbered(touched(tmp_path, "1.pt", "2/", "60+2/", "epoch3/")) == {1: tmp_path / "1.pt"}
 
 
 def test_two_files_of_one_number_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The log of a run: lines for people, the metrics of each epoch for programs and trackers."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from training import ranks
 from training.files import append, read_lines, write_json, write_lines
+from twa.checkpoints import CheckpointError
 from utils import UserError, make_directory
 
 
@@ -83,7 +85,10 @@ class RunLog:
         if self._writes:
             append(self._metrics, json.dumps(metrics) + "\n")
         if self._tracked:  # each rank may hold a shard of what α is computed from
-            self._track(metrics, alpha() if alpha else None)
+            found = None
+            with contextlib.suppress(CheckpointError):  # α needs the checkpoints again
+                found = alpha() if alpha else None
+            self._track(metrics, found)
 
     def _track(self, metrics: dict[str, float | None], alpha: Tensor | None) -> None:
         known = {key: value for key, value in metrics.items() if value is not None}

@@ -216,16 +216,17 @@ class Run:
             self._saved = _read_state(self._source, self._flag)
             self._check(self._saved)
             self.resumed = self._source.resolve().parent == self._path.resolve().parent
-        elif exists and not hasattr(self.args, "overwrite"):
+        if not self.resumed and self._path.exists() and not hasattr(self.args, "overwrite"):
             with contextlib.suppress(CheckpointError):  # nobody can resume from it
-                self._other = _read_state(self._source, self._flag)
+                self._other = _read_state(self._path, self._flag)
 
-    def _check(self, state: dict) -> None:
+    def _check(self, state: dict, path: Path | None = None) -> None:
         for key, value in self._settings.items():
             if state["settings"].get(key) != value:
+                saved = f"{path or self._source}: was saved with {key} {state['settings'].get(key)}"
                 raise UserError(
-                    f"{self._source}: was saved with {key} {state['settings'].get(key)}, but this "
-                    f"run has {key} {value}; give that, or another {self._flag} to start anew"
+                    f"{saved}, but this run has {key} {value}; give that, or another {self._flag} "
+                    "to start anew"
                 )
 
     def set_task(self, task: Task, model: nn.Module) -> None:
@@ -244,8 +245,9 @@ class Run:
         if self._saved:
             self._check(self._saved)
             self._results = self._saved["results"]
-        elif self._other and "model" in self._other:
-            self._check(self._other)
+            self._early = self.resumed and "model" not in self._saved
+        if self._other and "model" in self._other:
+            self._check(self._other, self._path)
 
     def _watch(self, batches: Iterable) -> Iterator:
         """Yields `batches`; if any rank gets a signal, all stop between two of them."""
@@ -277,10 +279,9 @@ class Run:
             before = random_states(self._device)
             found = self._results[name] = {"stamp": stamp, "value": compute()}
             set_random_states(before, self._device)
-            state = self._saved or self._other
-            free = self._early or (
-                not self._path.exists() if state is None else "model" not in state
-            )
+            states = [state for state in (self._saved, self._other) if state]
+            trained = any("model" in state for state in states) if states else self._path.exists()
+            free = self._early or not trained
             if self._parts or (free and not self._evaluates):
                 self.save()
         return found["value"]

@@ -57,7 +57,7 @@ class Window:
         notes: for the log: which checkpoints are copies of others.
 
     Raises:
-        UserError: the window is empty, shorter than `--start-average`, or lacks a checkpoint.
+        UserError: the window is empty, or lacks a checkpoint.
         CheckpointError: as `numbered`.
     """
 
@@ -80,8 +80,6 @@ class Window:
             raise UserError(f"{folder}: no {name} with N in [{start}, {end}); {contents}")
         self.first, self.last, self.notes = start, end - 1, []
         self._start, count = args.start, args.start_average
-        if count and count > len(self.paths):
-            raise UserError(f"--start-average: the window has only {len(self.paths)} checkpoints")
         if count:
             self._start = count
         elif args.train_start == -1:
@@ -96,6 +94,7 @@ class Window:
         """This window, once each file was read, on one of the ranks, without copies of others.
 
         Raises:
+            UserError: the window is shorter than `--start-average`.
             CheckpointError: a file is damaged.
         """
         for path in list(dict.fromkeys(self.files))[ranks.rank() :: ranks.world()]:
@@ -104,6 +103,8 @@ class Window:
             warnings.simplefilter("always")
             self.paths = without_copies(self.paths)
         self.notes = [str(warning.message) for warning in found]
+        if isinstance(self._start, int) and self._start > len(self.paths):
+            raise UserError(f"--start-average: the window has only {len(self.paths)} checkpoints")
         return self
 
     @property

@@ -295,16 +295,17 @@ class TWA(torch.optim.Optimizer):
     def averaging_weights(self) -> Tensor:
         """α with `w = Σ α_i w_i`: the weight of each checkpoint in the model.
 
-        It reads the checkpoints again. Float64 of shape [checkpoints], zero where a checkpoint was
-        dropped; [blocks, checkpoints] at granularity "layer" or "channel". With "PCA" they sum to
-        1. They are exact up to rounding if the start point is in the subspace (as any average of
-        the checkpoints is whose weights sum to 1, if all directions were kept) and the basis has 32
+        It reads the checkpoints again, those in `subspace.names`: files must not change, and
+        `state_dict`s stay in memory. Float64 of shape [checkpoints], zero where one was dropped;
+        [blocks, checkpoints] at granularity "layer" or "channel". With "PCA" they sum to 1. They
+        are exact up to rounding if the start point is in the subspace (as any average of the
+        checkpoints is whose weights sum to 1, if all directions were kept) and the basis has 32
         bits. The model keeps the part of the start point outside the subspace: `Σ α_i w_i` is then
         the point of the subspace nearest to w. Below 32 bits the model also contains the rounding
         of the basis.
 
         Raises:
-            CheckpointError: a checkpoint is no longer there, or cannot be read.
+            CheckpointError: a checkpoint has changed, is no longer there, or cannot be read.
         """
         start = self._start_coefficients - self.origin
         return self.subspace.averaging_weights(self.coefficients.detach() + start)
@@ -436,7 +437,7 @@ class TWA(torch.optim.Optimizer):
             gradient = self.subspace.project(gradients)
         self.coefficients.grad = gradient
         if self._checkpoints is not None and gradient.any():
-            # After the first real step nothing of the constructor is needed any more.
+            # From the first real step on the basis is not built again.
             self._checkpoints, self._start_point, self._overwritten = None, None, []
         return loss, skip
 
@@ -493,6 +494,12 @@ class TWA(torch.optim.Optimizer):
             for vector, first in zip(vectors, firsts, strict=True):
                 vector.copy_(first)
         self._steps += 1
+
+    def of_first_rank(self, number: float) -> float:
+        """The first rank's `number`, by which all ranks of the process group decide alike."""
+        if self._replicas.count == 1:
+            return number
+        return self._replicas.broadcast(self.coefficients.detach().new_tensor(number)).item()
 
     @torch.no_grad()
     def set_coefficients(self, coefficients: Tensor) -> None:

@@ -148,7 +148,7 @@ class Recipe:
       coefficients over the last half of the training, and the start.
 
     It has `state_dict` and `load_state_dict`, to resume with. To make it again without the search,
-    pass the found `key` as `start`.
+    pass the found `key` as `start`; load the model's own state after `optimizer` was called.
 
     Args:
         model: the module to train; see `TWA`.
@@ -200,6 +200,7 @@ class Recipe:
             arguments: further ones of `TWA` and `base`, which replace what the recipe would choose:
                 `extract`, `components`, `bits`, `unit`, `process_group`, `lr`, `weight_decay`, …
         """
+        self.granularity = arguments.pop("granularity", self.granularity)
         start = self.start
         if start is None:
             found = best_start(self._model, self._checkpoints, self._loss)
@@ -214,9 +215,12 @@ class Recipe:
             block = many and self.granularity != "model" and self._samples < math.inf
             arguments["unit"] = "block" if block else "direction"
         if own_units and arguments.get("lr") is None:
-            rate = rate_of(self._steps, self._samples, arguments["unit"]) if adam else RATE_OF_SGD
-            arguments["lr"] = rate
-        arguments = {"granularity": self.granularity} | arguments
+            arguments.pop("lr", None)
+            if adam and "lr" not in getattr(base, "keywords", {}):
+                arguments["lr"] = rate_of(self._steps, self._samples, arguments["unit"])
+            elif base is torch.optim.SGD:
+                arguments["lr"] = RATE_OF_SGD
+        arguments["granularity"] = self.granularity
         optimizer = TWA(self._model, self._checkpoints, base, start=start, **arguments)
         self._optimizer, self._done = optimizer, 0
         self._late_mean = torch.zeros_like(optimizer.coefficients)
@@ -237,11 +241,18 @@ class Recipe:
         """Moves the model to the best of last iterate, late mean and start; returns their losses.
 
         With the paper's coordinates ("Schmidt") the last iterate stays, and nothing is compared.
+        The buffers are those that `loss` has left at the best point, such as batch norm's
+        statistics if it re-estimates them.
 
         Args:
             loss: as of the recipe, on other samples if there are enough: the start has an unfair
-                advantage on the samples that chose it.
+                advantage on the samples that chose it. Ranks take the first one's losses.
+
+        Raises:
+            RuntimeError: there is no optimizer yet.
         """
+        if self._optimizer is None:
+            raise RuntimeError("call optimizer() first")
         optimizer, loss = self._optimizer, loss or self._loss
         if optimizer.subspace.scale is None:
             return {}
@@ -250,16 +261,21 @@ class Recipe:
             "mean of the last half": self._late_mean,
             "start": optimizer.origin,
         }
+        buffers = {}
         for name, coefficients in points.items():
             optimizer.set_coefficients(coefficients)
-            self.end_losses[name] = _measured(self._model, loss)
+            self.end_losses[name] = optimizer.of_first_rank(_measured(self._model, loss))
+            buffers[name] = [buffer.clone() for buffer in self._model.buffers()]
         best = min(self.end_losses, key=self.end_losses.get)  # the first of equals
         optimizer.set_coefficients(points[best])
+        with torch.no_grad():
+            for buffer, value in zip(self._model.buffers(), buffers[best], strict=True):
+                buffer.copy_(value)
         return self.end_losses
 
     def state_dict(self) -> dict:
         """The late mean, float32 [len(optimizer.subspace)], and the steps that are done."""
-        return {"done": self._done, "mean": self._late_mean}
+        return {"done": self._done, "mean": self._late_mean.clone()}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores `state_dict`, after `optimizer` was called."""
@@ -268,10 +284,19 @@ class Recipe:
 
 
 def average_of(key: float, checkpoints: list[Checkpoint], model: nn.Module) -> dict[str, Tensor]:
-    """The average of the last `checkpoints` with this key, as in `Start`."""
-    if key < 1:
+    """The average of the last `checkpoints` with this key, as in `Start`.
+
+    Raises:
+        ValueError: the key is neither a decay in (0, 1) nor a number of the checkpoints.
+    """
+    if 0 < key < 1:
         return average(checkpoints, model, key)
-    return average(checkpoints[-key:], model)
+    if key != int(key) or not 1 <= key <= len(checkpoints):
+        raise ValueError(
+            f"start {key} is neither a decay between 0 and 1 nor a number of the "
+            f"{len(checkpoints)} checkpoints"
+        )
+    return average(checkpoints[-int(key) :], model)
 
 
 def _measured(model: nn.Module, loss: Callable[[], float]) -> float:

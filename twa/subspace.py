@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from twa import extraction
-from twa.files.checkpoints import Checkpoint, check_window
+from twa.files.checkpoints import Checkpoint, CheckpointError, check_window
+from twa.files.windows import stamp
 from twa.ranks.replicas import Replicas
 from twa.ranks.sharding import first_row, local
 from twa.storage.columns import Blocks, Columns
@@ -81,6 +82,7 @@ class Subspace:
         unit: as given.
         mean: the mean of the checkpoints, [D], float64 if a parameter is, else float32; None for
             "Schmidt".
+        names: the checkpoints (path, or `checkpoints[3]`), without copies of others.
         dropped: the checkpoints (path, or `checkpoints[3]`) that "Schmidt" dropped because in every
             block they depend linearly on the ones before them.
 
@@ -121,6 +123,7 @@ class Subspace:
         free = self._shards.share(free_memory(device), device, self._replicas.count)
         self._plan.check(columns.total, free, self._shards.count)
         self._build()
+        self._stamps = [stamp(checkpoint) for checkpoint in self._checkpoints]
 
     @full_precision
     def _build(self) -> None:
@@ -128,7 +131,7 @@ class Subspace:
         plan, columns, several = self._plan, self._columns, self._replicas.count > 1
         window = Window(columns, self._checkpoints, plan, whole=plan.in_place, hashed=several)
         self._matrix = self._allocate(window)
-        self.mean = None
+        self.mean, self.names = None, window.names
         if self._extract == "PCA":  # In place, the matrix leaves the window's last row free.
             self.mean = window.rows[-1] if plan.in_place else self.empty(plan.dtype)
         units = torch.zeros(columns.count, plan.height, dtype=torch.float32, device="cpu")
@@ -309,8 +312,19 @@ class Subspace:
 
         Returns:
             float64 on the CPU, [checkpoints] at granularity "model", else [blocks, checkpoints].
-            They sum to 1 for "PCA". They are zero where a checkpoint was dropped.
+            They sum to 1 for "PCA". They are zero where a checkpoint was dropped. The checkpoints
+            are those in `names`.
+
+        Raises:
+            CheckpointError: a file of a checkpoint has changed, or cannot be read any more.
         """
+        for checkpoint, name, before in zip(
+            self._checkpoints, self.names, self._stamps, strict=True
+        ):
+            if stamp(checkpoint) != before:
+                raise CheckpointError(
+                    f"{name}: has changed since the basis was built, so its weight is not known"
+                )
         window = Window(self._columns, self._checkpoints, self._plan)
         coefficients = self._by_block(coefficients).cpu().double()
         weights = torch.zeros(len(coefficients), self._plan.n, dtype=torch.float64, device="cpu")

@@ -47,7 +47,7 @@ for seed; do
         paper="--extract Schmidt --opt SGD --lr 0.37"
         twa paper $paper --schedule step --train_start $epochs --wd 5e-5
         twa mean $paper --schedule linear --train_start -1 --wd 1e-5
-        # Coefficients in units of the window's spread, nothing chosen.
+        # Coefficients in units of the window's spread, by model.
         twa spread --granularity model
         twa channel --granularity channel
         if [ ! -e "results/$run.sgd.$seed.json" ]; then

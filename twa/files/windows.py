@@ -47,6 +47,9 @@ def numbered(folder: Path) -> dict[int, Path]:
             same = kinds.setdefault((words, suffix, len(numbers)), {}).setdefault(numbers, path)
             if same != path:
                 raise CheckpointError(f"{path}: has the same number as {same.name}; move one away")
+    files = [kind for kind in kinds if kind[1] != "/"]
+    if files:  # Folders beside files may be other things, such as where results are written.
+        kinds = {k: v for k, v in kinds.items() if k in files or k[0][:1] == ("checkpoint",)}
     if len(kinds) > 1:
         first, second = [min(kind.values()).name for kind in kinds.values()][:2]
         raise CheckpointError(
@@ -76,13 +79,21 @@ def copies(checkpoints: Sequence[Checkpoint]) -> dict[int, int]:
         try:
             others = firsts.setdefault(tuple(map(_mark, parts_of(paths[index]))), [])
             same = next((i for i in others if _same(paths[i], paths[index])), None)
-        except (CheckpointError, OSError, zipfile.BadZipFile):
-            continue  # Its reader will say what is wrong.
+        except Exception:  # Damaged files raise many types; their reader will say what is wrong.
+            continue
         if same is None:
             others.append(index)
         else:
             result[index] = same
     return dict(sorted(result.items()))
+
+
+def stamp(checkpoint: Checkpoint) -> list[tuple] | None:
+    """Sizes and times of the files of a checkpoint, by which changes show; None for a mapping."""
+    if isinstance(checkpoint, Mapping):
+        return None
+    stats = [path.stat() for path in parts_of(Path(checkpoint))]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _mark(path: Path) -> tuple:
