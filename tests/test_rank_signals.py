@@ -130,7 +130,8 @@ def test_a_signal_to_one_rank_stops_all_between_two_batches_of_a_measurement(tmp
         ranks = Ranks(tmp_path, COUNT, *command(kind, folders["stopped"]), run=run_slowly)
     finally:
         del os.environ["PAUSE"]
-    ranks.children[0].wait_for("measures a batch")
+    for child in ranks.children:  # a rank that is not there yet would stop alone
+        child.wait_for("measures a batch")
     ranks.children[1].send(signal.SIGTERM)
     ended = ranks.end()
     assert [result.status for result in ended] == [143] * COUNT, ended
