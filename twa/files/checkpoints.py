@@ -103,7 +103,7 @@ def load_into(
         name: the name of the checkpoint in messages, if it is not a path.
 
     Returns:
-        the tensors of the model that were written, and their values before.
+        the tensors of the model that were written and do not train, and their values before.
 
     Raises:
         CheckpointError: as `Fit`, or there is NaN or infinity in what would be loaded.
@@ -122,9 +122,24 @@ def load_into(
     own.clear()
     own.update({fit.keys[k]: sharding.shard(v, fit.tensors[k]) for k, v in state.items()})
     written = {id(fit.tensors[key]) for key in state}
+    if _cannot_fail(model, fit, state):  # Then trained tensors need no copy.
+        written -= {id(tensor) for tensor in fit.tensors.values() if tensor.requires_grad}
     with _restored_on_failure(model, written) as before:
         model.load_state_dict(own, strict=False)
-    return before
+    return [(tensor, values) for tensor, values in before if not tensor.requires_grad]
+
+
+def _cannot_fail(model: nn.Module, fit: Fit, state: Mapping[str, Tensor]) -> bool:
+    """Whether loading `state` is nothing but copies between tensors of one shape."""
+    for module in model.modules():
+        load = type(module)._load_from_state_dict
+        hooks = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
+        if not load.__module__.startswith("torch.nn.modules") or any(hooks):
+            return False
+    tensors = [(sharding.local(fit.tensors[key]), value) for key, value in state.items()]
+    # torch refuses to write to a tensor of which several elements share memory.
+    alone = (torch._debug_has_internal_overlap(own) == 0 for own, _ in tensors)
+    return all(alone) and all(own.shape == value.shape for own, value in tensors)
 
 
 def _is_equal_and_frozen(own: Tensor, value: Tensor) -> bool:
