@@ -1,7 +1,6 @@
 """The package: what `pip install .` gives another project; and imports that point down."""
 
 import ast
-import importlib.util
 import inspect
 import re
 import shutil
@@ -19,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "twa")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("setuptools"), reason="needs setuptools")
 def test_installed_it_is_imported_from_anywhere(tmp_path):
+    pytest.importorskip("setuptools", "77")  # as pyproject.toml requires
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     for name in SOURCES:  # pip builds in place, and would leave build/ in the repository
