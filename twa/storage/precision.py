@@ -24,12 +24,7 @@ def full_precision(method: Callable) -> Callable:
 def _ieee_products() -> Iterator[None]:
     """A context in which products of float32 matrices are not rounded to TF32 or bfloat16."""
     with contextlib.ExitStack() as stack:
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-                backend.fp32_precision = "ieee"
-        else:  # torch < 2.9 has one setting for all backends.
-            before = torch.get_float32_matmul_precision()
-            stack.callback(torch.set_float32_matmul_precision, before)
-            torch.set_float32_matmul_precision("highest")
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = "ieee"
         yield
