@@ -25,7 +25,7 @@ def choose_device(name: str | None, index: int | None = None) -> torch.device:
     """The device that `--device` names, or the accelerator if there is one, else the CPU.
 
     Args:
-        index: which of several accelerators to take where `name` does not say.
+        index: of the accelerator to take, if several processes on this machine take one each.
 
     Raises:
         UserError: the device is not usable here.
@@ -35,7 +35,11 @@ def choose_device(name: str | None, index: int | None = None) -> torch.device:
         name = torch.accelerator.current_accelerator().type if accelerator else "cpu"
     try:
         device = torch.device(name)
-        if device.type != "cpu" and device.index is None and index is not None:
+        if device.type != "cpu" and index is not None:
+            if device.index is not None:
+                raise UserError(
+                    f"--device {name}: every rank would take this one; give --device {device.type}"
+                )
             device = torch.device(device.type, index)
         torch.zeros((), device=device).item()  # "meta" holds nothing
         return device

@@ -40,6 +40,7 @@ def main():
     parser.add_argument("--step", type=float, default=1e-3, help="of a checkpoint, over its norm")
     parser.add_argument("--builds", type=int, default=3, help="of each basis; the median counts")
     parser.add_argument("--repeats", type=int, default=11, help="of each product, likewise")
+    parser.add_argument("--device", default="cpu", help="of the model and its basis")
     args = parser.parse_args()
 
     variants = {
@@ -71,7 +72,8 @@ def print_table(args, builds: dict, exact: dict, products: dict):
     total = sum(p.numel() for p in make_model(args, "meta").parameters())
     print(
         f"{args.checkpoints} checkpoints of {total:,} weights, steps of {args.step:g} of the norm; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; two checkpoints are "
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads; two "
+        f"checkpoints are "
         f"{8 * total / 1e9:.2f} GB\n"
     )
     print(
@@ -94,11 +96,11 @@ def print_table(args, builds: dict, exact: dict, products: dict):
         print("| " + " | ".join(row) + " |")
 
 
-def make_model(args, device="cpu") -> nn.Module:
+def make_model(args, device=None) -> nn.Module:
     """`args.layers` square linear layers, about `args.weights` weights together."""
     side = math.isqrt(args.weights // args.layers)
     layers = (nn.Linear(side, side, device="meta") for _ in range(args.layers))
-    return nn.Sequential(*layers).to_empty(device=device)
+    return nn.Sequential(*layers).to_empty(device=device or args.device)
 
 
 def checkpoints(folder: str, args) -> list[Path]:
@@ -108,7 +110,7 @@ def checkpoints(folder: str, args) -> list[Path]:
 def write_checkpoints(folder: str, args, model: nn.Module):
     """Writes a random walk: a step is `args.step` of the weights' norm, in a random direction."""
     torch.manual_seed(SEED)
-    state = {key: torch.randn_like(t) for key, t in model.state_dict().items()}
+    state = {key: torch.randn(t.shape) for key, t in model.state_dict().items()}
     for path in tqdm(checkpoints(folder, args), desc="writing", leave=False, disable=None):
         torch.save(state, path)
         for tensor in state.values():
@@ -124,7 +126,7 @@ def release_basis(folder: str, args) -> Tensor:
     model = make_model(args)
     rows = []
     for path in checkpoints(folder, args):
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         rows.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     basis = torch.stack(rows)
     for i in range(len(basis)):
@@ -150,15 +152,23 @@ def build(folder: str, args, options: dict | None) -> tuple[float, int, int]:
     torch.load(paths[0], mmap=True, weights_only=True)  # Imports modules, untimed.
     for path in paths:
         path.read_bytes()  # Into the system's memory: the disk is not timed either.
-    before, start = peak_memory(), time.perf_counter()
+    before, start = peak_memory(args), time.perf_counter()
     if options is None:
         size = release_basis(folder, args).nbytes
     else:
         size = Subspace(model, paths, **options).nbytes
-    return time.perf_counter() - start, size, peak_memory() - before
+    synchronize(args)
+    return time.perf_counter() - start, size, peak_memory(args) - before
 
 
-def peak_memory() -> int:
+def synchronize(args) -> None:
+    if args.device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak_memory(args) -> int:
+    if args.device != "cpu":
+        return torch.accelerator.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -173,7 +183,7 @@ def exactness(folder: str, args) -> dict[str, float]:
 
 
 def orthogonality(basis: Tensor) -> float:
-    gram = -torch.eye(len(basis), dtype=torch.float64)
+    gram = -torch.eye(len(basis), dtype=torch.float64, device=basis.device)
     for chunk in basis.split(2**14, dim=1):
         gram += chunk.double() @ chunk.double().T
     return gram.abs().max().item()
@@ -191,12 +201,13 @@ def time_products(folder: str, args, options: dict) -> tuple[float, float, float
     subspace = Subspace(model, paths, **options)
     exact = Subspace(model, paths, extract=options.get("extract", "PCA"))
     matrix = exact._matrix.rows
-    gradients, coefficients = torch.randn(matrix.shape[1]), torch.randn(len(matrix))
+    gradients = torch.randn(matrix.shape[1], device=args.device)
+    coefficients = torch.randn(len(matrix), device=args.device)
     out = torch.empty_like(gradients)  # Allocated before, as in a training loop.
 
     def both(basis: Subspace):
         basis.project(gradients)
-        basis.expand(torch.ones(len(basis)), out=out)
+        basis.expand(torch.ones(len(basis), device=args.device), out=out)
 
     def passes():
         torch.mv(matrix, gradients)
@@ -205,8 +216,10 @@ def time_products(folder: str, args, options: dict) -> tuple[float, float, float
     turns = {lambda: both(subspace): [], passes: [], lambda: both(exact): []}
     for repeat in range(args.repeats + 1):
         for turn, seconds in turns.items():
+            synchronize(args)
             start = time.perf_counter()
             turn()
+            synchronize(args)
             if repeat:  # The first turn compiles.
                 seconds.append(time.perf_counter() - start)
     error = math.nan

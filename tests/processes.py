@@ -176,6 +176,8 @@ def start_slowly(folder: Path, script: str, *args, pause: float = 0.0) -> Child:
 class Ranks:
     """A script on so many ranks, which meet as those of `torchrun` do; on 0, without any.
 
+    Scripts run on the CPU, as a machine may have fewer accelerators than ranks.
+
     Args:
         folder: the outputs of the ranks go there.
         run: what a rank does with `script` and `args`.
@@ -188,6 +190,8 @@ class Ranks:
     def __init__(
         self, folder: Path, count: int, script: str, *args, run: Callable = run_script, hosts=1
     ):
+        if not script.startswith("tests/"):
+            args = (*args, "--device", "cpu")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         local = count // hosts
         variables = {

@@ -612,7 +612,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused():
 
 def test_divergence_is_said_with_step_rate_and_last_state(tmp_path):
     """At the very step, though no line is due for long."""
-    flags = [*where(tmp_path), "--epochs", 2, "--lr", 1e20, "-p", 1000]
+    flags = [*where(tmp_path), "--epochs", 2, "--lr", 1e20, "-p", 1000, "--device", "cpu"]
     line = one_line(call(SGD, *flags))
     assert "epoch 1/2, iteration 2: the loss is nan at rate 1e+20" in line
     assert f"{tmp_path / 'checkpoints/state.pt'} is intact, as saved before" in line

@@ -83,7 +83,12 @@ class Batch(Settings):
 class Augmentation(Settings):
     """augmentation"""
 
-    randaugment: int = flag(0, "strength of RandAugment (0: none)", low=0, high=30)
+    randaugment: int = flag(
+        0,
+        "strength of RandAugment (0: none); its draws make an accelerator wait in every step",
+        low=0,
+        high=30,
+    )
 
 
 @dataclass(kw_only=True)

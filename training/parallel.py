@@ -94,11 +94,13 @@ class Layout:
         # Beside the basis: weights, gradient, start point and one more vector, in float32.
         needed = plan.build_bytes(weights) + 4 * 4 * weights
         sharing = ranks.local_world() if device.type == "cpu" else 1
-        free = min(ranks.gather(free_memory(device) / sharing))
+        known = [free for free in ranks.gather(free_memory(device)) if free is not None]
+        free = min(known, default=math.inf) / sharing
         holders = {"replicate": 1, "hybrid": self._local, "shard": ranks.world()}
         possible = [strategy for strategy in STRATEGIES if strategy not in impossible]
         fitting = [s for s in possible if needed / holders[s] <= free / 2]
-        why = f"model and basis take {size(needed)} of the {size(free)} that are free to a rank"
+        of = f"of the {size(free)} that are" if known else "and it is not known how much is"
+        why = f"model and basis take {size(needed)} {of} free to a rank"
         return (fitting or ["shard"])[0], impossible.get("replicate", why)
 
     def _impossible(self) -> dict[str, str]:

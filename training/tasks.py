@@ -49,7 +49,8 @@ class Task:
     test_batch_size: int | None = 1000  # None: as for training
 
     def __init__(self, args, on_held_out: bool = False):
-        self.device = choose_device(args.device, ranks.local_rank() if ranks.launched() else None)
+        several = ranks.local_world() > 1
+        self.device = choose_device(args.device, ranks.local_rank() if several else None)
         ranks.start(self.device)
         world = ranks.world()
         if args.batch_size % world:

@@ -135,7 +135,7 @@ def _amplifications(transform: Tensor, gram: Tensor) -> Tensor:
     return (transform.square() @ squares).amax(dim=(1, 2)).sqrt()
 
 
-def _inverse_cholesky(gram: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse_cholesky(gram: Tensor, thresholds: Tensor | float) -> tuple[Tensor, Tensor]:
     """L⁻¹ with `gram = L Lᵀ`, and which blocks have an L with a diagonal above `thresholds`.
 
     It is zero in the other blocks.
@@ -159,9 +159,7 @@ def _orthonormalising(gram: Tensor) -> Tensor:
     Zero rows stay zero.
     """
     zero = gram.diagonal(dim1=1, dim2=2) == 0
-    matrix, regular = _inverse_cholesky(
-        gram + torch.diag_embed(zero.to(gram)), gram.new_tensor(0.5)
-    )
+    matrix, regular = _inverse_cholesky(gram + torch.diag_embed(zero.to(gram)), 0.5)
     matrix[~regular] = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     return matrix
 

@@ -352,26 +352,35 @@ class Subspace:
         number takes two columns. The result is float32 [D], or written to `out` if that is given.
         """
         out = self.empty() if out is None else out
-        parts = self._columns.split(out)
-        for part, tensor, parameter in zip(parts, tensors, self.parameters, strict=True):
+        parts, values = [], []
+        all_parts = self._columns.split(out)
+        for part, tensor, parameter in zip(all_parts, tensors, self.parameters, strict=True):
             if tensor is None:
                 part.zero_()
             else:
                 dense = local(tensor).to_dense()  # An embedding's gradient may be sparse.
-                part.copy_(self._columns.arranged(dense, parameter))
+                parts.append(part)
+                values.append(self._columns.arranged(dense, parameter))
+        torch._foreach_copy_(parts, values)
         return out
 
     @torch.no_grad()
     def assign(self, start: Tensor, moved: Tensor) -> None:
-        """Writes the sum of `start` and `moved`, [D], to the model's parameters."""
+        """Writes the sum of `start` and `moved`, [D], to the model's parameters.
+
+        The sum may be formed in `moved`.
+        """
         self._shards.reshard()
+        own = [self._columns.arranged(local(p), p) for p in self.parameters]
+        if any(weights.device.type != "cpu" for weights in own):
+            # One launch for all of them. The weights may be on several accelerators.
+            total = moved.add_(start) if moved.dtype == start.dtype else start + moved
+            torch._foreach_copy_(own, list(self._columns.split(total)))
+            return
+        # On the CPU one pass over memory counts more than the number of calls.
         parts = (self._columns.split(flat) for flat in (start, moved))
-        for parameter, *terms in zip(self.parameters, *parts, strict=True):
-            own = self._columns.arranged(local(parameter), parameter)
-            if own.device == start.device:
-                torch.add(*terms, out=own)
-            else:  # The model is on several accelerators.
-                own.copy_(torch.add(*terms))
+        for weights, *terms in zip(own, *parts, strict=True):
+            torch.add(*terms, out=weights)
 
     @torch.no_grad()
     def fingerprint(self, flat: Tensor) -> Tensor:
@@ -384,7 +393,7 @@ class Subspace:
         for parameter, columns in zip(self.parameters, flat.split(widths), strict=True):
             first = first_row(parameter) * math.prod(parameter.shape[1:])
             first *= 1 + parameter.is_complex()
-            for part in columns.float().view(torch.int32).split(CHUNK["cpu"]):
+            for part in columns.float().view(torch.int32).split(CHUNK):
                 places = torch.arange(first, first + len(part), device=flat.device)
                 total += (part * (places * 0x9E3779B1 + 1)).sum()  # modulo 2^64
                 first += len(part)

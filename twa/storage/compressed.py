@@ -89,7 +89,7 @@ class CompressedMatrix(Matrix):
                     stacklevel=2,
                 )
                 self._compiled = False
-        _in_parts(plain, (PART if out.device.type == "cuda" else CACHED_PART) // size, tensors)
+        _in_parts(plain, (CACHED_PART if out.device.type == "cpu" else PART) // size, tensors)
 
 
 def _in_parts(kernel: Callable, step: int, tensors: tuple[Tensor, ...]) -> None:

@@ -18,7 +18,7 @@ BITS = (32, 8, 4)
 CPU = torch.device("cpu")
 
 # The elements of a chunk: in float64 they fit the cache of a CPU; a GPU needs more to be busy.
-CHUNK = {"cpu": 2**19, "cuda": 2**24}
+CHUNK, CHUNK_OF_ACCELERATORS = 2**19, 2**24
 # The most columns in a float32 sum: the rounding of longer sums would show in the basis.
 LONGEST = 2**13
 # A basis that is not built in place is built from a part of the columns of W at a time: an eighth,
@@ -65,7 +65,8 @@ class Plan:
 
     def chunk(self, blocks: list[Blocks]) -> int:
         """The number of columns in a chunk: whole tiles, and the widest of adjacent blocks."""
-        chunk = CHUNK.get(self.device.type, CHUNK["cpu"]) // self.n
+        on_cpu = self.build_device.type == "cpu"
+        chunk = (CHUNK if on_cpu else CHUNK_OF_ACCELERATORS) // self.n
         if self.device.type == "cpu" and self.extract == "Schmidt":  # which may use float32
             chunk = min(chunk, LONGEST)
         narrow = [group.width for group in blocks if group.count > 1 and group.width < PIECE]
@@ -116,13 +117,14 @@ class Plan:
 
 def free_memory(device: torch.device) -> int | None:
     """The number of bytes that can be allocated on `device`; None if unknown."""
-    backend = torch.get_device_module(device)
-    if hasattr(backend, "mem_get_info"):
+    if device.type == "cpu":
+        return min([psutil.virtual_memory().available, *free_in_control_groups()])
+    # Some backends have no such functions, or have them and raise.
+    with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):
+        backend = torch.get_device_module(device)
         cached = backend.memory_reserved(device) - backend.memory_allocated(device)
         return backend.mem_get_info(device)[0] + cached
-    if device.type != "cpu":
-        return None
-    return min([psutil.virtual_memory().available, *free_in_control_groups()])
+    return None
 
 
 def free_in_control_groups(
