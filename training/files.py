@@ -1,19 +1,18 @@
 """Files: written whole or not at all, and read only once they are known to be whole."""
 
-import contextlib
 import copy
-import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
-from twa.files.reading import CheckpointError
+from twa.files.writing import remove_leftovers, replacing, unwritable
 from utils import UserError
+
+__all__ = ["remove_leftovers", "replacing"]
 
 
 def save(obj, path: str | os.PathLike) -> None:
@@ -47,47 +46,6 @@ def on_cpu(state):
     for device in devices - {torch.device("cpu")}:
         torch.accelerator.synchronize(device)
     return moved
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Context that yields a temporary path beside `path`, which is renamed to it at the end.
-
-    A reader finds the complete old file or the complete new one: the data are on the disk before
-    the renaming. If the block raises, `path` is unchanged. A process that is killed in it leaves
-    its temporary file to `remove_leftovers`.
-
-    Raises:
-        CheckpointError: the disk is full, or the file cannot be written for another reason.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise unwritable(path, error) from None
-        raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of `replacing` in `folder` whose processes have ended."""
-    for path in folder.glob(".*.*.tmp"):
-        process = path.name.split(".")[-2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            path.unlink(missing_ok=True)
-
-
-def unwritable(path: Path, error: OSError) -> CheckpointError:
-    """An error that says in one line why `path` could not be written, and what to do."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "; make room there: what was saved before is intact" if full else ""
-    return CheckpointError(f"{path}: cannot be written ({error.strerror or error}){remedy}")
 
 
 def append(path: Path, text: str) -> None:

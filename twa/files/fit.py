@@ -107,7 +107,7 @@ class Fit:
             del found[key]
         for key in self.tensors:
             difference = self._difference(key, found, key in loaded)
-            scales = _scales(keys.get(key, key), spare) if difference else ()
+            scales = scales_of(keys.get(key, key), spare) if difference else ()
             if scales or difference not in (None, EIGHT):
                 reason = self._reason(key, difference, found, scales, state)
                 raise CheckpointError(f"{name}: {reason}")
@@ -264,7 +264,7 @@ def _expanded(tensor: Tensor) -> bool:
     return any(stride == 0 and length > 1 for stride, length in strides)
 
 
-def _scales(key: str, spare: Collection[str]) -> list[str]:
+def scales_of(key: str, spare: Collection[str]) -> list[str]:
     """The keys among `spare` that a quantized weight `key` has beside it."""
     module = key.rpartition(".")[0]
     return sorted(k for k in spare if k.startswith(module) and QUANTIZED.search(k[len(module) :]))

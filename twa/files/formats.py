@@ -149,6 +149,12 @@ def file_of(path: Path) -> Path:
     raise CheckpointError(f"{path}: is a folder with none of {', '.join(IN_FOLDERS)}")
 
 
+def kind_of(path: Path) -> str:
+    """What the file is: "torch", "old torch", "safetensors" or "JSON"; see `_kind`."""
+    with opened(path) as file:
+        return _kind(path, file)
+
+
 def _kind(path: Path, file: io.BufferedReader) -> str:
     """What the file is by its first bytes: "torch", "old torch", "safetensors" or "JSON".
 
@@ -180,8 +186,7 @@ def _kind(path: Path, file: io.BufferedReader) -> str:
 @refusing
 def _load_file(path: Path, shards: bool = True):
     """What one file holds, or with `shards` what the files hold that it lists."""
-    with opened(path) as file:
-        kind = _kind(path, file)
+    kind = kind_of(path)
     if kind == "JSON" and shards:
         return _sharded(path)
     if kind == "safetensors":

@@ -21,6 +21,11 @@ WORDS = {
     *("epoch", "ep", "step", "steps", "global", "iter", "iteration", "iterations"),
     *("checkpoint", "ckpt", "model", "weights", "snapshot"),
 }
+# A metric in the name, as Lightning writes it: its number is no step.
+METRIC = re.compile(
+    r"[-_]?(?:(?:val|valid|validation|eval|test|train)[-_/]?)?[a-z]*(?:loss|acc|accuracy|ppl|wer)"
+    r"[=_-]?\d+\.\d+(?:e[+-]?\d+)?"
+)
 # Of files without checksums, so many parts of so many bytes are compared before all is.
 SAMPLES = 64
 
@@ -31,7 +36,8 @@ def numbered(folder: Path) -> dict[int, Path]:
     They are files or folders called by a number, with zeros before it or not (`7.pt`, `007.pth`),
     and after the words that people put there (`epoch-7.pt`, `step_0700.safetensors`,
     `checkpoint-500`). Of several numbers the first counts that differs between all of them
-    (`epoch=7-step=700.ckpt`: the epoch, or the step if there are several an epoch).
+    (`epoch=7-step=700.ckpt`: the epoch, or the step if there are several an epoch). Metrics in the
+    names (`epoch=7-val_loss=0.12.ckpt`) are ignored.
 
     Raises:
         CheckpointError: they are of several kinds, or two of them have the same number.
@@ -40,7 +46,7 @@ def numbered(folder: Path) -> dict[int, Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         suffix = path.suffix if path.suffix in SUFFIXES else "/" if path.is_dir() else None
         name = path.name if suffix == "/" else path.stem
-        parts = re.findall(r"\d+|[a-z]+", name.lower())
+        parts = re.findall(r"\d+|[a-z]+", METRIC.sub("", name.lower()))
         words = tuple(part for part in parts if not part.isdecimal())
         numbers = tuple(int(part) for part in parts if part.isdecimal())
         if numbers and WORDS.issuperset(words) and suffix:

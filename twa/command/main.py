@@ -1,0 +1,210 @@
+"""The command line of `twa`: errors that a user can mend are one line, with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import twa
+from twa.command import choice, outputs
+from twa.command.mean import Means
+from twa.files.reading import CheckpointError
+from twa.files.writing import remove_leftovers, replacing
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with one line and status 2, as all errors here do."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (CheckpointError, MemoryError) as error:
+        print(f"twa {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"twa {args.command}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> Parser:
+    made = Parser("twa", description="Averages of checkpoints, without their model's code.")
+    made.add_argument("--version", action="version", version=f"twa {twa.__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    average = commands.add_parser(
+        "average",
+        help="write the average of checkpoints",
+        description="Writes the average of checkpoints, in their own format. Of one folder and no "
+        "choice it takes the last half.",
+    )
+    average.set_defaults(run=run_average)
+    add = average.add_argument
+    add("paths", nargs="+", metavar="PATH[:WEIGHT]", help="folder of checkpoints, checkpoint, glob")
+    add("-o", "--output", required=True, type=Path, metavar="OUT", help="file or folder to write")
+    add(
+        "--how",
+        action="append",
+        help="mean, ema=B (0 < B < 1), wsm or wsm=linear (as a decay of the learning rate); "
+        "several are written from one reading, into the folder OUT (default: mean)",
+    )
+    add("--last", type=positive, metavar="N", help="the last N")
+    add("--from", type=int, dest="first", metavar="STEP", help="from this step on")
+    add("--to", type=int, dest="final", metavar="STEP", help="up to this step")
+    add("--every", type=positive, default=1, metavar="K", help="every K-th, from the last one back")
+    add("--best", type=positive, metavar="N", help="the N with the lowest validation loss")
+    add("--losses", type=Path, metavar="FILE", help="losses for --best: JSON lines or CSV")
+    add("--dtype", choices=DTYPES, help="of the output (default: that of the inputs)")
+    add("--overwrite", action="store_true", help="replace OUT if it is there")
+    add("--dry-run", action="store_true", help="only print what would be read and written")
+    return made
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
+def run_average(args) -> None:
+    chosen, notes = choose(args)
+    hows = list(dict.fromkeys(args.how or ["mean"]))
+    weights = [choice.coefficients(how, chosen) for how in hows]
+    alphas = [[weight / math.fsum(each) for weight in each] for each in weights]
+    paths = [each.path for each in chosen]
+    means = Means(paths, weights)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    targets = (
+        [args.output / name(how, paths[-1]) for how in hows] if len(hows) > 1 else [args.output]
+    )
+
+    def dtype_of(value) -> torch.dtype:
+        return dtype if dtype and value.dtype.is_floating_point else value.dtype
+
+    values = means.tensors.values()
+    size = len(hows) * sum(v.shape.numel() * dtype_of(v).itemsize for v in values)
+    print(*described(chosen, hows, alphas), sep="\n")
+    for note in notes:
+        print(f"twa average: warning: {note}", file=sys.stderr)
+    folder = next(
+        p for p in (args.output.absolute().parent, *args.output.absolute().parents) if p.exists()
+    )
+    free = shutil.disk_usage(folder).free
+    print(
+        f"reads {means.bytes_to_read / 1e9:.2f} GB, writes {size / 1e9:.2f} GB to {args.output} "
+        f"({free / 1e9:.1f} GB are free), takes {means.memory / 1e9:.2f} GB of memory"
+    )
+    if args.output.exists() and not args.overwrite:
+        raise CheckpointError(f"{args.output}: is there already; give --overwrite or another name")
+    inside = [
+        path for path in paths if args.output.resolve() in (path.resolve(), *path.resolve().parents)
+    ]
+    if inside:
+        raise CheckpointError(
+            f"{args.output}: holds {inside[0]}, one of the inputs; give another name"
+        )
+    if size > free:
+        raise CheckpointError(
+            f"{args.output}: takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
+        )
+    if args.dry_run:
+        return
+    record = {
+        "version": twa.__version__,
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "inputs": [str(path.resolve()) for path in paths],
+    }
+    try:
+        args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{args.output}: cannot be made ({error.strerror})") from None
+    remove_leftovers(args.output.absolute().parent)
+    with replacing(args.output, keep=not args.overwrite) as temporary:
+        if len(hows) > 1:
+            temporary.mkdir()
+        places = [temporary / t.name if len(hows) > 1 else temporary for t in targets]
+        write(means, [(paths[-1], place) for place in places], dtype_of, dtype)
+        for how, alpha, place in zip(hows, alphas, places, strict=True):
+            if place.is_dir():
+                records = place / "twa.json"
+            elif len(hows) > 1:
+                records = place.with_suffix(".twa.json")
+            else:  # written once its file is there
+                continue
+            records.write_text(json.dumps(record | {"how": how, "weights": alpha}, indent=2) + "\n")
+    if not args.output.is_dir():
+        content = json.dumps(record | {"how": hows[0], "weights": alphas[0]}, indent=2) + "\n"
+        with replacing(args.output.with_suffix(".twa.json")) as temporary:
+            temporary.write_text(content)
+    print(f"wrote {args.output}")
+
+
+def choose(args) -> tuple[list[choice.Chosen], list[str]]:
+    """The checkpoints that the arguments choose, and what is odd about them."""
+    found = choice.find(args.paths)
+    one_folder = len(args.paths) == 1 and len(found) > 1
+    choices = (args.first, args.final, args.last, args.best)
+    if one_folder and args.every == 1 and all(value is None for value in choices):
+        args.last = -(-len(found) // 2)
+    kept = choice.select(
+        found,
+        first=args.first,
+        final=args.final,
+        every=args.every,
+        last=args.last,
+        best=args.best,
+        losses=args.losses,
+    )
+    kept, notes = choice.checked(kept)
+    if len(kept) < 2:
+        raise CheckpointError(
+            f"{kept[0].path}: is the only checkpoint; an average takes two or more"
+        )
+    return kept, notes
+
+
+def described(chosen, hows: list[str], alphas: list[list[float]]) -> list[str]:
+    """A line for each checkpoint, with its weight in each average."""
+    width = max(len(str(each.path)) for each in chosen)
+    head = f"{'checkpoint':{width}}  " + "  ".join(f"{how:>10}" for how in hows)
+    rows = zip(chosen, zip(*alphas, strict=True), strict=True)
+    lines = [
+        f"{each.path!s:{width}}  " + "  ".join(f"{a:10.6f}" for a in row) for each, row in rows
+    ]
+    return [head, *lines]
+
+
+def name(how: str, example: Path) -> str:
+    """The name of one of several outputs."""
+    return how if example.is_dir() else f"{how}{example.suffix}"
+
+
+def write(means: Means, places: list[tuple[Path, Path]], dtype_of, dtype) -> None:
+    """Writes the means, each to its place, from one reading."""
+    writers = [outputs.make(source, target, means.tensors, dtype_of) for source, target in places]
+    with tqdm(
+        total=means.bytes_to_read, unit="B", unit_scale=True, leave=False, disable=None
+    ) as bar:
+        for key in means.tensors:
+            for begin, pieces in means.of(key, dtype, bar.update):
+                for writer, piece in zip(writers, pieces, strict=True):
+                    writer.write(key, begin, piece)
+    for writer in writers:
+        writer.close()

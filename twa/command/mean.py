@@ -1,0 +1,133 @@
+"""`Means`: weighted means of checkpoints, of one tensor and a few elements of it at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twa.files.checkpoints import NotFiniteError
+from twa.files.fit import scales_of
+from twa.files.reading import CheckpointError, Stored, mapped, tensor_of
+from twa.files.states import plain, weights_of
+
+# The elements of a piece: in float64 they fit the cache of a CPU.
+PIECE = 2**18
+
+
+class Means:
+    """Means `Σ α_i w_i / Σ α_i` of checkpoints, for several α at once.
+
+    Real and complex tensors are averaged, with sums in float64 (complex128) in the order of the
+    checkpoints. The division comes last, so that the mean of few float32 values is rounded once.
+    Everything else, such as counters, is that of the last checkpoint. Without the model's code
+    buffers and parameters look alike, so buffers are averaged as well.
+
+    Args:
+        paths: the checkpoints; the last one gives the names. No tensor is read yet.
+        alphas: for each mean the weights of the checkpoints, [len(paths)].
+
+    Attributes:
+        tensors: the names in the last checkpoint, and its tensors.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, is quantized, or is of another architecture.
+    """
+
+    def __init__(self, paths: Sequence[Path], alphas: Sequence[Sequence[float]]):
+        self._paths, self._alphas = paths, alphas
+        self.tensors = weights_of(paths[-1], str(paths[-1]))
+        self._names = {key: name for name, key in plain(self.tensors).items()}
+        self._states = [self._matched(path) for path in paths[:-1]]
+        self._states.append({name: self.tensors[key] for key, name in self._names.items()})
+
+    def _matched(self, path: Path) -> dict[str, Tensor | Stored]:
+        state = weights_of(path, str(path))
+        state = {name: state[key] for name, key in plain(state).items()}
+        for key, own in self.tensors.items():
+            there, scales = state.get(self._names[key]), scales_of(key, self.tensors)
+            if there is None or there.shape != own.shape:
+                what = "missing" if there is None else f"{list(there.shape)}"
+                raise CheckpointError(
+                    f"{path}: of another architecture: {key} is {what} there and "
+                    f"{list(own.shape)} in {self._paths[-1]}"
+                )
+            if own.dtype.itemsize == 1 and own.dtype != torch.bool and scales:
+                by = ", ".join(scales)
+                raise CheckpointError(
+                    f"{path}: is quantized: {key} goes with {by}; dequantize it first"
+                )
+        return state
+
+    @property
+    def bytes_to_read(self) -> int:
+        """The bytes of all tensors of all checkpoints."""
+        return len(self._paths) * sum(
+            v.shape.numel() * v.dtype.itemsize for v in self.tensors.values()
+        )
+
+    @property
+    def memory(self) -> int:
+        """The bytes of memory that it takes, without the pages of mapped files."""
+        whole = 0
+        for states in zip(*(state.values() for state in self._states), strict=False):
+            unmapped = [v for v in states if not mapped(v) or isinstance(v, Stored)]
+            whole = max(whole, sum(v.shape.numel() * v.dtype.itemsize for v in unmapped))
+        return whole + PIECE * 8 * (2 + len(self._alphas))
+
+    def of(
+        self, key: str, dtype: torch.dtype | None, read: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """The means of the tensor `key`, in pieces: the first element, and a piece of each mean.
+
+        Args:
+            dtype: of the result; None for that of the last checkpoint.
+            read: is called with the number of bytes after each piece that was read.
+
+        Raises:
+            NotFiniteError: a checkpoint has NaN or infinity where another has not.
+        """
+        name, last = self._names[key], tensor_of(self.tensors[key])
+        flats = [tensor_of(state[name]).reshape(-1) for state in self._states[:-1]]
+        flats.append(last.reshape(-1))
+        number = last.is_floating_point() or last.is_complex()
+        dtype = dtype if dtype is not None and last.is_floating_point() else last.dtype
+        wide = torch.complex128 if last.is_complex() else torch.float64
+        for begin in range(0, max(last.numel(), 1), PIECE):
+            pieces = [flat[begin : begin + PIECE] for flat in flats]
+            if not number:
+                yield begin, [pieces[-1]] * len(self._alphas)
+            else:
+                totals = [torch.zeros(len(pieces[-1]), dtype=wide) for _ in self._alphas]
+                for i, piece in enumerate(pieces):
+                    exact = piece.float() if piece.dtype.itemsize == 1 else piece
+                    exact = exact.to(wide)
+                    for total, alpha in zip(totals, self._alphas, strict=True):
+                        # Not by `add_(..., alpha=)`, which rounds otherwise on other CPUs.
+                        total += exact if alpha[i] == 1 else alpha[i] * exact
+                for total, alpha in zip(totals, self._alphas, strict=True):
+                    total /= math.fsum(alpha)
+                    if not total.sum().isfinite():
+                        self._settle(key, pieces, total)
+                yield begin, [total.to(dtype) for total in totals]
+            read(sum(piece.nbytes for piece in pieces))
+
+    def _settle(self, key: str, pieces: list[Tensor], total: Tensor) -> None:
+        """Puts NaN and infinities into `total` where all checkpoints have the same ones.
+
+        A mask of attention has them by design.
+        """
+        odd = [
+            ~piece.float().isfinite() if piece.dtype.itemsize == 1 else ~piece.isfinite()
+            for piece in pieces
+        ]
+        last = pieces[-1].to(total.dtype)
+        for path, piece, mine in zip(self._paths, pieces, odd, strict=True):
+            same = torch.allclose(piece[mine].to(total), last[mine], equal_nan=True)
+            if not torch.equal(mine, odd[-1]) or not same:
+                culprit = path if mine.any() else self._paths[-1]
+                raise NotFiniteError(f"{culprit}: {key} holds NaN or infinity")
+        total[odd[-1]] = last[odd[-1]]
