@@ -4,7 +4,8 @@
         --epochs 10 --save-dir results/checkpoints --log-dir results
 
 Reads `N.pt` from --save-dir, and from --log-dir what the run that saved them has recorded. Writes
-`twa.pt`, an ordinary state_dict, `twa.json` (the results) and `twa.png` to --out. The loss on
+`twa.pt`, an ordinary state_dict, `twa.json` (the results), `twa.png` and `twa_weights.safetensors`
+(the averaging weights of each parameter, for `twa average --weights`) to --out. The loss on
 training data chooses start and final iterate; test data choose nothing. The paper's method, which
 keeps the last iterate: --opt SGD --extract Schmidt --schedule step --lr 2 --train_start -1.
 
@@ -132,7 +133,9 @@ def train_twa(args, run):
     ranks.save_model(model, run.folder / "twa.pt")
     results = {
         "results": solutions,
-        "averaging_weights": coefficients.averaging_weights(optimizer, window.paths),
+        "averaging_weights": coefficients.averaging_weights(
+            optimizer, window.paths, run.folder / "twa_weights.safetensors"
+        ),
         **{"epochs": args.epochs, "seconds": seconds, "build_seconds": build_seconds},
         **{"lr": optimizer.defaults["lr"], "start": name, "granularity": recipe.granularity},
         **{"sample_losses": {"start": losses, "end": end}, "sgd": full},

@@ -14,10 +14,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from twa import TWA
+from twa.checkpoints import load_state_dict
 from twa.command import choice
 from twa.command.main import main
+from twa.files.weights import save_weights
 from twa.formats import load, verify
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -242,6 +245,55 @@ def test_a_folder_of_shards_with_its_settings(tmp_path, capsys):
         "twa.json",
     }
     same(dict(load(out)), reference([state(1), state(2)], [1, 1]))
+
+
+class Net(nn.Module):
+    """Weights of every arrangement: channels in the first and in the second dimension, vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 6, 2, groups=2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, images):
+        return self.head(self.up(self.norm(self.conv(images))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_weights_that_twa_has_learned_make_its_model(tmp_path, capsys, granularity, prefix):
+    torch.manual_seed(0)
+    paths = []
+    for i in range(4):
+        content = {f"{prefix}{key}": value for key, value in Net().state_dict().items()}
+        paths.append(write(tmp_path / f"{i}.pt", {"state_dict": content}))
+    model = Net()
+    optimizer = TWA(model, paths, granularity=granularity, lr=0.3)
+    for _ in range(5):
+        model(torch.randn(4, 2, 5, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    named = optimizer.named_averaging_weights()
+    for name, parameter in model.named_parameters():
+        states = [load_state_dict(path)[prefix + name].double() for path in paths]
+        total = sum(a * state for a, state in zip(named[name], states, strict=True))
+        torch.testing.assert_close(total.float(), parameter.detach(), rtol=1e-5, atol=1e-5)
+    save_weights(named, paths, tmp_path / "twa_weights.safetensors")
+    (tmp_path / "twa.json").write_text("{}")
+    out = tmp_path / "out.pt"
+    for file in ("twa_weights.safetensors", "twa.json"):
+        how = ["--weights", tmp_path / file, "--overwrite"]
+        assert run(capsys, *paths, "-o", out, *how)[0] == 0
+        found = load_state_dict(out)
+        for name, parameter in model.named_parameters():
+            value = found[prefix + name]
+            torch.testing.assert_close(value, parameter.detach(), rtol=1e-5, atol=1e-5)
+    last = load_state_dict(paths[-1])
+    assert torch.equal(found[f"{prefix}norm.running_var"], last[f"{prefix}norm.running_var"])
+    how = ["--weights", tmp_path / "twa.json"]
+    assert "is for 3.pt as well" in refused(capsys, *paths[:3], "-o", tmp_path / "new.pt", *how)
+    assert "--last: --weights says" in refused(capsys, *paths, "-o", out, *how, "--last", 2)
 
 
 # --- refusals ---

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
-from training import flags, optimizers
+from training import flags, optimizers, ranks
+from training.files import replacing
 from training.optimizers import SCHEDULES
 from training.settings import Settings, flag
 from twa import TWA, Recipe
+from twa.files.weights import save_weights
 from twa.recipe import MANY_STEPS
 from twa.storage.memory import BITS
 from twa.subspace import EXTRACTS, GRANULARITIES, UNITS
@@ -106,8 +108,17 @@ def described(optimizer: TWA) -> str:
     return f"{len(optimizer.subspace)} coefficients, rate {rate:.3g}, basis of {size:.1f} MiB"
 
 
-def averaging_weights(optimizer: TWA, paths: Sequence[Path]) -> dict[str, float]:
-    """α of every checkpoint of the window by its path; of many blocks, their mean."""
+def averaging_weights(
+    optimizer: TWA, paths: Sequence[Path], file: Path | None = None
+) -> dict[str, float]:
+    """α of every checkpoint of the window by its path; of many blocks, their mean.
+
+    Args:
+        file: takes α of each parameter, for `twa average --weights`.
+    """
     alpha = optimizer.averaging_weights()
+    if file is not None and ranks.rank() == 0:
+        with replacing(file) as temporary:
+            save_weights(optimizer.subspace.by_name(alpha), paths, temporary)
     alpha = alpha.mean(0) if alpha.dim() == 2 else alpha
     return dict(zip(map(str, paths), alpha.tolist(), strict=True))

@@ -310,6 +310,14 @@ class TWA(torch.optim.Optimizer):
         start = self._start_coefficients - self.origin
         return self.subspace.averaging_weights(self.coefficients.detach() + start)
 
+    def named_averaging_weights(self) -> dict[str, Tensor]:
+        """α by the names of the parameters in the model's `state_dict`; see `averaging_weights`.
+
+        Each value is float64 [checkpoints, ...] and broadcasts with the parameter, so that
+        `w = Σ α[i] * w_i`. The command `twa average --weights` takes them from a file.
+        """
+        return self.subspace.by_name(self.averaging_weights())
+
     def state_dict(self) -> dict:
         """Coefficients and state of `base`, under the first parameter; `weights_only` can load it.
 

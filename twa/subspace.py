@@ -340,6 +340,14 @@ class Subspace:
             weights += 1 / weights.shape[1]
         return weights[0] if self._granularity == "model" else weights
 
+    def by_name(self, averaging_weights: Tensor) -> dict[str, Tensor]:
+        """α, as `averaging_weights` returns it, by the names of the parameters.
+
+        Each value is float64 [checkpoints, ...] and broadcasts with the parameter, so that
+        `w = Σ α[i] * w_i`.
+        """
+        return self._columns.by_name(averaging_weights.reshape(-1, self._plan.n))
+
     def empty(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised vector for the columns, [D]."""
         return torch.empty(self._columns.total, dtype=dtype, device=self.parameters[0].device)

@@ -17,6 +17,7 @@ import twa
 from twa.command import choice, outputs
 from twa.command.mean import Means
 from twa.files.reading import CheckpointError
+from twa.files.weights import load_weights
 from twa.files.writing import remove_leftovers, replacing
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -69,6 +70,13 @@ def parser() -> Parser:
     add("--every", type=positive, default=1, metavar="K", help="every K-th, from the last one back")
     add("--best", type=positive, metavar="N", help="the N with the lowest validation loss")
     add("--losses", type=Path, metavar="FILE", help="losses for --best: JSON lines or CSV")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="the weights that train_twa.py has learned (twa_weights.safetensors, or the twa.json "
+        "beside it), of the checkpoints that they are for",
+    )
     add("--dtype", choices=DTYPES, help="of the output (default: that of the inputs)")
     add("--overwrite", action="store_true", help="replace OUT if it is there")
     add("--dry-run", action="store_true", help="only print what would be read and written")
@@ -83,10 +91,16 @@ def positive(text: str) -> int:
 
 
 def run_average(args) -> None:
-    chosen, notes = choose(args)
-    hows = list(dict.fromkeys(args.how or ["mean"]))
-    weights = [choice.coefficients(how, chosen) for how in hows]
-    alphas = [[weight / math.fsum(each) for weight in each] for each in weights]
+    if args.weights:
+        chosen, named = of_weights(args)
+        # Of many blocks, what is printed and recorded is the mean.
+        means = torch.stack([v.flatten(1).mean(1) for v in named.values()]).mean(0)
+        hows, notes, weights, alphas = ["weights"], [], [named], [means.tolist()]
+    else:
+        chosen, notes = choose(args)
+        hows = list(dict.fromkeys(args.how or ["mean"]))
+        weights = [choice.coefficients(how, chosen) for how in hows]
+        alphas = [[weight / math.fsum(each) for weight in each] for each in weights]
     paths = [each.path for each in chosen]
     means = Means(paths, weights)
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -178,6 +192,24 @@ def choose(args) -> tuple[list[choice.Chosen], list[str]]:
             f"{kept[0].path}: is the only checkpoint; an average takes two or more"
         )
     return kept, notes
+
+
+def of_weights(args) -> tuple[list[choice.Chosen], dict[str, torch.Tensor]]:
+    """The checkpoints that --weights is for, and their weights for each tensor."""
+    flags = {"how": None, "first": None, "final": None, "last": None, "best": None, "every": 1}
+    for flag, default in flags.items():
+        if getattr(args, flag) != default:
+            flag = {"first": "from", "final": "to"}.get(flag, flag)
+            raise CheckpointError(f"--{flag}: --weights says which checkpoints count, and how much")
+    file = args.weights
+    named, names = load_weights(
+        file.with_name("twa_weights.safetensors") if file.suffix == ".json" else file
+    )
+    found = {each.path.name: each for each in choice.find(args.paths)}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise CheckpointError(f"{file}: is for {missing[0]} as well, which is not among the paths")
+    return [found[name] for name in names], named
 
 
 def described(chosen, hows: list[str], alphas: list[list[float]]) -> list[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from twa.files.checkpoints import NotFiniteError
-from twa.files.fit import scales_of
+from twa.files.fit import PREFIXES, scales_of
 from twa.files.reading import CheckpointError, Stored, mapped, tensor_of
 from twa.files.states import plain, weights_of
 
@@ -28,7 +28,9 @@ class Means:
 
     Args:
         paths: the checkpoints; the last one gives the names. No tensor is read yet.
-        alphas: for each mean the weights of the checkpoints, [len(paths)].
+        alphas: for each mean the weights of the checkpoints, [len(paths)]; or those of each
+            tensor by name, as `twa.files.weights` reads them. These are not divided by their sum,
+            and a tensor without any is that of the last checkpoint.
 
     Attributes:
         tensors: the names in the last checkpoint, and its tensors.
@@ -37,12 +39,18 @@ class Means:
         CheckpointError: a checkpoint cannot be read, is quantized, or is of another architecture.
     """
 
-    def __init__(self, paths: Sequence[Path], alphas: Sequence[Sequence[float]]):
+    def __init__(
+        self, paths: Sequence[Path], alphas: Sequence[Sequence[float] | Mapping[str, Tensor]]
+    ):
         self._paths, self._alphas = paths, alphas
         self.tensors = weights_of(paths[-1], str(paths[-1]))
         self._names = {key: name for name, key in plain(self.tensors).items()}
         self._states = [self._matched(path) for path in paths[:-1]]
         self._states.append({name: self.tensors[key] for key, name in self._names.items()})
+        for alpha in alphas:
+            used = {_within(name, alpha) for name in self._names.values()}
+            for name in alpha.keys() - used if isinstance(alpha, Mapping) else ():
+                raise CheckpointError(f"{paths[-1]}: has no {name}, of which there are weights")
 
     def _matched(self, path: Path) -> dict[str, Tensor | Stored]:
         state = weights_of(path, str(path))
@@ -102,14 +110,17 @@ class Means:
                 yield begin, [pieces[-1]] * len(self._alphas)
             else:
                 totals = [torch.zeros(len(pieces[-1]), dtype=wide) for _ in self._alphas]
+                alphas = [_part(a, name, last.shape, begin, len(pieces[-1])) for a in self._alphas]
                 for i, piece in enumerate(pieces):
                     exact = piece.float() if piece.dtype.itemsize == 1 else piece
                     exact = exact.to(wide)
-                    for total, alpha in zip(totals, self._alphas, strict=True):
+                    for total, (alpha, _) in zip(totals, alphas, strict=True):
                         # Not by `add_(..., alpha=)`, which rounds otherwise on other CPUs.
-                        total += exact if alpha[i] == 1 else alpha[i] * exact
-                for total, alpha in zip(totals, self._alphas, strict=True):
-                    total /= math.fsum(alpha)
+                        plain_sum = isinstance(alpha[i], float) and alpha[i] == 1
+                        total += exact if plain_sum else alpha[i] * exact
+                for total, (_, divisor) in zip(totals, alphas, strict=True):
+                    if divisor != 1:
+                        total /= divisor
                     if not total.sum().isfinite():
                         self._settle(key, pieces, total)
                 yield begin, [total.to(dtype) for total in totals]
@@ -131,3 +142,34 @@ class Means:
                 culprit = path if mine.any() else self._paths[-1]
                 raise NotFiniteError(f"{culprit}: {key} holds NaN or infinity")
         total[odd[-1]] = last[odd[-1]]
+
+
+def _within(name: str, alpha: Sequence[float] | Mapping[str, Tensor]) -> str:
+    """The name that `alpha` has for a tensor, whose own may have prefixes of wrappers."""
+    while name not in alpha and name.partition(".")[0] in PREFIXES:
+        name = name.partition(".")[2]
+    return name
+
+
+def _part(
+    alpha: Sequence[float] | Mapping[str, Tensor],
+    name: str,
+    shape: torch.Size,
+    begin: int,
+    size: int,
+) -> tuple[Sequence[float | Tensor], float]:
+    """The weights of the checkpoints for some elements of a tensor, and what to divide by."""
+    if not isinstance(alpha, Mapping):
+        return alpha, math.fsum(alpha)
+    values = alpha.get(_within(name, alpha))
+    if values is None:
+        count = len(next(iter(alpha.values())))
+        return [*[0.0] * (count - 1), 1.0], 1.0
+    places, own = torch.arange(begin, begin + size), torch.zeros(size, dtype=torch.int64)
+    stride = 1
+    for length, dimension in zip(reversed(values.shape[1:]), reversed(shape), strict=True):
+        if length > 1:
+            own += places % dimension * stride
+            stride *= length
+        places //= dimension
+    return [each.flatten()[own] if stride > 1 else each.item() for each in values.double()], 1.0

@@ -75,7 +75,7 @@ class Columns:
     """
 
     def __init__(self, model: nn.Module, granularity: str = "model"):
-        self.shards = Shards(model)
+        self.shards, self._granularity = Shards(model), granularity
         self.fit = Fit(model)
         # Matched by identity: some wrappers (activation checkpointing) change the names.
         missing = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -127,6 +127,27 @@ class Columns:
                 else:
                     columns.copy_(value.flatten()[low - begin : high - begin])
             begin += width
+
+    def by_name(self, rows: Tensor) -> dict[str, Tensor]:
+        """`rows` [blocks, n], a row for each block of the model, by the names of the parameters.
+
+        Each value is [n, ...]: its other dimensions are as many as the parameter's, and broadcast
+        with them.
+        """
+        found, begin = {}, 0
+        names = dict(zip(map(id, self.parameters), self.names, strict=True))
+        for number, parameters in self._parts(self._granularity):
+            if not sum(p.numel() for p in parameters):
+                continue
+            block, begin = rows[begin : begin + number].T, begin + number
+            for parameter in parameters:
+                groups = self._groups.get(id(parameter))
+                if groups is not None:
+                    shape = (len(block), groups, len(parameter) // groups, -1)
+                    block = block.unflatten(1, (groups, -1))[:, :, None].expand(shape).flatten(1, 2)
+                ones = [1] * (1 + parameter.dim() - block.dim())
+                found[names[id(parameter)]] = block.reshape(*block.shape, *ones)
+        return found
 
     def _blocks(self, granularity: str) -> tuple[list[Blocks], int]:
         blocks: list[Blocks] = []
