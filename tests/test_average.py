@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from twa import TWA
 from twa.checkpoints import load_state_dict
 from twa.command import choice
-from twa.command.main import main
+from twa.command.main import main, parser
 from twa.files.weights import save_weights
 from twa.formats import load, verify
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -378,10 +380,9 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path, capsys, kind):
         inputs.append(str(path))
     out = tmp_path / ("out.safetensors" if kind == "file" else "out")
     command = [sys.executable, "-m", "twa", "average", *inputs, "-o", str(out)]
-    root = Path(__file__).resolve().parents[1]
     draws = random.Random(0)
     for _ in range(4):
-        process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.startswith("reads"):
                 break
@@ -404,9 +405,16 @@ def test_a_file_that_may_not_grow_is_one_line(window, tmp_path):
 
     out = tmp_path / "out.safetensors"
     command = [sys.executable, "-m", "twa", "average", str(window), "-o", str(out)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2
     assert f"{out}: cannot be written (File too large)" in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_commands_of_the_page_are_understood():
+    page = (ROOT / "docs/average.md").read_text()
+    lines = [line.partition("#")[0] for line in page.splitlines() if line.startswith("    twa ")]
+    assert len(lines) == 6
+    for line in lines:
+        assert parser().parse_args(shlex.split(line)[1:]).output

@@ -28,7 +28,11 @@ def test_installed_it_is_imported_from_anywhere(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", target, source], check=True, capture_output=True)
     installed = {path.name for path in target.iterdir() if path.suffix != ".dist-info"}
-    assert installed == {"twa"}
+    assert installed == {"twa", "bin"}
+    command = [sys.executable, target / "bin/twa", "--version"]
+    path = {"PYTHONPATH": str(target)}
+    done = subprocess.run(command, env=path, check=True, capture_output=True, text=True)
+    assert done.stdout == f"twa {twa.__version__}\n"
     assert (target / "twa/py.typed").exists()
     (metadata,) = target.glob("torch_twa-*.dist-info/METADATA")
     assert f"\nVersion: {twa.__version__}\n" in metadata.read_text()
