@@ -229,7 +229,7 @@ def test_a_folder_of_shards_with_its_settings(tmp_path, capsys):
     for seed in (1, 2):
         folder, tensors = tmp_path / f"checkpoint-{seed}", state(seed)
         folder.mkdir()
-        names = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}
+        names = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}  # as steps
         for name in set(names.values()):
             save_file({k: v for k, v in tensors.items() if names[k] == name}, folder / name)
         index = {"metadata": {"total_size": 1}, "weight_map": names}
@@ -246,6 +246,9 @@ def test_a_folder_of_shards_with_its_settings(tmp_path, capsys):
         "tokenizer.json",
         "twa.json",
     }
+    same(dict(load(out)), reference([state(1), state(2)], [1, 1]))
+    both = [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
+    assert run(capsys, *both, "-o", out, "--overwrite")[0] == 0
     same(dict(load(out)), reference([state(1), state(2)], [1, 1]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import itertools
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twa.files.formats import file_of
+from twa.files.formats import file_of, parts_of
 from twa.files.reading import CheckpointError
 from twa.files.windows import copies, numbered
 
@@ -51,6 +52,9 @@ def find(arguments: Iterable[str]) -> list[Chosen]:
             raise CheckpointError(f"{argument}: there is no such file or folder")
         for each in paths:
             window = numbered(each) if weight is None else {}
+            with contextlib.suppress(CheckpointError):
+                if not set(window.values()).isdisjoint(parts_of(each)):
+                    window = {}  # they are shards
             if window:
                 found += [Chosen(file, step) for step, file in window.items()]
                 continue
