@@ -48,9 +48,11 @@ def replacing(path: str | os.PathLike, keep: bool = False) -> Iterator[Path]:
 
 def _put(new: Path, path: Path) -> None:
     """Renames `new` to `path`. A folder that is there is moved away first, and then removed."""
+    if not path.is_dir():
+        os.replace(new, path)
+        return
     old = new.with_name(f".old{new.name}")
-    if path.is_dir():
-        os.rename(path, old)
+    os.rename(path, old)
     os.replace(new, path)
     _remove(old)
 
