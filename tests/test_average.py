@@ -418,6 +418,6 @@ def test_a_file_that_may_not_grow_is_one_line(window, tmp_path):
 def test_the_commands_of_the_page_are_understood():
     page = (ROOT / "docs/average.md").read_text()
     lines = [line.partition("#")[0] for line in page.splitlines() if line.startswith("    twa ")]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
-        assert parser().parse_args(shlex.split(line)[1:]).output
+        assert parser().parse_args(shlex.split(line)[1:]).paths

@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 import twa
-from twa.command import choice, outputs
+from twa.command import choice, inspecting, outputs
 from twa.command.mean import Means
+from twa.files.formats import parts_of
 from twa.files.reading import CheckpointError
 from twa.files.weights import load_weights
 from twa.files.writing import remove_leftovers, replacing
@@ -48,6 +49,15 @@ def parser() -> Parser:
     made = Parser("twa", description="Averages of checkpoints, without their model's code.")
     made.add_argument("--version", action="version", version=f"twa {twa.__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    inspect = commands.add_parser(
+        "inspect",
+        help="show how checkpoints lie to each other",
+        description="Prints a table of checkpoints: step, distance to the one before and to the "
+        "mean, cosine of successive moves, loss; and which averages make sense.",
+    )
+    inspect.set_defaults(run=run_inspect)
+    inspect.add_argument("paths", nargs="+", metavar="PATH", help="folder, checkpoint or glob")
+    inspect.add_argument("--figure", type=Path, metavar="FILE", help="draw distances and spread")
     average = commands.add_parser(
         "average",
         help="write the average of checkpoints",
@@ -88,6 +98,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return number
+
+
+def run_inspect(args) -> None:
+    found = choice.find(args.paths)
+    size = len(found) * sum(part.stat().st_size for part in parts_of(found[-1].path))
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        lines = inspecting.report(found, bar.update, args.figure)
+    print(*lines, sep="\n")
 
 
 def run_average(args) -> None:

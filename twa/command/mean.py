@@ -1,4 +1,4 @@
-"""`Means`: weighted means of checkpoints, of one tensor and a few elements of it at a time."""
+"""`Checkpoints`, a few elements of which are read together, and `Means` of them."""
 
 from __future__ import annotations
 
@@ -18,39 +18,26 @@ from twa.files.states import plain, weights_of
 PIECE = 2**18
 
 
-class Means:
-    """Means `Σ α_i w_i / Σ α_i` of checkpoints, for several α at once.
-
-    Real and complex tensors are averaged, with sums in float64 (complex128) in the order of the
-    checkpoints. The division comes last, so that the mean of few float32 values is rounded once.
-    Everything else, such as counters, is that of the last checkpoint. Without the model's code
-    buffers and parameters look alike, so buffers are averaged as well.
+class Checkpoints:
+    """Checkpoints of one architecture, of which the same elements are read together.
 
     Args:
-        paths: the checkpoints; the last one gives the names. No tensor is read yet.
-        alphas: for each mean the weights of the checkpoints, [len(paths)]; or those of each
-            tensor by name, as `twa.files.weights` reads them. These are not divided by their sum,
-            and a tensor without any is that of the last checkpoint.
+        paths: the last one gives the names. No tensor is read yet.
 
     Attributes:
+        paths: as given.
         tensors: the names in the last checkpoint, and its tensors.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, is quantized, or is of another architecture.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], alphas: Sequence[Sequence[float] | Mapping[str, Tensor]]
-    ):
-        self._paths, self._alphas = paths, alphas
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
         self.tensors = weights_of(paths[-1], str(paths[-1]))
         self._names = {key: name for name, key in plain(self.tensors).items()}
         self._states = [self._matched(path) for path in paths[:-1]]
         self._states.append({name: self.tensors[key] for key, name in self._names.items()})
-        for alpha in alphas:
-            used = {_within(name, alpha) for name in self._names.values()}
-            for name in alpha.keys() - used if isinstance(alpha, Mapping) else ():
-                raise CheckpointError(f"{paths[-1]}: has no {name}, of which there are weights")
 
     def _matched(self, path: Path) -> dict[str, Tensor | Stored]:
         state = weights_of(path, str(path))
@@ -61,7 +48,7 @@ class Means:
                 what = "missing" if there is None else f"{list(there.shape)}"
                 raise CheckpointError(
                     f"{path}: of another architecture: {key} is {what} there and "
-                    f"{list(own.shape)} in {self._paths[-1]}"
+                    f"{list(own.shape)} in {self.paths[-1]}"
                 )
             if own.dtype.itemsize == 1 and own.dtype != torch.bool and scales:
                 by = ", ".join(scales)
@@ -73,7 +60,7 @@ class Means:
     @property
     def bytes_to_read(self) -> int:
         """The bytes of all tensors of all checkpoints."""
-        return len(self._paths) * sum(
+        return len(self.paths) * sum(
             v.shape.numel() * v.dtype.itemsize for v in self.tensors.values()
         )
 
@@ -84,7 +71,40 @@ class Means:
         for states in zip(*(state.values() for state in self._states), strict=False):
             unmapped = [v for v in states if not mapped(v) or isinstance(v, Stored)]
             whole = max(whole, sum(v.shape.numel() * v.dtype.itemsize for v in unmapped))
-        return whole + PIECE * 8 * (2 + len(self._alphas))
+        return whole + 8 * PIECE * 4
+
+    def pieces(self, key: str, size: int = PIECE) -> Iterator[tuple[int, list[Tensor]]]:
+        """The first element of a piece of the tensor `key`, and that piece of each checkpoint."""
+        name = self._names[key]
+        flats = [tensor_of(state[name]).reshape(-1) for state in self._states]
+        for begin in range(0, max(len(flats[-1]), 1), size):
+            yield begin, [flat[begin : begin + size] for flat in flats]
+
+
+class Means(Checkpoints):
+    """Means `Σ α_i w_i / Σ α_i` of checkpoints, for several α at once.
+
+    Real and complex tensors are averaged, with sums in float64 (complex128) in the order of the
+    checkpoints. The division comes last, so that the mean of few float32 values is rounded once.
+    Everything else, such as counters, is that of the last checkpoint. Without the model's code
+    buffers and parameters look alike, so buffers are averaged as well.
+
+    Args:
+        paths: as of `Checkpoints`.
+        alphas: for each mean the weights of the checkpoints, [len(paths)]; or those of each
+            tensor by name, as `twa.files.weights` reads them. These are not divided by their sum,
+            and a tensor without any is that of the last checkpoint.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], alphas: Sequence[Sequence[float] | Mapping[str, Tensor]]
+    ):
+        super().__init__(paths)
+        self._alphas = alphas
+        for alpha in alphas:
+            used = {_within(name, alpha) for name in self._names.values()}
+            for name in alpha.keys() - used if isinstance(alpha, Mapping) else ():
+                raise CheckpointError(f"{paths[-1]}: has no {name}, of which there are weights")
 
     def of(
         self, key: str, dtype: torch.dtype | None, read: Callable[[int], None]
@@ -98,15 +118,12 @@ class Means:
         Raises:
             NotFiniteError: a checkpoint has NaN or infinity where another has not.
         """
-        name, last = self._names[key], tensor_of(self.tensors[key])
-        flats = [tensor_of(state[name]).reshape(-1) for state in self._states[:-1]]
-        flats.append(last.reshape(-1))
-        number = last.is_floating_point() or last.is_complex()
-        dtype = dtype if dtype is not None and last.is_floating_point() else last.dtype
-        wide = torch.complex128 if last.is_complex() else torch.float64
-        for begin in range(0, max(last.numel(), 1), PIECE):
-            pieces = [flat[begin : begin + PIECE] for flat in flats]
-            if not number:
+        name, last = self._names[key], self.tensors[key]
+        real, complex_ = last.dtype.is_floating_point, last.dtype.is_complex
+        dtype = dtype if dtype is not None and real else last.dtype
+        wide = torch.complex128 if complex_ else torch.float64
+        for begin, pieces in self.pieces(key):
+            if not (real or complex_):
                 yield begin, [pieces[-1]] * len(self._alphas)
             else:
                 totals = [torch.zeros(len(pieces[-1]), dtype=wide) for _ in self._alphas]
@@ -136,10 +153,10 @@ class Means:
             for piece in pieces
         ]
         last = pieces[-1].to(total.dtype)
-        for path, piece, mine in zip(self._paths, pieces, odd, strict=True):
+        for path, piece, mine in zip(self.paths, pieces, odd, strict=True):
             same = torch.allclose(piece[mine].to(total), last[mine], equal_nan=True)
             if not torch.equal(mine, odd[-1]) or not same:
-                culprit = path if mine.any() else self._paths[-1]
+                culprit = path if mine.any() else self.paths[-1]
                 raise NotFiniteError(f"{culprit}: {key} holds NaN or infinity")
         total[odd[-1]] = last[odd[-1]]
 
