@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_average import run
+from test_average import refused, run
 from test_examples import need
 from torch import nn
 
@@ -43,22 +43,68 @@ def test_transformers_loads_a_folder_with_tied_weights_and_shards(tmp_path, caps
     assert found.lm_head.weight is found.transformer.wte.weight
 
 
-def test_peft_loads_a_folder_of_an_adapter(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"c_fc": 5}, "alpha_pattern": {"h.0.attn.c_attn": 7}},
+        {"bias": "lora_only", "modules_to_save": ["ln_f"]},
+    ],
+)
+def test_the_mean_of_adapters_is_that_of_their_products(tmp_path, capsys, how):
+    """By PEFT's own merge; the adapters have different ranks and scalings."""
     transformers, peft = need("transformers", "peft")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=99, n_positions=8)
+    base, merged = transformers.GPT2LMHeadModel(config), []
+    for step, (rank, alpha) in enumerate([(2, 4), (3, 16), (2, 1)]):
+        settings = {"r": rank, "lora_alpha": alpha, "target_modules": ["c_attn", "c_fc", "wte"]}
+        lora = peft.LoraConfig(**settings | how, fan_in_fan_out=True)
+        model = peft.get_peft_model(copy.deepcopy(base), lora)
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+        merged.append(model.merge_and_unload())
+    assert run(capsys, tmp_path, "-o", tmp_path / "out", "--last", 3)[0] == 0
+    found = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").merge_and_unload()
+    states = [model.state_dict() for model in merged]
+    for name, value in found.state_dict().items():
+        expected = sum(state[name].double() for state in states) / 3
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_adapters_of_a_smaller_rank_and_of_other_kinds(tmp_path, capsys):
+    transformers, peft = need("transformers", "peft")
+    torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=99, n_positions=8)
     base = transformers.GPT2LMHeadModel(config)
-    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-    models = []
-    for step in range(2):
+    products = []
+    for step in range(3):
+        lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
         model = peft.get_peft_model(copy.deepcopy(base), lora)
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 nn.init.normal_(parameter)
         model.save_pretrained(tmp_path / f"checkpoint-{step}")
-        models.append(model)
-    assert run(capsys, tmp_path, "-o", tmp_path / "out", "--last", 2)[0] == 0
+        layer = model.base_model.model.transformer.h[0].attn.c_attn
+        products.append(layer.get_delta_weight("default").detach().double())
+    exact = sum(products) / 3
+    status, out, _ = run(capsys, tmp_path, "-o", tmp_path / "out", "--last", 3, "--rank", 3)
+    assert status == 0
     found = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out")
-    assert_mean(found, models)
+    layer = found.base_model.model.transformer.h[0].attn.c_attn
+    u, s, v = torch.linalg.svd(exact)
+    best = (u[:, :3] * s[:3]) @ v[:3]
+    delta = layer.get_delta_weight("default").detach().double()
+    torch.testing.assert_close(delta, best, rtol=1e-4, atol=1e-5)
+    error = 100 * float((exact - best).norm() / exact.norm())
+    assert f"rank 3 leaves out {error:.2f} %" in out
+    dora = peft.LoraConfig(r=2, target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True)
+    paths = [tmp_path / "dora/0", tmp_path / "dora/1"]
+    for path in paths:
+        peft.get_peft_model(copy.deepcopy(base), dora).save_pretrained(path)
+    assert "is an adapter of DoRA" in refused(capsys, *paths, "-o", tmp_path / "new")
 
 
 def test_lightning_loads_a_checkpoint(tmp_path, capsys):

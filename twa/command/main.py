@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 import twa
-from twa.command import choice, inspecting, outputs
-from twa.command.mean import Means
+from twa.command import adapters, choice, inspecting, outputs
+from twa.command.mean import Checkpoints, Means
 from twa.files.formats import parts_of
 from twa.files.reading import CheckpointError
 from twa.files.weights import load_weights
@@ -87,6 +87,7 @@ def parser() -> Parser:
         help="the weights that train_twa.py has learned (twa_weights.safetensors, or the twa.json "
         "beside it), of the checkpoints that they are for",
     )
+    add("--rank", type=positive, metavar="R", help="of the mean of LoRA adapters (default: exact)")
     add("--dtype", choices=DTYPES, help="of the output (default: that of the inputs)")
     add("--overwrite", action="store_true", help="replace OUT if it is there")
     add("--dry-run", action="store_true", help="only print what would be read and written")
@@ -120,7 +121,12 @@ def run_average(args) -> None:
         weights = [choice.coefficients(how, chosen) for how in hows]
         alphas = [[weight / math.fsum(each) for weight in each] for each in weights]
     paths = [each.path for each in chosen]
-    means = Means(paths, weights)
+    lora = not args.weights and adapters.is_adapter(paths[-1])
+    if lora:
+        adapters.check(paths)
+    elif args.rank:
+        raise CheckpointError(f"--rank: {paths[-1]} is no folder of an adapter of PEFT")
+    means = Checkpoints(paths[-1:]) if lora else Means(paths, weights)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     targets = (
         [args.output / name(how, paths[-1]) for how in hows] if len(hows) > 1 else [args.output]
@@ -172,7 +178,15 @@ def run_average(args) -> None:
         if len(hows) > 1:
             temporary.mkdir()
         places = [temporary / t.name if len(hows) > 1 else temporary for t in targets]
-        write(means, [(paths[-1], place) for place in places], dtype_of, dtype)
+        if lora:
+            for weight, place in zip(weights, places, strict=True):
+                place.mkdir()
+                outputs.copy_settings(paths[-1], place)
+                error = adapters.write(paths, weight, place, args.rank)
+                if args.rank:
+                    print(f"rank {args.rank} leaves out {100 * error:.2f} % of the mean product")
+        else:
+            write(means, [(paths[-1], place) for place in places], dtype_of, dtype)
         for how, alpha, place in zip(hows, alphas, places, strict=True):
             if place.is_dir():
                 records = place / "twa.json"

@@ -53,7 +53,7 @@ def make(source: Path, target: Path, tensors: Mapping[str, Tensor | Stored], dty
     folder, file = source.is_dir(), file_of(source)
     if folder:
         target.mkdir()
-        _copy_settings(source, target)
+        copy_settings(source, target)
     if file.name == ".metadata":
         return Distributed(file, target, tensors, dtype)
     place = target / file.name if folder else target
@@ -70,7 +70,7 @@ def _file(source: Path, target: Path, tensors: Mapping, dtype: Dtype):
     )
 
 
-def _copy_settings(source: Path, target: Path) -> None:
+def copy_settings(source: Path, target: Path) -> None:
     """Copies the files that are neither weights nor the states of a training."""
     weights = {path.name for path in parts_of(source)} | {file_of(source).name}
     for path in source.iterdir():
