@@ -133,9 +133,7 @@ def train_twa(args, run):
     ranks.save_model(model, run.folder / "twa.pt")
     results = {
         "results": solutions,
-        "averaging_weights": coefficients.averaging_weights(
-            optimizer, window.paths, run.folder / "twa_weights.safetensors"
-        ),
+        "averaging_weights": coefficients.averaging_weights(optimizer, window.paths, run.folder),
         **{"epochs": args.epochs, "seconds": seconds, "build_seconds": build_seconds},
         **{"lr": optimizer.defaults["lr"], "start": name, "granularity": recipe.granularity},
         **{"sample_losses": {"start": losses, "end": end}, "sgd": full},

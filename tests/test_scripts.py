@@ -207,6 +207,7 @@ def test_the_papers_command_lines_leave_these_files_and_no_others(head):
     assert names(head / "DST") == {
         *("checkpoints", "log", "metrics.jsonl", "run.json"),
         *("twa.json", "twa.png", "twa_metrics.jsonl", "twa_run.json", "twa.pt", "twa_state.pt"),
+        "twa_weights.safetensors",
     }
 
 

@@ -11,7 +11,7 @@ from training.files import replacing
 from training.optimizers import SCHEDULES
 from training.settings import Settings, flag
 from twa import TWA, Recipe
-from twa.files.weights import save_weights
+from twa.files.weights import NAME, save_weights
 from twa.recipe import MANY_STEPS
 from twa.storage.memory import BITS
 from twa.subspace import EXTRACTS, GRANULARITIES, UNITS
@@ -109,16 +109,16 @@ def described(optimizer: TWA) -> str:
 
 
 def averaging_weights(
-    optimizer: TWA, paths: Sequence[Path], file: Path | None = None
+    optimizer: TWA, paths: Sequence[Path], folder: Path | None = None
 ) -> dict[str, float]:
     """α of every checkpoint of the window by its path; of many blocks, their mean.
 
     Args:
-        file: takes α of each parameter, for `twa average --weights`.
+        folder: takes a file with α of each parameter, for `twa average --weights`.
     """
     alpha = optimizer.averaging_weights()
-    if file is not None and ranks.rank() == 0:
-        with replacing(file) as temporary:
+    if folder is not None and ranks.rank() == 0:
+        with replacing(folder / NAME) as temporary:
             save_weights(optimizer.subspace.by_name(alpha), paths, temporary)
     alpha = alpha.mean(0) if alpha.dim() == 2 else alpha
     return dict(zip(map(str, paths), alpha.tolist(), strict=True))

@@ -18,7 +18,7 @@ from twa.command import adapters, choice, inspecting, outputs
 from twa.command.mean import Checkpoints, Means
 from twa.files.formats import parts_of
 from twa.files.reading import CheckpointError
-from twa.files.weights import load_weights
+from twa.files.weights import NAME, load_weights
 from twa.files.writing import remove_leftovers, replacing
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -234,9 +234,7 @@ def of_weights(args) -> tuple[list[choice.Chosen], dict[str, torch.Tensor]]:
             flag = {"first": "from", "final": "to"}.get(flag, flag)
             raise CheckpointError(f"--{flag}: --weights says which checkpoints count, and how much")
     file = args.weights
-    named, names = load_weights(
-        file.with_name("twa_weights.safetensors") if file.suffix == ".json" else file
-    )
+    named, names = load_weights(file.with_name(NAME) if file.suffix == ".json" else file)
     found = {each.path.name: each for each in choice.find(args.paths)}
     missing = [name for name in names if name not in found]
     if missing:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from twa.files.reading import CheckpointError, refusing
 
+NAME = "twa_weights.safetensors"  # of the file that train_twa.py writes
+
 
 def save_weights(
     named: Mapping[str, Tensor], checkpoints: Sequence[str | os.PathLike], path: str | os.PathLike
@@ -37,5 +39,5 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     with safe_open(path, framework="pt") as file:
         names = (file.metadata() or {}).get("checkpoints")
         if names is None:
-            raise CheckpointError(f"{path}: holds no averaging weights (twa_weights.safetensors)")
+            raise CheckpointError(f"{path}: holds no averaging weights ({NAME})")
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(names)  # noqa: SIM118
