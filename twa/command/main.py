@@ -7,17 +7,18 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import twa
 from twa.command import adapters, choice, inspecting, outputs
 from twa.command.mean import Checkpoints, Means
 from twa.files.formats import parts_of
-from twa.files.reading import CheckpointError
+from twa.files.reading import CheckpointError, Stored
 from twa.files.weights import NAME, load_weights
 from twa.files.writing import remove_leftovers, replacing
 
@@ -127,79 +128,80 @@ def run_average(args) -> None:
     elif args.rank:
         raise CheckpointError(f"--rank: {paths[-1]} is no folder of an adapter of PEFT")
     means = Checkpoints(paths[-1:]) if lora else Means(paths, weights)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    targets = (
-        [args.output / name(how, paths[-1]) for how in hows] if len(hows) > 1 else [args.output]
-    )
-
-    def dtype_of(value) -> torch.dtype:
-        return dtype if dtype and value.dtype.is_floating_point else value.dtype
-
-    values = means.tensors.values()
-    size = len(hows) * sum(v.shape.numel() * dtype_of(v).itemsize for v in values)
     print(*described(chosen, hows, alphas), sep="\n")
     for note in notes:
         print(f"twa average: warning: {note}", file=sys.stderr)
-    folder = next(
-        p for p in (args.output.absolute().parent, *args.output.absolute().parents) if p.exists()
-    )
-    free = shutil.disk_usage(folder).free
+    check_output(args, means, paths, len(hows))
+    if args.dry_run:
+        return
+    remove_leftovers(args.output.absolute().parent)
+    several = len(hows) > 1
+    with replacing(args.output, keep=not args.overwrite) as temporary:
+        if several:
+            temporary.mkdir()
+        places = [temporary / name(how, paths[-1]) if several else temporary for how in hows]
+        if lora:
+            write_adapters(paths, weights, places, args.rank)
+        else:
+            write(means, [(paths[-1], place) for place in places], dtype_of(args))
+        for how, alpha, place in zip(hows, alphas, places, strict=True):
+            if place.is_dir() or several:
+                write_record(place, record(args, paths, how, alpha))
+    if not args.output.is_dir():
+        write_record(args.output, record(args, paths, hows[0], alphas[0]))
+    print(f"wrote {args.output}")
+
+
+def dtype_of(args) -> Callable[[Tensor | Stored], torch.dtype]:
+    """The dtype of the output, by the tensor of the last checkpoint."""
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return lambda value: dtype if dtype and value.dtype.is_floating_point else value.dtype
+
+
+def check_output(args, means: Checkpoints, paths: Sequence[Path], count: int) -> None:
+    """Prints what is read and written, and makes the folder of the output unless it is a dry run.
+
+    Raises:
+        CheckpointError: the output is there, holds an input, does not fit, or cannot be made.
+    """
+    output, dtype = args.output.absolute(), dtype_of(args)
+    values = means.tensors.values()
+    size = count * sum(v.shape.numel() * dtype(v).itemsize for v in values)
+    free = shutil.disk_usage(next(p for p in output.parents if p.exists())).free
     print(
         f"reads {means.bytes_to_read / 1e9:.2f} GB, writes {size / 1e9:.2f} GB to {args.output} "
         f"({free / 1e9:.1f} GB are free), takes {means.memory / 1e9:.2f} GB of memory"
     )
-    if args.output.exists() and not args.overwrite:
+    if output.exists() and not args.overwrite:
         raise CheckpointError(f"{args.output}: is there already; give --overwrite or another name")
-    inside = [
-        path for path in paths if args.output.resolve() in (path.resolve(), *path.resolve().parents)
-    ]
-    if inside:
-        raise CheckpointError(
-            f"{args.output}: holds {inside[0]}, one of the inputs; give another name"
-        )
+    for path in paths:
+        if output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise CheckpointError(
+                f"{args.output}: holds {path}, one of the inputs; give another name"
+            )
     if size > free:
         raise CheckpointError(
             f"{args.output}: takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
         )
-    if args.dry_run:
-        return
-    record = {
-        "version": twa.__version__,
-        "torch": torch.__version__,
-        "dtype": args.dtype,
-        "inputs": [str(path.resolve()) for path in paths],
-    }
     try:
-        args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        if not args.dry_run:
+            output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{args.output}: cannot be made ({error.strerror})") from None
-    remove_leftovers(args.output.absolute().parent)
-    with replacing(args.output, keep=not args.overwrite) as temporary:
-        if len(hows) > 1:
-            temporary.mkdir()
-        places = [temporary / t.name if len(hows) > 1 else temporary for t in targets]
-        if lora:
-            for weight, place in zip(weights, places, strict=True):
-                place.mkdir()
-                outputs.copy_settings(paths[-1], place)
-                error = adapters.write(paths, weight, place, args.rank)
-                if args.rank:
-                    print(f"rank {args.rank} leaves out {100 * error:.2f} % of the mean product")
-        else:
-            write(means, [(paths[-1], place) for place in places], dtype_of, dtype)
-        for how, alpha, place in zip(hows, alphas, places, strict=True):
-            if place.is_dir():
-                records = place / "twa.json"
-            elif len(hows) > 1:
-                records = place.with_suffix(".twa.json")
-            else:  # written once its file is there
-                continue
-            records.write_text(json.dumps(record | {"how": how, "weights": alpha}, indent=2) + "\n")
-    if not args.output.is_dir():
-        content = json.dumps(record | {"how": hows[0], "weights": alphas[0]}, indent=2) + "\n"
-        with replacing(args.output.with_suffix(".twa.json")) as temporary:
-            temporary.write_text(content)
-    print(f"wrote {args.output}")
+
+
+def record(args, paths: Sequence[Path], how: str, alpha: Sequence[float]) -> dict:
+    """What `twa.json` says of an average."""
+    versions = {"version": twa.__version__, "torch": torch.__version__, "dtype": args.dtype}
+    inputs = [str(path.resolve()) for path in paths]
+    return versions | {"how": how, "inputs": inputs, "weights": alpha}
+
+
+def write_record(place: Path, content: dict) -> None:
+    """Writes `twa.json` into the folder `place`, or beside the file."""
+    path = place / "twa.json" if place.is_dir() else place.with_suffix(".twa.json")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def choose(args) -> tuple[list[choice.Chosen], list[str]]:
@@ -258,15 +260,25 @@ def name(how: str, example: Path) -> str:
     return how if example.is_dir() else f"{how}{example.suffix}"
 
 
-def write(means: Means, places: list[tuple[Path, Path]], dtype_of, dtype) -> None:
+def write(means: Means, places: list[tuple[Path, Path]], dtype: outputs.Dtype) -> None:
     """Writes the means, each to its place, from one reading."""
-    writers = [outputs.make(source, target, means.tensors, dtype_of) for source, target in places]
-    with tqdm(
-        total=means.bytes_to_read, unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
-        for key in means.tensors:
-            for begin, pieces in means.of(key, dtype, bar.update):
+    writers = [outputs.make(source, target, means.tensors, dtype) for source, target in places]
+    size = means.bytes_to_read
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        for key, value in means.tensors.items():
+            for begin, pieces in means.of(key, dtype(value), bar.update):
                 for writer, piece in zip(writers, pieces, strict=True):
                     writer.write(key, begin, piece)
     for writer in writers:
         writer.close()
+
+
+def write_adapters(
+    paths: Sequence[Path], weights: Sequence, places: Sequence[Path], rank: int | None
+) -> None:
+    for weight, place in zip(weights, places, strict=True):
+        place.mkdir()
+        outputs.copy_settings(paths[-1], place)
+        error = adapters.write(paths, weight, place, rank)
+        if rank:
+            print(f"rank {rank} leaves out {100 * error:.2f} % of the mean product")

@@ -107,12 +107,12 @@ class Means(Checkpoints):
                 raise CheckpointError(f"{paths[-1]}: has no {name}, of which there are weights")
 
     def of(
-        self, key: str, dtype: torch.dtype | None, read: Callable[[int], None]
+        self, key: str, dtype: torch.dtype, read: Callable[[int], None]
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """The means of the tensor `key`, in pieces: the first element, and a piece of each mean.
 
         Args:
-            dtype: of the result; None for that of the last checkpoint.
+            dtype: of the result.
             read: is called with the number of bytes after each piece that was read.
 
         Raises:
@@ -120,7 +120,6 @@ class Means(Checkpoints):
         """
         name, last = self._names[key], self.tensors[key]
         real, complex_ = last.dtype.is_floating_point, last.dtype.is_complex
-        dtype = dtype if dtype is not None and real else last.dtype
         wide = torch.complex128 if complex_ else torch.float64
         for begin, pieces in self.pieces(key):
             if not (real or complex_):
