@@ -153,7 +153,8 @@ def bfloat16(args) -> dict[str, dict[str, list[float]]]:
             results = []
             for seed in range(1, args.seeds + 1):
                 out = Path(folder, f"{name} {seed}")
-                common = ["--datasets", "Digits", "--arch", "cnn", "--randomseed", seed, *flags]
+                common = ["--datasets", "Digits", "--arch", "PreResNet20", *flags]
+                common += ["--randomseed", seed]
                 common += ["--device", args.device, "--save-dir", out, "--log-dir", out]
                 run("train_sgd_cifar.py", *common, "--epochs", 10, "--lr", 0.1)
                 run("train_twa.py", *common, "--epochs", 5, "--params_start", 0, "--params_end", 11)
