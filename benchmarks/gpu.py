@@ -2,17 +2,16 @@
 
     python benchmarks/gpu.py --out gpu.json
 
-It takes less than 20 minutes on one GPU. Every time is a ratio to another one of the same run. The
-file is written after each part, so what is measured stays if a later part fails.
+It is meant to take less than 20 minutes on one GPU, and has not run on one yet. Every time is a
+ratio to another one of the same run. The file is written after each part, so what is measured stays
+if a later part fails.
 """
 
 import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from subspace import synchronize
+from subspace import time_in_turns
 
 import models
 from training.files import write_json
@@ -82,7 +81,7 @@ def run(*command, check: bool = True) -> str:
 
 
 def steps(args) -> dict[str, float]:
-    """Seconds of a training step of PreResNet20, over those of SGD; peak memory likewise."""
+    """Seconds of a training step of PreResNet20, over those of SGD."""
     images, labels = torch.randn(128, 3, 32, 32, device=args.device), torch.arange(128) % 10
     labels = labels.to(args.device)
     model = models.build("PreResNet20", 10, 3, 32)
@@ -108,16 +107,7 @@ def steps(args) -> dict[str, float]:
             how = {"granularity": granularity, "bits": bits}
             makers[f"TWA by {granularity}, {bits} bits"] = lambda how=how: TWA(model, states, **how)
     turns = {name: step_of(make()) for name, make in makers.items()}
-    seconds = {name: [] for name in turns}
-    for repeat in range(args.repeats + 1):
-        for name, turn in turns.items():
-            synchronize(args)
-            start = time.perf_counter()
-            turn()
-            synchronize(args)
-            if repeat:  # the first one compiles
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(column) for name, column in seconds.items()}
+    medians = time_in_turns(args, turns)
     return {name: round(median / medians["SGD"], 3) for name, median in medians.items()}
 
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -213,20 +214,27 @@ def time_products(folder: str, args, options: dict) -> tuple[float, float, float
         torch.mv(matrix, gradients)
         torch.mv(matrix.T, coefficients, out=out)
 
-    turns = {lambda: both(subspace): [], passes: [], lambda: both(exact): []}
+    turns = {"own": lambda: both(subspace), "mv": passes, "32 bits": lambda: both(exact)}
+    seconds = time_in_turns(args, turns)
+    error = math.nan
+    if len(subspace) == len(exact):
+        reference = exact.expand(coefficients)
+        error = float((subspace.expand(coefficients) - reference).norm() / reference.norm())
+    return *seconds.values(), error
+
+
+def time_in_turns(args, turns: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """The median seconds of each of `turns`, called one after the other `args.repeats` times."""
+    seconds = {name: [] for name in turns}
     for repeat in range(args.repeats + 1):
-        for turn, seconds in turns.items():
+        for name, turn in turns.items():
             synchronize(args)
             start = time.perf_counter()
             turn()
             synchronize(args)
             if repeat:  # The first turn compiles.
-                seconds.append(time.perf_counter() - start)
-    error = math.nan
-    if len(subspace) == len(exact):
-        reference = exact.expand(coefficients)
-        error = float((subspace.expand(coefficients) - reference).norm() / reference.norm())
-    return *map(statistics.median, turns.values()), error
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(column) for name, column in seconds.items()}
 
 
 if __name__ == "__main__":
