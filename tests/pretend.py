@@ -144,7 +144,7 @@ def _run(function, args: tuple, kwargs: dict):
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     index = _only_device(tensors[:1] if packet in _INDEXING else tensors, function)
     if packet in _INDEXING:
-        _check_indices(args[1], tensors[0], function)
+        _check_indices(args[1], tensors[0])
     if packet in _WAITING:
         _wait(packet.__name__)
     if kwargs.get("device") is not None:
@@ -175,12 +175,8 @@ def _only_device(tensors: list[torch.Tensor], function) -> int:
     return (devices or scalars or {torch.device(NAME, _current[0])}).pop().index
 
 
-def _check_indices(indices, tensor: torch.Tensor, function) -> None:
+def _check_indices(indices, tensor: torch.Tensor) -> None:
     for i in indices:
-        if i is not None and i.device.type not in ("cpu", tensor.device.type):
-            raise RuntimeError(
-                f"indices should be either on cpu or on the same device ({tensor.device})"
-            )
         if i is not None and tensor.device.type == "cpu":
             raise RuntimeError("indices should be on the CPU, as the indexed tensor is")
         if i is not None and (i.dtype == torch.bool or (i.device.type == "cpu" and i.dim())):

@@ -511,5 +511,5 @@ def test_steps_of_two_ranks_wait_for_nothing_and_agree(tmp_path):
     for result in results:
         assert result.out.count(" 0 waits") == 4, result.out
     for first in tmp_path.glob("* 0.pt"):
-        other = torch.load(str(first).replace(" 0.pt", " 1.pt"))
-        assert all(map(torch.equal, torch.load(first), other))
+        other = torch.load(str(first).replace(" 0.pt", " 1.pt"), weights_only=True)
+        assert all(map(torch.equal, torch.load(first, weights_only=True), other))
