@@ -221,7 +221,7 @@ def test_what_a_training_left_beside_the_weights(tmp_path, capsys):
     assert found["epoch"] == 2
     tensors = found["state_dict"]
     assert tensors["a"].data_ptr() == tensors["b"].data_ptr()
-    expected = sum(torch.load(path)["state_dict"]["a"].double() for path in paths) / 2
+    expected = sum(load_state_dict(path)["a"].double() for path in paths) / 2
     assert torch.equal(tensors["a"], expected.float())
 
 

@@ -125,6 +125,8 @@ def run_average(args) -> None:
     lora = not args.weights and adapters.is_adapter(paths[-1])
     if lora:
         adapters.check(paths)
+        if args.dtype:
+            raise CheckpointError(f"--dtype: {paths[-1]} is an adapter, which keeps its dtypes")
     elif args.rank:
         raise CheckpointError(f"--rank: {paths[-1]} is no folder of an adapter of PEFT")
     means = Checkpoints(paths[-1:]) if lora else Means(paths, weights)
@@ -206,6 +208,8 @@ def write_record(place: Path, content: dict) -> None:
 
 def choose(args) -> tuple[list[choice.Chosen], list[str]]:
     """The checkpoints that the arguments choose, and what is odd about them."""
+    if args.losses and args.best is None:
+        raise CheckpointError(f"--losses {args.losses}: is for --best N, which is not given")
     found = choice.find(args.paths)
     one_folder = len(args.paths) == 1 and len(found) > 1
     choices = (args.first, args.final, args.last, args.best)

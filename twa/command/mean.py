@@ -43,17 +43,17 @@ class Checkpoints:
         state = weights_of(path, str(path))
         state = {name: state[key] for name, key in plain(state).items()}
         for key, own in self.tensors.items():
-            there, scales = state.get(self._names[key]), scales_of(key, self.tensors)
+            there = state.get(self._names[key])
             if there is None or there.shape != own.shape:
                 what = "missing" if there is None else f"{list(there.shape)}"
                 raise CheckpointError(
                     f"{path}: of another architecture: {key} is {what} there and "
                     f"{list(own.shape)} in {self.paths[-1]}"
                 )
-            if own.dtype.itemsize == 1 and own.dtype != torch.bool and scales:
-                by = ", ".join(scales)
+            eight = own.dtype.itemsize == 1 and own.dtype != torch.bool
+            if scales := ", ".join(scales_of(key, self.tensors)) if eight else "":
                 raise CheckpointError(
-                    f"{path}: is quantized: {key} goes with {by}; dequantize it first"
+                    f"{path}: is quantized: {key} goes with {scales}; dequantize it first"
                 )
         return state
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from twa.files.formats import NO_WEIGHTS, SUFFIXES, file_of, kind_of, load, parts_of
 from twa.files.reading import CheckpointError, Stored
-from twa.files.states import CONTAINERS
+from twa.files.states import container_of
 
 # The names of dtypes in the headers of safetensors.
 CODES = {
@@ -148,10 +148,14 @@ class Torch:
             if not value.numel() or place not in places:
                 places[place] = torch.empty(value.shape, dtype=dtype(value))
             new[key] = places[place]
+        content = load(source)
+        path = container_of(content)
         with torch.serialization.skip_data():
-            torch.save(_replaced(load(source), new), target)
+            torch.save(_replaced(content, path, new), target)
         with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
-            made = _found(torch.load(target, weights_only=True))
+            made = torch.load(target, weights_only=True)
+        for name in path:
+            made = made[name]
         self._begins = {key: made[key].untyped_storage()._checkpoint_offset for key in tensors}
         self._checksums: dict[int, int] = {}
         self._target, self._file = target, _opened(target, "r+b")
@@ -185,36 +189,27 @@ class Torch:
                 directory += 46 + sum(lengths)
 
 
-def _replaced(content, new: Mapping[str, Tensor]):
-    """`content` with the `state_dict` in it replaced by `new`, without what is of a moment."""
-    inner = next((k for k in CONTAINERS if isinstance(content.get(k), Mapping)), None)
-    if inner is not None:
+def _replaced(content: Mapping, path: tuple[str, ...], new: Mapping[str, Tensor]) -> Mapping:
+    """`content` with the `state_dict` at `path` replaced by `new`, without what is of a moment."""
+    if path:
         kept = {k: v for k, v in content.items() if not str(k).startswith(OF_A_MOMENT)}
-        return kept | {inner: _replaced(content[inner], new)}
+        return kept | {path[0]: _replaced(content[path[0]], path[1:], new)}
     replaced = type(content)((key, new.get(key, value)) for key, value in content.items())
     if hasattr(content, "_metadata"):
         replaced._metadata = content._metadata
     return replaced
 
 
-def _found(content):
-    """The `state_dict` in `content`, as `twa.files.states.weights_of` finds it."""
-    for _ in CONTAINERS:
-        inner = (content.get(key) for key in CONTAINERS)
-        content = next((c for c in inner if isinstance(c, Mapping)), content)
-    return content
-
-
 class Distributed:
     """A folder of `torch.distributed.checkpoint` with one file, nested as `source` is."""
 
     def __init__(self, source: Path, target: Path, tensors: Mapping, dtype: Dtype):
-        self._metadata, self._target = {}, target
+        self._target = target
         self._file = _opened(target / "__0_0.distcp", "wb")
         self._shapes = {key: (value.shape, dtype(value)) for key, value in tensors.items()}
         self._places, self._whole = {}, torch.empty(0)
         # The path of each tensor in what was saved: its container, if any, and its key.
-        self._outer = _outer(load(source.parent))
+        self._outer = container_of(load(source.parent))
 
     def write(self, key: str, begin: int, piece: Tensor) -> None:
         shape, dtype = self._shapes[key]
@@ -244,11 +239,6 @@ class Distributed:
             storage[meta.MetadataIndex(name, zeros)] = place
         content = meta.Metadata(entries, planner_data=paths, storage_data=storage)
         (self._target / ".metadata").write_bytes(pickle.dumps(content))
-
-
-def _outer(content: Mapping) -> tuple[str, ...]:
-    inner = next((k for k in CONTAINERS if isinstance(content.get(k), Mapping)), None)
-    return () if inner is None else (inner, *_outer(content[inner]))
 
 
 def _bytes(piece: Tensor) -> memoryview:

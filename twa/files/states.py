@@ -62,6 +62,19 @@ def plain(keys: Iterable[str]) -> dict[str, str]:
     return named
 
 
+def container_of(content: object) -> tuple[str, ...]:
+    """The keys that lead from `content`, of a file, to the model's `state_dict` in it."""
+    path: list[str] = []
+    for _ in CONTAINERS:  # A container may hold another, and not itself without end.
+        if isinstance(content, Mapping):
+            key = next((k for k in CONTAINERS if isinstance(content.get(k), Mapping)), None)
+            if key is None:
+                break
+            path.append(key)
+            content = content[key]
+    return tuple(path)
+
+
 def weights_of(checkpoint: Checkpoint, name: str) -> State:
     """The `state_dict` of `checkpoint`, with tensors or `Stored` ones: nothing is read of files.
 
@@ -72,10 +85,8 @@ def weights_of(checkpoint: Checkpoint, name: str) -> State:
         CheckpointError: it cannot be read, has no `state_dict`, or one of a single rank's shards.
     """
     content = checkpoint if isinstance(checkpoint, Mapping) else load(checkpoint)
-    for _ in CONTAINERS:  # A container may hold another, and not itself without end.
-        if isinstance(content, Mapping):
-            inner = (content.get(key) for key in CONTAINERS)
-            content = next((c for c in inner if isinstance(c, Mapping)), content)
+    for key in container_of(content):
+        content = content[key]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{name}: is not a state_dict (names to tensors)")
     # Modules may unpickle their extra state: it stays the model's own.
