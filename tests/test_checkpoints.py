@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from training.files import replacing, save
+from training.files import save
 from twa.files.checkpoints import (
     CheckpointError,
     Fit,
@@ -27,6 +27,7 @@ from twa.files.checkpoints import (
     load_state_dict,
 )
 from twa.files.formats import load
+from twa.files.writing import replacing
 
 
 def small_state(seed: int = 0) -> dict[str, torch.Tensor]:

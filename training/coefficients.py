@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from training import flags, optimizers, ranks
-from training.files import replacing
 from training.optimizers import SCHEDULES
 from training.settings import Settings, flag
 from twa import TWA, Recipe
 from twa.files.weights import NAME, save_weights
+from twa.files.writing import replacing
 from twa.recipe import MANY_STEPS
 from twa.storage.memory import BITS
 from twa.subspace import EXTRACTS, GRANULARITIES, UNITS

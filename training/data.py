@@ -26,7 +26,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 import models
-from training.files import replacing
+from twa.files.writing import replacing
 from utils import UserError
 
 

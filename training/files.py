@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read only once they are known to be whole."""
+"""Files of the scripts: tensors, JSON and logs, written whole and read once they are whole."""
 
 import copy
 import json
@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twa.files.writing import remove_leftovers, replacing, unwritable
+from twa.files.writing import replacing, unwritable
 from utils import UserError
-
-__all__ = ["remove_leftovers", "replacing"]
 
 
 def save(obj, path: str | os.PathLike) -> None:

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from training import flags, ranks
-from training.files import read_json, read_lines, replacing, write_json
+from training.files import read_json, read_lines, write_json
 from training.logs import format_metric
 from training.tasks import Task
+from twa.files.writing import replacing
 from utils import UserError
 
 # One colour a method in every figure.

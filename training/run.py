@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from training import flags, ranks
-from training.files import on_cpu, read_json, remove_leftovers, save
+from training.files import on_cpu, read_json, save
 from training.logs import RunLog, check_trackers
 from training.loop import Trainer
 from training.signals import Signals, Stopped, ignore
 from training.tasks import Task
 from twa.files.checkpoints import check_finite, load_into
 from twa.files.reading import CheckpointError, one_line
+from twa.files.writing import remove_leftovers
 from twa.formats import load, verify
 from utils import UserError, make_directory
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import models
 from training import data
-from training.files import replacing
 from training.flags import TEXT as NAME
 from training.settings import Settings, derived, flag, free
+from twa.files.writing import replacing
 from utils import UserError, make_directory
 
 # The parts, and up to which share of the files, in the order of their hashes, each one reaches.
